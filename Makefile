@@ -1,0 +1,49 @@
+# From a bare Python 3.11 or later: every target makes .venv from constraints.txt if needed, and needs no network after that.
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+RECIPE ?= mini
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help venv tutorial test test-all notebooks-clean notebooks-run docs lab readme clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv:  ## make .venv and install, if not yet done
+	@tools/env.sh
+
+tutorial: venv  ## run all notebooks, end to end, on mini -> runs/mini/report.html
+	@echo "== the path, notebook by notebook, recipe $(RECIPE)"
+	@$(PY) tools/run_notebooks.py --recipe $(RECIPE) --report
+
+test: venv notebooks-clean notebooks-run  ## all checks: modules and notebooks agree, notebooks run, tests, README
+	@tools/browser.sh
+	@echo "== tests"
+	@$(PY) -m pytest tests
+
+test-all: venv notebooks-clean notebooks-run  ## the same and the tests marked slow
+	@tools/browser.sh
+	@echo "== tests, the slow ones too"
+	@$(PY) -m pytest tests --slow
+
+notebooks-clean: venv
+	@echo "== modules equal notebooks, notebooks are clean"
+	@$(PY) tools/check_clean.py
+
+notebooks-run: venv
+	@echo "== the notebooks' own tests, in a fresh run folder"
+	@$(PY) tools/run_notebooks.py --recipe mini --runs runs/test --fresh --report
+
+docs: venv  ## build the site into _docs/, with Quarto where it is installed, else with Sphinx
+	@$(PY) tools/docs.py
+
+lab: venv  ## open the notebooks in JupyterLab
+	@$(PY) -m jupyterlab nbs
+
+readme: venv  ## make README.md and README_ZH.md from nbs/index.ipynb and nbs/index_zh.ipynb
+	@$(PY) tools/readme.py
+
+clean:  ## remove what builds and runs left: .venv, runs/, the site, caches
+	rm -rf .venv runs _docs _proc build dist *.egg-info .pytest_cache nbs/nbdev.yml
+	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

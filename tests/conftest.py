@@ -1,0 +1,35 @@
+"""What all tests share: no network, few threads, the `slow` marker, and where the wider test data lies."""
+import os
+from pathlib import Path
+import pytest
+
+os.environ['HF_HUB_OFFLINE'] = '1'
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+for _v in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'): os.environ.setdefault(_v, '2')
+
+ROOT = Path(__file__).resolve().parent.parent
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', default=False, help='also run the tests marked slow')
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes minutes; run with --slow (make test-all)')
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--slow'): return
+    skip = pytest.mark.skip(reason='slow: run with --slow (make test-all)')
+    for item in items:
+        if 'slow' in item.keywords: item.add_marker(skip)
+
+@pytest.fixture(scope='session')
+def root():
+    "The repository's root."
+    return ROOT
+
+@pytest.fixture(scope='session')
+def shared():
+    "Folder of real and hostile test data, kept beside the repository because its licences differ from ours."
+    p = Path(os.environ.get('LLAMA_ZH_SHARED') or ROOT.parent/'shared')
+    if not (p/'data').is_dir():
+        pytest.skip(f'test data not found at {p}: set LLAMA_ZH_SHARED to the folder that holds data/')
+    return p

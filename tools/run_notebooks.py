@@ -1,0 +1,109 @@
+"""Run the notebooks of the path in order, each in a fresh kernel, on what the one before made.
+
+Behind `make tutorial` and `make test`. Executed copies go to <run folder>/notebooks/; the first error stops the run and is shown with its notebook and cell.
+Cells marked `#| slow` or `#| eval: false` are left as saved, and so are whole notebooks that say `#| slow` in one of their first three cells.
+"""
+import argparse, os, re, shutil, subprocess, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT/'nbs'
+SLOW = re.compile(r'^#\|\s*(slow|eval:\s*false)\s*$', re.M | re.I)
+ANSI = re.compile(r'\x1b\[[0-9;]*m')
+
+def is_slow(cell): return cell.cell_type == 'code' and bool(SLOW.search(cell.source))
+
+def path_notebooks():
+    "The notebooks to run, in order."
+    import nbformat
+    nbs = sorted(NBS.glob('[0-9][0-9]_*.ipynb'))
+    return [p for p in nbs if not any(map(is_slow, nbformat.read(p, as_version=4).cells[:3]))]
+
+def clock(secs): return f'{int(secs)//60}:{int(secs)%60:02d}'
+
+class Progress:
+    "One line a notebook; on a terminal it moves with each cell, elsewhere it speaks up every half minute."
+    def __init__(self, i, n, name, cells):
+        self.head, self.cells, self.t0, self.said = f'[{i:2d}/{n}] {name:<18}', cells, time.time(), time.time()
+        self.tty = sys.stdout.isatty()
+    def line(self, j, s=''): return f'{self.head} cell {j:3d}/{self.cells}  {clock(time.time() - self.t0)}{s}'
+    def __call__(self, j):
+        if self.tty: print('\r' + self.line(j), end='', flush=True)
+        elif time.time() - self.said > 30: self.said = time.time(); print(self.line(j, ' ...'), flush=True)
+    def end(self, j, s): print(('\r' if self.tty else '') + self.line(j, '  ' + s), flush=True)
+
+def peak_mb(pid):
+    "Peak resident memory of a process in MB, where the system tells; else None."
+    try: return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())[1]) // 1024
+    except (OSError, TypeError): return None
+
+@contextmanager
+def saving(nb, dest):
+    "Write `nb` to `dest` at the end, whole, even after an error."
+    import nbformat
+    try: yield
+    finally:
+        tmp = dest.with_name(f'.{dest.name}.partial-{os.getpid()}')
+        nbformat.write(nb, tmp)
+        tmp.replace(dest)
+
+def run_one(path, dest, i, n, timeout):
+    "Execute one notebook; `(seconds, peak MB)`, or exit with the error shown."
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    nb = nbformat.read(path, as_version=4)
+    client = NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(NBS)}})
+    show, j, mb = Progress(i, n, path.stem, len(nb.cells)), 0, None
+    try:
+        with saving(nb, dest), client.setup_kernel():
+            for j, cell in enumerate(nb.cells, 1):
+                show(j)
+                if cell.cell_type == 'code' and not is_slow(cell): client.execute_cell(cell, j - 1)
+            mb = peak_mb(client.km.provisioner.pid)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
+        show.end(j, 'failed')
+        text = str(e) if sys.stdout.isatty() else ANSI.sub('', str(e))
+        sys.exit(f'\nerror in {path.relative_to(ROOT)}, cell {j} of {len(nb.cells)}:\n\n{text.strip()}\n\nThe notebook as far as it came: {dest}')
+    secs = time.time() - show.t0
+    show.end(j, 'done' + (f', peak {mb} MB' if mb else ''))
+    return secs, mb
+
+def save_back(path, dest):
+    "Put the executed outputs back into nbs/, keeping those of the cells that were not run."
+    shutil.copy2(dest, path)
+    subprocess.run([str(Path(sys.executable).parent/'nbdev_clean'), '--fname', str(path)], cwd=ROOT, check=True)
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('notebooks', nargs='*', help='only these (names or beginnings of names); default: all of the path')
+    p.add_argument('--recipe', default='mini', help='recipe: a preset or a YAML file')
+    p.add_argument('--runs', type=Path, default=ROOT/'runs', help='folder that holds the run folders')
+    p.add_argument('--fresh', action='store_true', help='empty the run folder first')
+    p.add_argument('--report', action='store_true', help='finish with run.json and report.html')
+    p.add_argument('--save', action='store_true', help='write the outputs back into nbs/ (for maintainers)')
+    p.add_argument('--timeout', type=int, default=1200, help='seconds a single cell may take')
+    a = p.parse_args()
+
+    os.environ.update(LLAMA_ZH_RUNS=str(a.runs.resolve()), LLAMA_ZH_RECIPE=a.recipe)
+    from llama_zh_nb.recipes import get_recipe, run_dir
+    run = Path(run_dir(get_recipe(a.recipe))).resolve()
+    if a.fresh: shutil.rmtree(run, ignore_errors=True)
+    (run/'notebooks').mkdir(parents=True, exist_ok=True)
+
+    todo = path_notebooks()
+    if a.notebooks: todo = [t for t in todo if any(t.name.startswith(Path(o).name) for o in a.notebooks)]
+    if not todo: sys.exit(f'error: no notebook of nbs/ is called {" or ".join(a.notebooks)}')
+    t0, peaks = time.time(), []
+    for i, path in enumerate(todo, 1):
+        dest = run/'notebooks'/path.name
+        peaks.append(run_one(path, dest, i, len(todo), a.timeout)[1] or 0)
+        if a.save: save_back(path, dest)
+    print(f'{len(todo)} notebooks in {clock(time.time() - t0)}, peak memory {max(peaks)} MB; executed copies: {run}/notebooks/')
+    if a.report:
+        subprocess.run([str(Path(sys.executable).parent/'llama-zh'), 'report', str(run)], check=True)
+
+if __name__ == '__main__':
+    try: main()
+    except KeyboardInterrupt: sys.exit('\nstopped; what was made so far is kept and will be used next time')
