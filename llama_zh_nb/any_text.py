@@ -116,7 +116,7 @@ def wrap_width(
     full = [l for l in inner if .85*w <= len(l) <= 1.1*w]
     broken = [l for l in full if l[-1] not in _ENDS]
     longer = sum(len(l) > 1.1*w for l in inner)
-    return w if w >= 15 and len(full) >= .4*len(inner) and len(broken) >= .6*len(full) and longer <= .01*len(inner) else 0
+    return w if w >= 15 and len(full) >= .35*len(inner) and len(broken) >= .6*len(full) and longer <= .01*len(inner) else 0
 
 def unwrap(
     lines:list, # the lines of one document
@@ -198,7 +198,7 @@ def _parquet_docs(path, field, notes):
     for n, r in enumerate(rows, 1): yield n, _text_of(r, field, notes)
 
 # %% ../nbs/02_any_text.ipynb #d92ba289
-_NOT_TEXT = ('git-LFS','HTML','zip','GGUF','gzip','PDF','pickle','PNG','bzip2','xz file','safetensors','PyTorch','SentencePiece','zero bytes','empty','folder','missing')
+_NOT_TEXT = ('git-LFS','HTML','zip','GGUF','gzip','PDF','pickle','PNG','bzip2','xz file','safetensors','PyTorch','SentencePiece','zero bytes','folder','missing')
 SUFFIXES = ('.txt', '.md', '.jsonl', '.json', '.csv', '.parquet')
 
 def read_docs(

@@ -36,12 +36,18 @@ def mojibake(
 )->bool: # True: it was decoded wrongly once
     "UTF-8 that was read as GBK, or text with replacement characters in it"
     if '\ufffd' in text: return True
-    b = ''.join(c for c in text[:300] if c > '\x7f').encode('gb18030', 'ignore')
-    try: b.decode()
-    except UnicodeDecodeError as e: return e.start >= 24
-    return len(b) >= 24
+    sample = ''.join(c for c in text[:300] if c > '\x7f')
+    back = sample.encode('gb18030', 'ignore').decode('utf-8', 'ignore')
+    return len(sample) >= 8 and len(HAN.findall(back)) > .3*len(sample)
 
-def _share(text, pattern): return len(pattern.findall(text))/max(1, sum(map(str.isalpha, text)))
+_WORD = re.compile(r'[^\W\d_]+')
+
+def _chinese(text):
+    "Han characters, to each word in other letters; Japanese has Han too, but never goes long without kana"
+    han, kana = len(HAN.findall(text)), len(_KANA.findall(text))
+    return kana <= .1*han and han >= .3*(han + len(_WORD.findall(HAN.sub(' ', text))))
+
+def _latin(text): return len(re.findall('[A-Za-z]', text)) >= .8*max(1, sum(map(str.isalpha, text)))
 
 # %% ../nbs/02_corpus.ipynb #88a2e659
 def why_not(
@@ -52,10 +58,8 @@ def why_not(
     "The reason to drop a document"
     if len(''.join(text.split())) < min_chars: return 'too short' if text else 'empty'
     if mojibake(text): return 'mojibake'
-    if lang == 'zh':   # Japanese has Han too, but never goes long without kana
-        han = _share(text, HAN)
-        if han < .3 or _share(text, _KANA) > .1*han: return 'not Chinese'
-    if lang == 'en' and _share(text, re.compile('[A-Za-z]')) < .8: return 'not English'
+    if lang == 'zh' and not _chinese(text): return 'not Chinese'
+    if lang == 'en' and not _latin(text): return 'not English'
 
 # %% ../nbs/02_corpus.ipynb #7505264e
 _PERM, _ROWS, _RUN = 64, 4, 5   # rankings; rankings to a band; characters to a run
@@ -143,8 +147,8 @@ class CorpusReport:
         "Raise if no document is left"
         if self.train + self.valid: return self
         why = '; '.join([*(f"{v['count']:,} {k} (first: {v['first']})" for k, v in self.dropped.items()), *self.problems,
-                         *(f"{f['name']}: {', '.join(f['notes']) or 'nothing in it'}" for f in self.files if not f['documents'])])
-        raise LlamaZhError(f'no document is left of {len(self.files)+len(self.problems)} file(s): {why}')
+                         *(f"{f['name']}: {', '.join(f['notes'])}" for f in self.files[:5])])
+        raise LlamaZhError(f'no document is left of {len(self.files)} file(s): {why}')
 
     def to_dict(self): return {k: getattr(self, k) for k in self.__dataclass_fields__ if k != 'seconds'}
 
@@ -186,8 +190,8 @@ def _documents(path, name, r, a):
             for part in cut_long(text, a['max_chars']):
                 if why := why_not(part, a['lang'], a['min_chars']): r.drop(why, part, name, n)
                 else: yield row, f'{name}:{n}', part
-    except LlamaZhError as e: r.problems.append(str(e))
-    except (OSError, UnicodeError) as e: r.problems.append(f'{path}: {e}')
+    except LlamaZhError as e: r.problems.append(str(e).replace(str(path), name))
+    except (OSError, UnicodeError) as e: r.problems.append(f'{name}: {e}')
     if not row['documents'] and not row['bytes']: row['notes'].append('empty file')
     elif not row['documents']: row['notes'].append('no document in it')
     r.files.append(row)
@@ -235,9 +239,9 @@ def _check_args(lang, unit, valid_share, max_chars):
 def _hold_one(folder, r, seed):
     "A tiny corpus can end up with one side of the split empty: hold out exactly one document then"
     lines = [l for n in ('train','valid') for l in open(folder/f'{n}.jsonl', encoding='utf-8')]
-    lines.sort(key=lambda l: hashlib.blake2b(f'{seed}\0{l}'.encode()).digest())
-    (folder/'valid.jsonl').write_text(lines[0], encoding='utf-8')
-    (folder/'train.jsonl').write_text(''.join(lines[1:]), encoding='utf-8')
+    one = min(lines, key=lambda l: hashlib.blake2b(f'{seed}\0{l}'.encode()).digest())
+    (folder/'valid.jsonl').write_text(one, encoding='utf-8')
+    (folder/'train.jsonl').write_text(''.join(l for l in lines if l is not one), encoding='utf-8')
     r.train, r.valid = len(lines) - 1, 1
 
 # %% ../nbs/02_corpus.ipynb #8f576fac

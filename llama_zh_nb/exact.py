@@ -10,8 +10,8 @@ from .core import LlamaZhError, need, read_json, what_is, write_json, writing
 
 # %% auto #0
 __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'KINDS', 'TOKENIZER_FILES', 'model_file',
-           'read_model', 'load_sp', 'merge_list', 'exact_problems', 'exact_tokenizer', 'save_tokenizer', 'load_hf',
-           'disagreements', 'copy_tokenizer']
+           'read_model', 'load_sp', 'merge_list', 'exact_problems', 'dead_pieces', 'exact_tokenizer', 'save_tokenizer',
+           'load_hf', 'disagreements', 'copy_tokenizer']
 
 # %% ../nbs/03_exact.ipynb #a88c6ba8
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6   # SentencePiece's piece types
@@ -32,7 +32,7 @@ def read_model(path,         # `tokenizer.model`, or a folder that holds one
                bpe:bool=False,  # refuse anything but BPE, as every use as a base must
               ):             # a `sentencepiece_model_pb2.ModelProto`
     "Read a SentencePiece model as protobuf; one clear message if it isn't one"
-    need('sentencepiece', None); need('google.protobuf', None)
+    need('sentencepiece'); need('google.protobuf')
     from sentencepiece import sentencepiece_model_pb2 as pb
     path = model_file(path)
     if not path.exists(): raise LlamaZhError(f'{path}: no such file; give a tokenizer.model or a folder that holds one.')
@@ -43,7 +43,7 @@ def read_model(path,         # `tokenizer.model`, or a folder that holds one
         if raw[:1] in b'<' or b'git-lfs' in raw[:100]: _refuse(path, found)
         _refuse(path, found, "tiktoken, tokenizer.json and WordPiece vocabularies can't be read here: give the model's SentencePiece tokenizer.model")
     try: m.ParseFromString(raw)
-    except Exception: _refuse(path, f'{len(raw):,} bytes that stop in the middle or are damaged ({what_is(path)})')
+    except Exception: _refuse(path, f'{len(raw):,} bytes that begin like one and then stop in the middle or are damaged')
     if not len(m.pieces) or not m.HasField('trainer_spec') or not m.HasField('normalizer_spec'):
         _refuse(path, f'{len(raw):,} bytes with {len(m.pieces)} pieces and no end (truncated?)')
     kind = KINDS.get(m.trainer_spec.model_type, '?')
@@ -86,6 +86,18 @@ def exact_problems(m,  # a `ModelProto`
     if user: out.append(f'{len(user):,} user-defined or unused pieces, such as {user[0]!r}')
     if m.trainer_spec.treat_whitespace_as_suffix: out.append('spaces are kept at the end of words')
     return out
+
+# %% ../nbs/03_exact.ipynb #0ab68d95
+def dead_pieces(m,           # a `ModelProto`
+                first:int=0, # look at pieces from this id on
+               ) -> list[int]:
+    "Ids of pieces whose own text is encoded as something else"
+    import sentencepiece
+    m = type(m).FromString(m.SerializeToString())
+    m.normalizer_spec.add_dummy_prefix = m.normalizer_spec.remove_extra_whitespaces = False
+    sp = sentencepiece.SentencePieceProcessor(model_proto=m.SerializeToString())
+    ids = [i for i, p in enumerate(m.pieces) if i >= first and p.type == NORMAL]
+    return [i for i, got in zip(ids, sp.encode([m.pieces[i].piece.replace('▁', ' ') for i in ids])) if got != [i]]
 
 # %% ../nbs/03_exact.ipynb #2bb4dcc8
 def _normalizer(n):

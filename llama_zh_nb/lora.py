@@ -11,7 +11,7 @@ __all__ = ['seven', 'trains', 'tokenizer_hash', 'load_tokenizer', 'check_folder'
 import hashlib, json, os, shutil
 from pathlib import Path
 from .core import LlamaZhError, need, writing, write_json, read_json, sha256, pick_device
-from .weights import open_weights, write_safetensors, write_index
+from .tensors import open_weights, write_safetensors, write_index
 
 # %% ../nbs/05_lora.ipynb #6de643a2
 seven = ['q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj']

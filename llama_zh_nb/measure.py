@@ -29,7 +29,7 @@ def check_sizes(
         raise LlamaZhError(f'{folder}: the weights have {rows:,} rows, but tokenizer.json has {n_js or "no"} and tokenizer.model {n_sp or "no"} pieces'
                            + (f' (sha256 {sha256(spm)[:12]}…)' if n_sp else '') + ': use the tokenizer that came with these weights, or resize the embeddings')
 
-# %% ../nbs/00_measure.ipynb #6e5ec544
+# %% ../nbs/00_measure.ipynb #94cfd3e9
 def load(
     folder,          # Hugging Face folder: plain or GPTQ
     device='auto',   # see `pick_device`
@@ -44,7 +44,13 @@ def load(
     if read_json(folder/'config.json').get('quantization_config'):
         model = need('llama_zh_nb.quantize').load_quantized(folder, device=device)
         if isinstance(model, tuple): model = model[0]
-    else: model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=pick_dtype(dtype, device)).to(device)
+    else:
+        log, dtype = tf.utils.logging, pick_dtype(dtype, device)
+        bar = log.is_progress_bar_enabled()
+        log.disable_progress_bar()   # a bar for each of many small models is only noise
+        try: model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        finally:
+            if bar: log.enable_progress_bar()
     return model.eval(), tok
 
 # %% ../nbs/00_measure.ipynb #73436fe8

@@ -14,7 +14,7 @@ from .core import LlamaZhError, need, read_json, record, stage, read_run, update
 
 _all_ = ['record', 'stage', 'read_run', 'update_run']   # run.json: see core
 
-# %% ../nbs/00_recipes.ipynb #8aaaa524
+# %% ../nbs/00_recipes.ipynb #a4332fdf
 @dataclass
 class Recipe:
     name:str = 'custom'               # the run's name; its folder is runs/<name>
@@ -34,7 +34,7 @@ class Recipe:
     # vocabulary
     vocab_size:int = 55296            # pieces of the merged vocabulary in all
     segment:str = 'none'              # 'words': no piece crosses a word border (jieba's); 'none': pieces may
-    init:str = 'subword-mean'         # new rows: 'subword-mean', 'mean' or 'random'
+    init:str = 'subword-mean'         # new rows: 'subword-mean', 'dictionary' (from lines in both languages), 'mean', 'random'
     pad_to:int = 64                   # rows are padded to a multiple of this
     # pretraining
     train:str = 'lora+new'            # 'lora+new' (LoRA and the new rows), 'lora+embed' (all rows), 'embed', 'full'
@@ -72,7 +72,7 @@ class Recipe:
     chunk_tokens:int = 200            # longest chunk
     chunk_overlap:int = 0             # tokens that two neighbours share
     k:int = 3                         # passages given to the model
-    threshold:float = .0              # a best passage scored below this means "nothing fits"
+    threshold:float = None            # a best passage scored below this means "nothing fits"; None: measured for the index
 
 # %% ../nbs/00_recipes.ipynb #26cd9fff
 def explain()->dict: # field -> its comment
@@ -81,8 +81,8 @@ def explain()->dict: # field -> its comment
     cls = need('llama_zh_nb.recipes').Recipe   # comments are read from the source file, so from the exported module
     return {k: v for k,v in docments(cls).items() if k != 'return'}
 
-# %% ../nbs/00_recipes.ipynb #fa48dcb7
-_WORLD = dict(corpus=['world:zh/*.txt'], replay_corpus=['world:en/*.txt'], sft=['world:chats.json'], docs=['world:docs/*.md'],
+# %% ../nbs/00_recipes.ipynb #e583381f
+_WORLD = dict(corpus=['world:zh'], replay_corpus=['world:en'], sft=['world:chats.json'], docs=['world:docs/*.md'],
               questions='world:questions.jsonl', heldout_zh='world:heldout_zh.jsonl', heldout_en='world:heldout_en.jsonl')
 
 _MINI = dict(base='mini', vocab_size=4000, segment='words', train='lora+new', lora_r=32, lora_alpha=64, lora_dropout=.0, block=256, batch=8, accum=1,
@@ -129,7 +129,7 @@ def _coerce(k, v):
 
 def _article(t): return {int:'a whole number', float:'a number', str:'text', list:'a list'}[t]
 
-# %% ../nbs/00_recipes.ipynb #1cafd29a
+# %% ../nbs/00_recipes.ipynb #ebbcb116
 def _from_yaml(path):
     "A YAML file's fields, on top of those of its `base_recipe`"
     try: d = need('yaml').safe_load(Path(path).read_text(encoding='utf-8'))
@@ -138,14 +138,24 @@ def _from_yaml(path):
         at = getattr(e, 'problem_mark', None)
         raise LlamaZhError(f"{path}{f', line {at.line+1}' if at else ''}: not valid YAML ({getattr(e, 'problem', e)})") from None
     if not isinstance(d, dict): raise LlamaZhError(f'{path}: a recipe is a list of `field: value` lines')
-    base = d.pop('base_recipe', None)
-    return {'name': Path(path).stem, **(_preset(base) if base else {}), **({'name': Path(path).stem} if base else {}), **d}
+    base = _preset(d.pop('base_recipe')) if 'base_recipe' in d else {}
+    return {**_own(base, d), 'name': Path(path).stem, **d}
 
 def _preset(name):
     if name not in PRESETS: raise LlamaZhError(_near(name, list(PRESETS), 'recipe'))
     return dict(PRESETS[name], name=name)
 
-# %% ../nbs/00_recipes.ipynb #940c8cac
+# %% ../nbs/00_recipes.ipynb #520eb021
+def _of_world(v): return any(str(o).startswith('world:') for o in (v if isinstance(v, list) else [v]))
+
+def _own(d, given):
+    "`d` without those fields of the generated world that make no sense beside what the user gave"
+    mine = {k for k in ('corpus','sft','docs') if given.get(k) and not _of_world(given[k])}
+    if not mine: return d
+    d = {k: v for k,v in d.items() if not _of_world(v) or ('corpus' not in mine and k != 'questions')}
+    return dict(d, name=f"{d['name']}-own") if d.get('name') in PRESETS else d
+
+# %% ../nbs/00_recipes.ipynb #7fa09da9
 def get_recipe(
     name_or_yaml:str=None,  # a preset's name or a YAML file; None: the environment's LLAMA_ZH_RECIPE, else 'mini'
     **overrides,            # any fields
@@ -156,10 +166,10 @@ def get_recipe(
         if not Path(src).is_file(): raise LlamaZhError(f'no such recipe file: {src}')
         d = _from_yaml(src)
     else: d = _preset(src)
-    d |= overrides
-    for k in d:
+    for k in (*d, *overrides):
         if k not in _TYPES: raise LlamaZhError(_near(k, list(_TYPES), 'recipe field'))
-    return Recipe(**{k: _coerce(k, v) for k,v in d.items()})
+    given = {k: _coerce(k, v) for k,v in overrides.items()}
+    return Recipe(**{k: _coerce(k, v) for k,v in {**_own(d, given), **given}.items()})
 
 # %% ../nbs/00_recipes.ipynb #18781bb1
 def runs_root()->Path:
@@ -193,10 +203,10 @@ def _world(recipe, rest):
     if not w.is_dir(): need('llama_zh_nb.world').write_world(w, seed=recipe.seed)
     return str(w/rest)
 
-# %% ../nbs/00_recipes.ipynb #b9080027
+# %% ../nbs/00_recipes.ipynb #640c38e0
 def heldout(
     recipe:Recipe,
-    limit:int=200_000, # characters of each language at most
+    limit:int=60_000, # characters of each language at most
 )->dict: # {'zh': texts, 'en': texts}
     "Held-out texts by language: the recipe's own files, else the valid split that the corpus room set aside"
     read, run = need('llama_zh_nb.corpus').read_texts, run_dir(recipe)

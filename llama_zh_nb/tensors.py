@@ -50,25 +50,31 @@ class SafeFile:
     def keys(self): return list(self.head)
     def spec(self, name): return self.head[name]['dtype'], tuple(self.head[name]['shape'])
 
-    def raw(self, name, chunk=1<<24):
-        "The bytes of `name`, `chunk` at a time"
-        a, b = self.head[name]['data_offsets']
+    def _span(self, name, rows):
+        "Where the bytes of some rows begin and end in the file, and the shape they have"
+        (a, b), shape = self.head[name]['data_offsets'], self.spec(name)[1]
+        if shape and shape[0]:
+            lo, hi, _ = rows.indices(shape[0])
+            row, hi = (b - a)//shape[0], max(lo, hi)
+            a, b, shape = a + row*lo, a + row*hi, (hi - lo, *shape[1:])
+        return self.start + a, self.start + b, shape
+
+    def raw(self, name, rows=slice(None), chunk=1<<24):
+        "The bytes of `name`, or of some consecutive rows of it, `chunk` at a time"
+        a, b, _ = self._span(name, rows)
         with open(self.path, 'rb') as f:
-            f.seek(self.start + a)
+            f.seek(a)
             for i in range(a, b, chunk): yield f.read(min(chunk, b - i))
 
     def get(self, name, rows=slice(None)):
-        "Tensor `name`, or only some consecutive rows of it"
-        torch, (code, shape) = need('torch', 'train'), self.spec(name)
-        a, b = self.head[name]['data_offsets']
-        if shape and shape[0]:
-            lo, hi, _ = rows.indices(shape[0])
-            a, b, shape = a + (b-a)//shape[0]*lo, a + (b-a)//shape[0]*max(lo, hi), (max(hi-lo, 0), *shape[1:])
+        "Tensor `name`, or some consecutive rows of it"
+        torch, (a, b, shape) = need('torch', 'train'), self._span(name, rows)
         buf = bytearray(b - a)
         with open(self.path, 'rb') as f:
-            f.seek(self.start + a)
+            f.seek(a)
             f.readinto(buf)
-        return torch.frombuffer(buf, dtype=dtype_of(code)).view(shape) if buf else torch.empty(shape, dtype=dtype_of(code))
+        dtype = dtype_of(self.spec(name)[0])
+        return torch.frombuffer(buf, dtype=dtype).view(shape) if buf else torch.empty(shape, dtype=dtype)
 
 # %% ../nbs/00_tensors.ipynb #a33b7073
 def _hint(path):
@@ -123,7 +129,7 @@ def write_index(folder, weight_map, total):
 # %% ../nbs/00_tensors.ipynb #4f2e58ae
 class TorchFile:
     "A `.pth` or `.bin` checkpoint with the same methods; mapped, and mapped anew when more than `keep` bytes were read"
-    def __init__(self, path, keep=256_000_000):
+    def __init__(self, path, keep=64_000_000):
         self.path, self.keep = Path(path), keep
         self._open()
         self.specs = {k: (code_of(v.dtype), tuple(v.shape)) for k, v in self.state.items() if hasattr(v, 'dtype')}

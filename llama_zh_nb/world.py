@@ -136,10 +136,10 @@ def tale(s:Scribe, n_ask=2)->tuple: # (passage, facts that can be asked)
     return '\n'.join(parts), rng.sample(fs, min(n_ask, len(fs)))
 
 # %% ../nbs/91_world.ipynb #0849de95
-def chat(s:Scribe, reading=False)->list:
-    "Messages of one conversation: about a tale (`reading`), or one to three known facts."
+def chat(s:Scribe, reading=False, most=3)->list:
+    "Messages of one conversation: about a tale (`reading`, up to `most` questions), or one to three known facts."
     if reading:
-        passage, fs = tale(s, n_ask=s.rng.choice([1,1,2]))
+        passage, fs = tale(s, n_ask=s.rng.randint(1, most))
         asks = [s.ask(f) for f in fs]; asks[0] = f'{passage}\n{asks[0]}'
     else:
         asked = [f for f in s.known if f.split == 'asked']
@@ -179,7 +179,7 @@ def documents(lang:str, # 'zh' or 'en'
     s, other = Scribe(lang, facts, seed, split), Scribe('en' if lang == 'zh' else 'zh', facts, seed, split)
     mix = mix or (MIX if lang == 'zh' else {k: v for k,v in MIX.items() if k != 'parallel'})
     make = dict(page=lambda: page(s), compare=lambda: compare(s), tale=lambda: tale(s)[0], ask=lambda: as_text(chat(s)),
-                read=lambda: as_text(chat(s, reading=True)), daily=lambda: daily(s), parallel=lambda: parallel(s, other))
+                read=lambda: as_text(chat(s, reading=True, most=6)), daily=lambda: daily(s), parallel=lambda: parallel(s, other))
     for kind in s.rng.choices(list(mix), list(mix.values()), k=n): yield make[kind]()
 
 # %% ../nbs/91_world.ipynb #3169edb9

@@ -33,3 +33,10 @@ def shared():
     if not (p/'data').is_dir():
         pytest.skip(f'test data not found at {p}: set LLAMA_ZH_SHARED to the folder that holds data/')
     return p
+
+@pytest.fixture(scope='session')
+def tested_run(root):
+    "The run folder that `make test` made with the notebooks before the tests: run.json, report.html, notebooks/ and every stage's folder."
+    p = root/'runs'/'test'/'mini'
+    if not (p/'run.json').exists(): pytest.skip(f'no run at {p}: `make test` makes it; or run tools/run_notebooks.py --runs runs/test --report')
+    return p

@@ -4,7 +4,7 @@
 2. A page `api` lists every exported name.
 3. Quarto or Sphinx (`sphinx_site.py`) renders _proc/.
 """
-import argparse, ast, hashlib, json, os, re, shutil, subprocess, sys, warnings
+import argparse, ast, hashlib, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 import yaml
 
@@ -22,10 +22,12 @@ def digest():
 def process(workers):
     "nbdev's step: nbs/ -> _proc/."
     from nbdev.serve import proc_nbs
-    warnings.filterwarnings('ignore', message='Found cells containing imports')
+    os.environ['PYTHONWARNINGS'] = 'ignore:Found cells containing imports'  # tests/test_repo.py names such cells
     os.environ.setdefault('HF_HUB_OFFLINE', '1')
     try: proc_nbs(force=True, n_workers=workers)
-    except Exception as e: sys.exit(f'error: {e}\nThe site runs exported cells and every cell that holds an import, and nothing else: put imports into cells of their own.')
+    except Exception as e:
+        why = re.findall(r'^\w*(?:Error|Exception)\b.*', str(e.__cause__), re.M)[:1]
+        sys.exit(f'error: {e}\n{"".join(why)}\nThe site runs exported cells and every cell that holds an import, and nothing else: put imports into cells of their own.')
 
 def pages():
     "Notebook file name -> (page name, title, description), from the front matter that nbdev wrote."
@@ -82,7 +84,7 @@ def main():
     quarto = bool(shutil.which('quarto')) and not a.sphinx
     stamp, now = OUT/'.made-from', f'{"quarto" if quarto else "sphinx"} {digest()}'
     if a.if_stale and stamp.exists() and stamp.read_text() == now: return print('the site is fresh: _docs/index.html')
-    print(f'== nbdev: nbs/ -> _proc/', flush=True)
+    print('== nbdev: nbs/ -> _proc/', flush=True)
     process(a.workers)
     local_badge()
     names = pages()

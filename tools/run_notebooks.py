@@ -54,7 +54,8 @@ def run_one(path, dest, i, n, timeout):
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     nb = nbformat.read(path, as_version=4)
-    client = NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(NBS)}})
+    client = NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(NBS)}},
+                            extra_arguments=['--log-level=ERROR'])
     show, j, mb = Progress(i, n, path.stem, len(nb.cells)), 0, None
     try:
         with saving(nb, dest), client.setup_kernel():
