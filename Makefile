@@ -45,5 +45,5 @@ readme: venv  ## make README.md and README_ZH.md from nbs/index.ipynb and nbs/in
 	@$(PY) tools/readme.py
 
 clean:  ## remove what builds and runs left: .venv, runs/, the site, caches
-	rm -rf .venv runs _docs _proc build dist *.egg-info .pytest_cache nbs/nbdev.yml
+	rm -rf .venv runs logs nbs/logs _docs _proc build dist *.egg-info .pytest_cache nbs/nbdev.yml
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -18,7 +18,7 @@ def child(code, **env):
     s = re.search(r'seconds=([\d.]+)', p.stdout)
     return float(s[1]) if s else time.time() - t, int(re.search(r'peak=(\d+)', p.stdout)[1])//1024, p.stdout
 
-def timed(seconds_of): return f'import time; t = time.time()\n{seconds_of}\nprint(f"seconds={{time.time()-t:.2f}}")'
+def timed(seconds_of): return f'import time; started = time.time()\n{seconds_of}\nprint(f"seconds={{time.time()-started:.2f}}")'
 
 def show(title, rows, path=None, **more):
     cols = list(rows[0])

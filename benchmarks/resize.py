@@ -13,7 +13,8 @@ def tokenizers(folder):
     from llama_zh_nb.convert import packaged
     m = read_model(packaged('mini')/'tokenizer.model')
     low = min(p.score for p in m.pieces) - 1
-    han = (chr(a) + chr(b) for a in range(0x4e00, 0x9fa0) for b in range(0x4e00, 0x9fa0, 997))
+    chars = [chr(i) for i in range(0x4e00, 0x9fa0)]
+    han = iter(chars + [a + b for a in chars[:3000] for b in chars[5:7]])
     for name, n in (('base', 32000), ('big', 55296)):
         have = {p.piece for p in m.pieces}
         while len(m.pieces) < n:

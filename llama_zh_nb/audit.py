@@ -28,7 +28,7 @@ def _tiktoken(path):
 def pieces_of(tok,  # a folder, `.model`, `tokenizer.json` or `.tiktoken` file, or a loaded tokenizer
              ):     # a function from a string to the list of its pieces
     "One way to ask every kind of tokenizer"
-    if isinstance(tok, (str, Path)):
+    if isinstance(tok, (str, os.PathLike)):
         path = Path(tok)
         if path.suffix == '.tiktoken': return _tiktoken(path)
         if path.suffix == '.json' or path.is_dir() and not (path/'tokenizer.model').exists(): tok = _load_json(path)
@@ -98,10 +98,10 @@ def _lines(source, most=20_000):
 def genres(texts) -> dict[str, list[str]]:
     "Lines by genre, from a dict of texts or files, a list of files (one genre each), or a list of strings"
     if texts is None: return {}
-    if isinstance(texts, dict): return {k: _lines(v) for k, v in texts.items()}
+    if isinstance(texts, dict): return {k: l for k, v in texts.items() if (l := _lines(v))}
     if isinstance(texts, (str, Path)): texts = [texts]
     texts = list(texts)
-    if are_files(texts): return {Path(f).stem: _lines(f) for f in texts}
+    if are_files(texts): return {Path(f).stem: l for f in texts if (l := _lines(f))}
     return {'text': _lines(texts)}
 
 # %% ../nbs/03_vocab_audit.ipynb #84fdf2c6
@@ -273,7 +273,7 @@ class Comparison:
 # %% ../nbs/03_vocab_audit.ipynb #8b435848
 def _size(tok):
     "Number of pieces of anything `pieces_of` takes"
-    if not isinstance(tok, (str, Path)): return tok.get_piece_size() if hasattr(tok, 'get_piece_size') else len(tok.get_vocab())
+    if not isinstance(tok, (str, os.PathLike)): return tok.get_piece_size() if hasattr(tok, 'get_piece_size') else len(tok.get_vocab())
     path = Path(tok)
     if path.suffix == '.tiktoken': return sum(1 for l in path.read_bytes().splitlines() if l.strip())
     if path.suffix == '.json' or path.is_dir() and not (path/'tokenizer.model').exists(): return _load_json(path).get_vocab_size()

@@ -78,11 +78,11 @@ def lines(
            f'{grid}{foot}<text x="{(L+w-R)/2}" y="{h-3}" text-anchor="middle" opacity=".7">{esc(xlabel)}</text>{body}</svg>')
     return Html(f'<figure class="chart">{f"<figcaption>{esc(title)}</figcaption>" if title else ""}{_legend(series) if len(series) > 1 else ""}{svg}</figure>')
 
-# %% ../nbs/31_charts.ipynb #4bd7197d
-_TRACK = 'position:relative;flex:1 1 8em;min-width:6em;height:1.15em;background:color-mix(in srgb,currentColor 9%,transparent);border-radius:4px;overflow:hidden'
+# %% ../nbs/31_charts.ipynb #087be1b1
+_TRACK = 'position:relative;flex:1 1 8em;min-width:3em;height:1.15em;background:color-mix(in srgb,currentColor 9%,transparent);border-radius:4px;overflow:hidden'
 
-def _row(name, track, text): return (f'<div style="display:flex;gap:.7em;align-items:center;margin:.3em 0"><div style="flex:0 0 8.5em;text-align:right;font-size:.92em">{esc(name)}</div>'
-                                     f'<div style="{_TRACK}">{track}</div><div style="flex:0 0 7.5em;font-variant-numeric:tabular-nums;font-size:.92em">{esc(text)}</div></div>')
+def _row(name, track, text): return (f'<div style="display:flex;gap:.7em;align-items:center;margin:.3em 0"><div style="flex:0 1 7.5em;min-width:4em;text-align:right;font-size:.92em">{esc(name)}</div>'
+                                     f'<div style="{_TRACK}">{track}</div><div style="flex:0 0 8.2em;white-space:nowrap;font-variant-numeric:tabular-nums;font-size:.92em">{esc(text)}</div></div>')
 
 def _fill(share, colour): return f'<div style="position:absolute;inset:0 auto 0 0;width:{max(0, min(1, share)):.2%};background:{colour}"></div>'
 
@@ -120,7 +120,7 @@ def tokens(
         out += f'<span style="background:{colour};border-radius:4px;padding:.05em .28em;margin:.12em;display:inline-block;{"font-size:.68em;opacity:.8" if byte else ""}">{esc(text)}</span>'
     return Html(f'<div class="tokens" style="line-height:1.8">{out}</div>')
 
-# %% ../nbs/31_charts.ipynb #52daa7f6
+# %% ../nbs/31_charts.ipynb #e732ccae
 _W, _H = 176, 128
 
 def _spot(i, cols):
@@ -131,22 +131,22 @@ def _road(n, cols):
     d = 'M{:.0f} {:.0f}'.format(*_spot(0, cols))
     for i in range(1, n):
         (x0, y0), (x, y) = _spot(i-1, cols), _spot(i, cols)
-        side = (_W/2 - 12)*(1 if x > cols*_W/2 else -1)
+        side = (_W/2 + 40)*(1 if x > cols*_W/2 else -1)
         d += f' L{x:.0f} {y:.0f}' if y == y0 else f' C{x0+side:.0f} {y0:.0f} {x+side:.0f} {y:.0f} {x:.0f} {y:.0f}'
     return d
 
-# %% ../nbs/31_charts.ipynb #557b6329
+# %% ../nbs/31_charts.ipynb #9e12529f
 def path_picture(
     stations:list, # (name, line, line, ...), up to three lines of text
     cols=5,
 )->Html:
     "Stations on a winding road, as SVG"
     if not stations: return Html('')
-    w, h = min(cols, len(stations))*_W, math.ceil(len(stations)/cols)*_H
+    w, h, m = min(cols, len(stations))*_W, math.ceil(len(stations)/cols)*_H, 22*(len(stations) > cols)   # m: room for the bends
     out = f'<path d="{_road(len(stations), min(cols, len(stations)))}" fill="none" stroke="currentColor" opacity=".22" stroke-width="9" stroke-linecap="round"/>'
     for i,(name,*text) in enumerate(stations):
         x, y = _spot(i, min(cols, len(stations)))
         out += f'<circle cx="{x:.0f}" cy="{y:.0f}" r="19" fill="{COLOURS[i % 6]}"/><text x="{x:.0f}" y="{y+6:.0f}" text-anchor="middle" fill="#fff" font-weight="700" font-size="17">{i+1}</text>'
         out += f'<text x="{x:.0f}" y="{y+38:.0f}" text-anchor="middle" font-weight="700" font-size="15">{esc(name)}</text>'
         out += ''.join(f'<text x="{x:.0f}" y="{y+55+15*j:.0f}" text-anchor="middle" font-size="12.5" opacity=".8">{esc(t)}</text>' for j,t in enumerate(text[:2]))
-    return Html(f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="the path" style="width:100%;max-width:{w*1.1:.0f}px;height:auto" fill="currentColor" font-family="system-ui,sans-serif">{out}</svg>')
+    return Html(f'<svg viewBox="{-m} 0 {w+2*m} {h}" role="img" aria-label="the path" style="width:100%;max-width:{w*1.3:.0f}px;height:auto" fill="currentColor" font-family="system-ui,sans-serif">{out}</svg>')

@@ -63,12 +63,12 @@ def _usage(msg):
     print(f'llama-zh: {msg}', file=sys.stderr)
     return 2
 
-# %% ../nbs/32_cli.ipynb #0012e1f0
+# %% ../nbs/32_cli.ipynb #5e6766df
 COMMANDS = {
     'run':               ('run.run',                'the whole path from one recipe'),
     'weights get':       ('weights.acquire',        "fetch, convert and verify a base: 'mini', a folder, or a Hub id"),
     'weights verify':    ('weights.verify',         'check shapes, sizes, numbers and tokenizer of a folder'),
-    'weights convert':   ('weights.convert_meta',   "Meta's layout to a Hugging Face folder"),
+    'weights convert':   ('convert.convert_meta',   "Meta's layout to a Hugging Face folder"),
     'corpus':            ('corpus.build_corpus',    'text files to clean documents, with a count of what fell'),
     'vocab train':       ('vocab.train_pieces',     'train Chinese pieces'),
     'vocab merge':       ('vocab.merge',            'add pieces to a base vocabulary'),
@@ -79,7 +79,7 @@ COMMANDS = {
     'sft':               ('sft.finetune',           'learn to answer from chats'),
     'merge-lora':        ('lora.merge_adapter',     'adapter and base to a plain folder'),
     'quantize':          ('quantize.quantize',      'GPTQ with 4, 8, 3 or 2 bits'),
-    'rag index':         ('rag.build_index',        'documents to an index'),
+    'rag index':         ('indexing.build_index',      'documents to an index'),
     'rag ask':           ('cli.rag_ask',            'answer from an index, with sources'),
     'report':            ('report.report',          "a run's story as one HTML page"),
     'estimate':          ('recipes.estimate',       'memory and time of a recipe, by arithmetic'),
@@ -162,7 +162,7 @@ def rag_ask(
     rag = importlib.import_module('llama_zh_nb.rag')
     return rag.Assistant(rag.open_index(index), model, k=k).ask(' '.join(question) if isinstance(question, list) else question)
 
-# %% ../nbs/32_cli.ipynb #1cb80973
+# %% ../nbs/32_cli.ipynb #d0623cc1
 def _plain(argv, cmd):
     "Any command that is just a function"
     f = _load(COMMANDS[cmd][0])
@@ -173,7 +173,9 @@ def _plain(argv, cmd):
         if c == cmd and n in a: a[n] = read(a[n])
     res = f(**a)
     if res is not None: print(res)
-    return 1 if getattr(res, 'ok', True) is False else 0
+    if getattr(res, 'ok', True) is not False: return 0
+    print('llama-zh: not as it should be, see above', file=sys.stderr)
+    return 1
 
 def _split(argv):
     "(command, its arguments); the command is None if the words name none"

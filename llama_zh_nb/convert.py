@@ -98,8 +98,10 @@ class MetaFiles:
         return code, tuple(sum(f.spec(m)[1][ax] for f in self.files) if i == ax else n for i, n in enumerate(shape))
 
     def get(self, name, rows=slice(None)):
-        m, ax = self.names[name]
-        t = self.files[0].get(m) if ax is None or len(self.files) == 1 else need('torch', 'train').cat([f.get(m) for f in self.files], ax)
+        (m, ax), (code, shape) = self.names[name], self.spec(name)
+        t = need('torch', 'train').empty(shape, dtype=dtype_of(code))
+        parts = [t] if ax is None else t.split([f.spec(m)[1][ax] for f in self.files], ax)
+        for f, part in zip(self.files, parts): f.copy(m, part)
         n = {'q_proj': self.params['n_heads'], 'k_proj': self.params.get('n_kv_heads') or self.params['n_heads']}.get(name.split('.')[-2])
         return (permute(t, n) if n else t)[rows]
 

@@ -6,20 +6,29 @@
 __all__ = ['LlamaZhError', 'need', 'writing', 'write_json', 'read_json', 'what_is', 'sha256', 'md5', 'peak_rss', 'pick_device',
            'pick_dtype', 'progress', 'versions', 'read_run', 'update_run', 'record', 'Meter', 'stage']
 
-# %% ../nbs/00_core.ipynb #c4dd3b01
-import contextlib, errno, hashlib, importlib, json, os, shutil, sys, threading, time
+# %% ../nbs/00_core.ipynb #78c823ca
+import contextlib, errno, hashlib, importlib, importlib.util, io, json, logging, os, shutil, sys, threading, time
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #35893db9
 class LlamaZhError(Exception):
     "A problem with the user's input or machine, explained in one message: what was found, what was expected, what to do"
 
-# %% ../nbs/00_core.ipynb #7271e767
+# %% ../nbs/00_core.ipynb #74ecdae1
+def _hush(module):
+    "Keep libraries from talking while they are imported"
+    for name in ('torchao','torch.utils._pytree'): logging.getLogger(name).setLevel(logging.ERROR)
+    if module.split('.')[0] != 'peft' or 'gptqmodel' in sys.modules or not importlib.util.find_spec('gptqmodel'): return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+        importlib.import_module('gptqmodel')   # peft imports it anyway, and it prints a banner
+
+# %% ../nbs/00_core.ipynb #c40672fc
 def need(
     module:str,     # name to import, dots allowed
     extra:str='',   # the extra of this package that brings it: `train`, `quant`, `rag`, ...
 ): # the imported module
     "Import `module` now, or say which `pip install` brings it"
+    _hush(module)
     try: return importlib.import_module(module)
     except ModuleNotFoundError as e:
         if e.name and not module.startswith(e.name.split('.')[0]): raise
@@ -54,11 +63,12 @@ def _swap(tmp, path):
     os.rename(tmp, path)
     if old.exists(): _rm(old)
 
-# %% ../nbs/00_core.ipynb #c2fde3f1
+# %% ../nbs/00_core.ipynb #f64071de
 def _explain(e, path):
     "`LlamaZhError` for an OSError about `path` that the user can do something about, else None"
-    if e.filename and not str(path).startswith(str(e.filename)) and not str(e.filename).startswith(str(path.parent)): return None
-    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+    names = [str(n) for n in (e.filename, e.filename2) if n]
+    if names and not any(str(path).startswith(n) or n.startswith(str(path.parent)) for n in names): return None
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         try: free = f'{shutil.disk_usage(path.parent).free/2**20:,.0f} MiB free'
         except OSError: free = 'disk full'
         return LlamaZhError(f'no space left while writing {path} ({free}): make room or choose another folder; nothing was changed')

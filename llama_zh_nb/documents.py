@@ -6,8 +6,8 @@
 __all__ = ['READERS', 'DocumentLoader', 'Documents', 'load_documents', 'sentences', 'Unit', 'units', 'token_counter', 'Chunk',
            'chunks', 'split_text', 'ZhTextSplitter', 'Chunks']
 
-# %% ../nbs/08_documents.ipynb #73af42e0
-import csv, glob, html, io, json, re
+# %% ../nbs/08_documents.ipynb #9d6ea7e0
+import csv, glob, html, io, json, re, warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -126,7 +126,7 @@ def _files(sources):
             if not any(part.startswith('.') for part in Path(name).parts): found.setdefault(f.resolve(), (f, name))
     return list(found.values())
 
-# %% ../nbs/08_documents.ipynb #ee017b2f
+# %% ../nbs/08_documents.ipynb #233c27a0
 class DocumentLoader(BaseLoader):
     "Documents of files, folders and patterns; afterwards `skipped` and `notes` say what was not read, and what was odd"
     def __init__(self, sources, # a path or pattern, or a list of them
@@ -142,7 +142,7 @@ class DocumentLoader(BaseLoader):
             self.notes += [(name, n) for n in notes]
             if not rows: self.skipped.append((name, 'holds no text')); continue
             self.files += 1
-            yield from (Document(t, metadata={'source': name, **m}) for t, m in rows)
+            yield from (Document(t.encode('utf-8', 'replace').decode(), metadata={'source': name, **m}) for t, m in rows)   # JSON can spell halves of a character
 
 def _unknown(path, encoding, notes): raise LlamaZhError(f'no reader for {path.suffix or "a name without suffix"}: convert it to one of {", ".join(READERS)}')
 
@@ -215,13 +215,16 @@ def units(
         at += len(line)
     return out + ([Unit('', at, tuple(h for _, h in stack))] if bare else [])
 
-# %% ../nbs/08_documents.ipynb #9256f493
+# %% ../nbs/08_documents.ipynb #9eb92659
 def token_counter(
     tokenizer=None, # a Hugging Face tokenizer, a model folder, a function from str to int, or None for characters
 ): # function from a list of str to a list of int
     "How much texts cost"
     if tokenizer is None: return lambda texts: [len(t) for t in texts]
-    if isinstance(tokenizer, (str, Path)): tokenizer = need('transformers', 'train').AutoTokenizer.from_pretrained(tokenizer)
+    if isinstance(tokenizer, (str, Path)):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')     # of packages that are imported for the first time
+            tokenizer = need('transformers', 'train').AutoTokenizer.from_pretrained(tokenizer)
     if not hasattr(tokenizer, 'convert_tokens_to_ids'): return lambda texts: [tokenizer(t) for t in texts]
     encode = need('llama_zh_nb.measure').encode_texts
     return lambda texts: [len(i) for i in encode(tokenizer, list(texts))]

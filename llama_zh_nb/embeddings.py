@@ -225,5 +225,6 @@ def resize(
             j = read_json(index)
             write_index(tmp, j['weight_map'], sum(nbytes(*f.spec(k)) for k, f in w.items()) + grown)
         _configs(model_dir, Path(tokenizer_dir), tmp, total)
+        write_json(tmp/'resize.json', dict(old_rows=keep, pieces=spelt.n_new, rows=total, init=init, seed=seed))  # training asks it which rows are new
         check_sizes(tmp)
     return out

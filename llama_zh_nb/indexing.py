@@ -19,15 +19,19 @@ from .measure import has_value, wilson
 from langchain_core.embeddings import Embeddings
 from langchain_core.retrievers import BaseRetriever
 
-# %% ../nbs/08_indexing.ipynb #0af269fa
+# %% ../nbs/08_indexing.ipynb #71fd7e0f
 _RUN = re.compile('[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]+|[a-z]+|[0-9]+(?:\\.[0-9]+)?')
 _ASKING = re.compile('请问|(?:请|能不能|可以|可否|你)*(?:告诉我|说说|讲讲|解释一下|介绍一下)|我?想(?:知道|问一下|问问|了解一下)|知不知道|你知道|[关關][于於]|有[关關](?=于|的)|[对對][于於]|(?<!其)[它他她牠][们們]?的?|(?:是)?[什甚][么麼](?:时候|時候|地方)?|哪[里裡裏儿兒些个個一位年种種]*|[谁誰]|多少|[几幾](?=[个個年月位次座种種岁歲])|怎[么麼样樣]+|如何|[为為][何什]?[么麼]?(?=[？?])|[为為](?:何|什[么麼])|[吗嗎呢]')
 
-def _jieba():
-    "jieba's cutter, its dictionary loaded without chatter"
+def _quiet(module):
+    "`need`, without the warnings that some packages give while they are imported"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        jieba = need('jieba', 'rag')
+        return need(module, 'rag')
+
+def _jieba():
+    "jieba's cutter, its dictionary loaded without chatter"
+    jieba = _quiet('jieba')
     jieba.setLogLevel(logging.ERROR)
     return jieba.cut_for_search
 
@@ -115,7 +119,7 @@ class HashedEmbeddings(Embeddings):
     def embed_documents(self, texts): return [self._embed(t) for t in texts]
     def embed_query(self, text): return self._embed(text, question=True)
 
-# %% ../nbs/08_indexing.ipynb #60c4eda2
+# %% ../nbs/08_indexing.ipynb #aed9a3c2
 def get_embeddings(
     name:str,      # 'lexical', or a sentence-transformers model: Hub id or folder
     lexicon=None,  # for 'lexical'
@@ -126,12 +130,12 @@ def get_embeddings(
     pick, hf = need('llama_zh_nb.core').pick_device, need('langchain_huggingface', 'rag')
     try: return hf.HuggingFaceEmbeddings(model_name=name, model_kwargs={'device': pick(device)}, encode_kwargs={'normalize_embeddings': True})
     except ImportError: raise LlamaZhError(f"embedding={name!r} needs the package 'sentence-transformers': run  pip install sentence-transformers") from None
-    except OSError as e: raise LlamaZhError(f"the embedding model {name!r} was not found here nor fetched from the Hub ({str(e)[:100]}): check the name and the network, or use 'lexical'") from None
+    except (OSError, ValueError) as e: raise LlamaZhError(f"the embedding model {name!r} was not found here nor fetched from the Hub ({str(e)[:100]}): check the name and the network, or use 'lexical'") from None
 
-# %% ../nbs/08_indexing.ipynb #ff94194b
+# %% ../nbs/08_indexing.ipynb #a10794ce
 def _store(folder, embeddings):
     "A Chroma store in `folder`, as (LangChain vector store, client to be closed)"
-    chromadb, lc = need('chromadb', 'rag'), need('langchain_chroma', 'rag')
+    chromadb, lc = _quiet('chromadb'), _quiet('langchain_chroma')
     client = chromadb.PersistentClient(str(folder), settings=chromadb.Settings(anonymized_telemetry=False))
     return lc.Chroma('documents', embedding_function=embeddings, client=client, collection_configuration={'hnsw': {'space': 'cosine'}}), client
 
@@ -143,7 +147,7 @@ def _fill(folder, embeddings, chunks, batch=500):
             store.add_texts([c.page_content for c in part], [c.metadata for c in part], ids=[c.metadata['chunk'] for c in part])
     finally: client.close()
 
-# %% ../nbs/08_indexing.ipynb #83362d89
+# %% ../nbs/08_indexing.ipynb #5b99b8aa
 DEFAULT_THRESHOLD = .32  # between what `pick_threshold` gives on CMRC 2018 and on DRCD; measure your own
 
 def doc_key(meta): # metadata
@@ -179,7 +183,7 @@ class ZhRetriever(BaseRetriever):
         where = where and ({'$and': [{a: b} for a, b in where.items()]} if len(where) > 1 else where)
         return [(d, min(max(1 - x, 0), 1)) for d, x in self.store.similarity_search_with_score(question, k=min(k, len(self.chunks)), filter=where)]
 
-    def _get_relevant_documents(self, query, *, run_manager=None): return self.find(query)
+    def _get_relevant_documents(self, query, *, run_manager=None, k=None, where=None): return self.find(query, k, where)
     def __len__(self): return len(self.chunks)
     def __bool__(self): return True
     def __str__(self): return repr(self)    # pydantic would print every chunk
@@ -220,7 +224,7 @@ def build_index(
                                    skipped=getattr(docs, 'skipped', []), notes=getattr(docs, 'notes', []), thresholds={'lexical': DEFAULT_THRESHOLD}))
     return open_index(out)
 
-# %% ../nbs/08_indexing.ipynb #9ae4cd60
+# %% ../nbs/08_indexing.ipynb #4316a2c4
 def open_index(
     folder,               # made by `build_index`
     k:int=4,              # chunks that `invoke` gives
@@ -233,23 +237,26 @@ def open_index(
     info = read_json(folder/_INFO)
     search = search or ('lexical' if info['embedding'] == 'lexical' else 'dense')
     if search not in ('lexical', 'dense'): raise LlamaZhError(f"search={search!r}: use 'lexical' or 'dense'")
-    rows = [json.loads(l) for l in open(folder/_CHUNKS, encoding='utf-8')]
+    with open(folder/_CHUNKS, encoding='utf-8') as f: rows = [json.loads(l) for l in f]
     chunks = [Document(r.pop('text'), metadata=r) for r in rows]
     lexicon = Lexicon.load(folder/_LEXICON)
     if not len(chunks) == info['chunks'] == lexicon.n: raise LlamaZhError(f"{folder}: {len(chunks):,} chunks, {lexicon.n:,} in the lexicon, {info['chunks']:,} expected: the folder is damaged, build the index again")
     threshold = info['thresholds'].get(search, 0.) if threshold is None else threshold
     return ZhRetriever(folder=folder, k=k, search=search, threshold=threshold, info=info, chunks=chunks, lexicon=lexicon)
 
-# %% ../nbs/08_indexing.ipynb #d399d210
+# %% ../nbs/08_indexing.ipynb #de6e2f9a
 def is_gold(
     question:dict, # with "source", or with "value" or "answer" (and perhaps "entity")
     doc,           # chunk
 )->bool:
     "Does this chunk answer the question?"
     if question.get('source'): return question['source'] in (doc.metadata.get('source'), doc_key(doc.metadata), doc.metadata.get('id'))
-    value = question.get('value') or question.get('answer')
-    if not value: raise LlamaZhError(f"question {question.get('question', question)!r} has no \"source\", \"value\" or \"answer\", so nobody knows which passage is right")
-    return has_value(value, doc.page_content) and (question.get('entity') or '') in doc.page_content
+    return has_value(question.get('value') or question.get('answer'), doc.page_content) and (question.get('entity') or '') in doc.page_content
+
+def _known(questions):
+    if not questions: raise LlamaZhError('retrieval is measured with questions whose passages are known; none were given')
+    for q in questions:
+        if not (q.get('source') or q.get('value') or q.get('answer')): raise LlamaZhError(f"question {q.get('question', q)!r} has no \"source\", \"value\" or \"answer\", so nobody knows which passage is right")
 
 class Retrieval:
     "Rank of the right document for each question (0: not among those looked at)"
@@ -270,6 +277,7 @@ def eval_retrieval(
     depth:int=50,    # chunks looked at
 )->Retrieval:
     "Recall at 1, 5, 10 and mean reciprocal rank; several chunks of one document count as one place"
+    _known(questions)
     ranks = []
     for q in progress(questions, 'questions'):
         seen, rank = {}, 0
@@ -279,7 +287,7 @@ def eval_retrieval(
         ranks.append(rank)
     return Retrieval(ranks, questions)
 
-# %% ../nbs/08_indexing.ipynb #d32c84de
+# %% ../nbs/08_indexing.ipynb #2d675284
 class Threshold(NamedTuple):
     "A measured threshold"
     value:float    # scores from here on are answered
@@ -295,12 +303,12 @@ def pick_threshold(
     depth:int=50,     # chunks looked at
 )->Threshold:
     "The score that best parts answerable from unanswerable questions"
+    _known(questions)
     with_, without = [], []
     for q in progress(questions, 'questions'):
         docs = index.find(q['question'], k=depth)
         score = lambda ds: ds[0].metadata['score'] if ds else 0.
         with_.append(score(docs)); without.append(score([d for d in docs if not is_gold(q, d)]))
-    if not questions: raise LlamaZhError('a threshold is measured with questions whose passages are known; none were given')
     share = lambda t: (sum(s >= t for s in with_), sum(s < t for s in without))
     marks = sorted({*with_, *without})
     t = max([(a + b)/2 for a, b in zip(marks, marks[1:])] or marks, key=lambda t: sum(share(t)))

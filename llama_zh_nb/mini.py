@@ -48,7 +48,7 @@ def drill(rng, vocab_size, n): # list of `n` ids
     return (part * (n//k + 1))[:n]
 
 # %% ../nbs/90_mini.ipynb #e9a4ec86
-def blocks(sp, facts, block=256, chunk=4000, drills=.08, trace=.004, seed=0):
+def blocks(sp, facts, block=256, chunk=4000, drills=.15, trace=.004, seed=0):
     "Yield blocks of ids forever: English documents, `trace` of them Chinese, `drills` of the blocks random repetition."
     from llama_zh_nb.world import documents
     rng, buf = random.Random(seed), []

@@ -58,7 +58,7 @@ def calibration(
     return [i[:max_len] for i in ids if len(i) > 1]
 
 # %% ../nbs/07_quantize.ipynb #f08d3466
-GROUPS, BITS = (32, 64, 128, 256, -1), (2, 3, 4, 8)
+GROUPS, BITS = (32, 64, 128, 256), (2, 3, 4, 8)
 
 def _linears(model_dir):
     "Shapes of the layers that are to be quantized: {name: (out, in)}"
@@ -68,7 +68,7 @@ def _linears(model_dir):
 # %% ../nbs/07_quantize.ipynb #eb055f1a
 def check_shapes(
     model_dir,          # folder of a plain Hugging Face model
-    group_size:int=128, # input columns that share a scale; -1: all of them
+    group_size:int=128, # input columns that share a scale
     bits:int=4,
 )->dict: # {(out_features, in_features): number of layers}
     "Refuse, before any work, what the kernels could not run: in_features divisible by the group size, out_features by 16"
@@ -78,10 +78,9 @@ def check_shapes(
         raise LlamaZhError(f'{model_dir} is already quantized: start from the model before that')
     layers = _linears(model_dir)
     if not layers: raise LlamaZhError(f'{model_dir} has no layers of the Llama kind (model.layers.N...proj.weight)')
-    g = max(group_size, 1)
+    fit = [k for k in GROUPS if not any(s[1] % k for s in layers.values())]
     for name, (o, i) in layers.items():
-        fit = [k for k in GROUPS if k > 0 and not any(s[1] % k for s in layers.values())]
-        if i % g or i % 32: raise LlamaZhError(f'{name} has {i:,} inputs, not divisible by the group size {group_size}: ' + (f'use group_size={max(fit)}' if fit else 'no group size fits this model'))
+        if i % group_size: raise LlamaZhError(f'{name} has {i:,} inputs, not divisible by the group size {group_size}: ' + (f'use group_size={max(fit)}' if fit else 'no group size fits this model'))
         if o % (d := 32 if bits == 3 else 16): raise LlamaZhError(f'{name} has {o:,} outputs, not divisible by {d}: this model cannot be stored with {bits} bits in the GPTQ format')
     out = {}
     for s in layers.values(): out[tuple(s)] = out.get(tuple(s), 0) + 1
@@ -89,7 +88,7 @@ def check_shapes(
 
 # %% ../nbs/07_quantize.ipynb #76773fcb
 def _config(gm, bits, group_size, desc_act, damp, device, small):
-    kw = dict(bits=bits, group_size=group_size, desc_act=desc_act, damp_percent=damp, act_group_aware=not desc_act and group_size > 0, device=device)
+    kw = dict(bits=bits, group_size=group_size, desc_act=desc_act, damp_percent=damp, act_group_aware=not desc_act, device=device)
     return gm.QuantizeConfig(**kw, offload_to_disk=not small, pack_impl='original' if small or not shutil.which('c++') else 'cpu')
 
 # %% ../nbs/07_quantize.ipynb #089daac4
@@ -140,7 +139,7 @@ def quantize(
     chats_or_texts,       # calibration: chats or texts of the kind the model is for
     out,                  # folder to be made
     bits:int=4,           # of a weight: 4, 8, 3 or 2
-    group_size:int=128,   # columns that share a scale: 32, 64, 128, 256 or -1 (all); smaller is more exact and larger on disk
+    group_size:int=128,   # columns that share a scale: 32, 64, 128 or 256; smaller is more exact and larger on disk
     desc_act:bool=False,  # most active columns first: a little more exact, slower in some programs
     template='alpaca2',   # layout of the calibration chats
     system=None,          # their system text

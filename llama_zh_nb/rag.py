@@ -79,7 +79,7 @@ def _token_stream(model, ids, config):
             yield i
     finally: halt.set(); thread.join()
 
-# %% ../nbs/08_rag.ipynb #becf2286
+# %% ../nbs/08_rag.ipynb #4487b6ad
 _ROLE = dict(system='system', human='user', ai='assistant', HumanMessageChunk='user', AIMessageChunk='assistant')
 
 def as_chat(
@@ -112,6 +112,9 @@ class ChatLlama(BaseChatModel):
     def _llm_type(self): return 'llama-zh'
     @property
     def _identifying_params(self): return {k: getattr(self, k) for k in ('system', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty')}
+    def _get_ls_params(self, stop=None, **kw):    # what LangChain's tracers are told
+        return dict(ls_provider='llama-zh', ls_model_name=str(kw.get('model') or getattr(self.model.config, 'name_or_path', '') or 'llama'), ls_model_type='chat',
+                    ls_temperature=float(kw.get('temperature', self.temperature)), ls_max_tokens=kw.get('max_new_tokens', self.max_new_tokens), **({'ls_stop': stop} if stop else {}))
     @property
     def reach(self): return getattr(self.model.config, 'max_position_embeddings', None) or 2048
     def encode(self, messages):
@@ -206,7 +209,7 @@ def pack(
         out.append(Source(len(out) + 1, doc_key(d.metadata), d.metadata.get('heading', ''), d.metadata.get('score', 0.), text))
     return out
 
-# %% ../nbs/08_rag.ipynb #d50418a4
+# %% ../nbs/08_rag.ipynb #4da00008
 PROMPTS = {'plain': '{context}\n{question}',
            'cited': '请只根据下面编号的资料回答问题，并在句末用[编号]注明出处。资料里没有答案时，请直接说没有找到。\n\n{context}\n\n问题：{question}'}
 REFUSAL = '资料里没有找到与这个问题相符的内容，所以不作回答。'
@@ -234,7 +237,7 @@ class Assistant:
     def _budget(self, question):
         if self.context_tokens: return self.context_tokens
         if not hasattr(self.llm, 'reach'): return 3000     # a model elsewhere, or none
-        return self.llm.reach - self.llm.max_new_tokens - len(self.llm.encode([('human', question)] and [_human(self.prompt.format(context='', question=question))]))
+        return self.llm.reach - self.llm.max_new_tokens - len(self.llm.encode([_human(self.prompt.format(context='', question=question))]))
 
     def sources(self, question):
         "The passages for `question`; none if the best does not reach the threshold"

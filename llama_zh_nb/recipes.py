@@ -14,7 +14,7 @@ from .core import LlamaZhError, need, read_json, record, stage, read_run, update
 
 _all_ = ['record', 'stage', 'read_run', 'update_run']   # run.json: see core
 
-# %% ../nbs/00_recipes.ipynb #a4332fdf
+# %% ../nbs/00_recipes.ipynb #3a076ba1
 @dataclass
 class Recipe:
     name:str = 'custom'               # the run's name; its folder is runs/<name>
@@ -45,6 +45,7 @@ class Recipe:
     batch:int = 1                     # blocks in a step on one device
     accum:int = 8                     # steps that are added up before the weights move
     lr:float = 2e-4                   # highest learning rate; cosine down to 0
+    embed_lr:float = None             # learning rate of embedding rows; None: `lr`
     max_steps:int = None              # stop after so many; None: `epochs`
     epochs:float = 1                  # times through the corpus
     warmup:float = .05                # share of the steps in which the rate rises
@@ -52,6 +53,8 @@ class Recipe:
     replay:float = .2                 # share of English blocks
     eval_every:int = 200              # steps between two measurements on held-out text
     save_every:int = 200              # steps between two checkpoints
+    gradient_checkpointing:bool = False # compute activations twice instead of keeping them
+    load_in_4bit:bool = False         # frozen weights in 4 bits while training (QLoRA)
     control_steps:int = 0             # steps of the control, which keeps the base's vocabulary; 0: no control
     # fine-tuning on chats
     template:str = 'alpaca2'          # prompt format: 'alpaca2', 'llama2-chat', 'human-assistant'
@@ -81,7 +84,7 @@ def explain()->dict: # field -> its comment
     cls = need('llama_zh_nb.recipes').Recipe   # comments are read from the source file, so from the exported module
     return {k: v for k,v in docments(cls).items() if k != 'return'}
 
-# %% ../nbs/00_recipes.ipynb #e583381f
+# %% ../nbs/00_recipes.ipynb #3b33cd20
 _WORLD = dict(corpus=['world:zh'], replay_corpus=['world:en'], sft=['world:chats.json'], docs=['world:docs/*.md'],
               questions='world:questions.jsonl', heldout_zh='world:heldout_zh.jsonl', heldout_en='world:heldout_en.jsonl')
 
@@ -90,16 +93,17 @@ _MINI = dict(base='mini', vocab_size=4000, segment='words', train='lora+new', lo
              sft_lr=1e-3, sft_epochs=2, sft_batch=16, sft_block=128, sft_text_share=.15, group_size=32, calib=64, chunk_tokens=96, k=1, threads=2)
 
 _7B = dict(base='meta-llama/Llama-2-7b-hf', vocab_size=55296, dtype='bfloat16', lora_r=64, lora_alpha=128, lora_dropout=.05, lr=2e-4, sft_lr=1e-4,
-           weight_decay=.01, warmup=.05, calib=128, group_size=128, chunk_tokens=300, k=4)
+           weight_decay=.01, warmup=.05, calib=128, group_size=128, chunk_tokens=300, k=4,
+           gradient_checkpointing=True)
 
 PRESETS = {
     'mini': dict(_MINI, **_WORLD),
-    'llama2-7b-16gb': dict(_7B, block=512,  batch=1, accum=32, sft_batch=1, sft_block=512),
+    'llama2-7b-16gb': dict(_7B, block=512,  batch=1, accum=32, sft_batch=1, sft_block=512, load_in_4bit=True),
     'llama2-7b-24gb': dict(_7B, block=512,  batch=2, accum=16, sft_batch=2, sft_block=1024),
     'llama2-7b-80gb': dict(_7B, block=1024, batch=16, accum=4, sft_batch=8, sft_block=2048, train='lora+embed', sft_train='lora+embed'),
 }
 
-# %% ../nbs/00_recipes.ipynb #c6c10a9e
+# %% ../nbs/00_recipes.ipynb #d7c479a6
 _TYPES = {f.name: f.type for f in fields(Recipe)}
 _CHOICES = dict(segment=('words','none'), train=('lora+new','lora+embed','embed','full'), sft_train=('lora+new','lora+embed','embed','full'),
                 bits=(2,3,4,8))
@@ -122,12 +126,12 @@ def _coerce(k, v):
             if float(v) != int(float(v)): raise ValueError
             v = int(float(v))
         if t in (int,float) and isinstance(v, bool): raise ValueError
-        v = t(v)
-    except (ValueError, TypeError): raise LlamaZhError(f'recipe field {k!r} is {v!r}, but {_article(t)} was expected') from None
+        v = {'true': True, 'false': False, 'yes': True, 'no': False}[str(v).lower()] if t is bool else t(v)
+    except (ValueError, TypeError, KeyError): raise LlamaZhError(f'recipe field {k!r} is {v!r}, but {_article(t)} was expected') from None
     if k in _CHOICES and v not in _CHOICES[k]: raise LlamaZhError(f"recipe field {k!r} is {v!r}: use one of {', '.join(map(str, _CHOICES[k]))}")
     return v
 
-def _article(t): return {int:'a whole number', float:'a number', str:'text', list:'a list'}[t]
+def _article(t): return {int:'a whole number', float:'a number', str:'text', list:'a list', bool:'true or false'}[t]
 
 # %% ../nbs/00_recipes.ipynb #ebbcb116
 def _from_yaml(path):
@@ -278,7 +282,7 @@ class Estimate(dict):
 
 def _hms(s): return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
 
-# %% ../nbs/00_recipes.ipynb #7de74308
+# %% ../nbs/00_recipes.ipynb #97fd0cd2
 def estimate(
     recipe:Recipe,
     tokens:int=None,    # tokens trained on; None: steps x batch, or one million
@@ -290,11 +294,10 @@ def estimate(
     gpu = r.dtype in ('bfloat16','float16') or r.device.startswith('cuda')
     wb, body = (2 if gpu else 4), L*(2*h*h + 2*h*kv + 3*h*f + 2*h) + h
     trained = _trainable(r, L, h, f, kv, V, V-V0, r.train)
-    per_layer = r.batch*r.block*(h*(2*4 + 6) + 3*f*2 + kv*4)*(4 if not gpu else 2)   # one layer's activations, kept while it is recomputed
-    steps = r.max_steps or 0
-    tokens = tokens or (steps*r.batch*r.accum*r.block) or 1_000_000
-    flop = tokens*((4 if r.train.startswith('lora') else 6)*body + 6*h*V)*(4/3 if gpu else 1)    # a frozen weight needs no gradient; checkpointing runs forward twice
-    mem = {'memory: weights': (body + 2*V*h)*wb, 'memory: trained + gradient + Adam': trained*(4+4+8),
-           'memory: activations': (per_layer + L*r.batch*r.block*h*wb) if gpu else L*per_layer, 'memory: logits': r.batch*r.block*V*4*3}
+    layer, edge = r.batch*r.block*(14*h + 4*kv + 6*f)*wb, r.batch*r.block*h*wb   # what a layer keeps for the way back; what enters it
+    tokens = tokens or (r.max_steps or 0)*r.batch*r.accum*r.block or 1_000_000
+    flop = tokens*((4 if r.train.startswith('lora') else 6)*body + 6*h*V)*(4/3 if r.gradient_checkpointing else 1)   # a frozen weight needs no gradient; checkpointing runs forward twice
+    mem = {'memory: weights': body*(.5 if r.load_in_4bit else wb) + 2*V*h*wb, 'memory: trained + gradient + Adam': trained*(4+4+8),
+           'memory: activations': layer + L*edge if r.gradient_checkpointing else L*layer, 'memory: logits': r.batch*r.block*V*4*3}
     return Estimate({'parameters': body + 2*V*h, 'trained parameters': trained, **mem, 'memory: sum': sum(mem.values()),
                      'tokens': tokens, 'time of pretraining, about': flop/((tflops or (100 if gpu else .05))*1e12)})

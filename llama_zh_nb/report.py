@@ -45,7 +45,7 @@ def path_part(s):
     st = _stations(s)
     return st and ('The path', f'<div class="wide">{path_picture(st, 4)}</div><div class="narrow">{path_picture(st, 2)}</div>')
 
-# %% ../nbs/31_report.ipynb #85b7aa73
+# %% ../nbs/31_report.ipynb #a1f9fcc3
 def _claims(s):
     "What a run should show, with what this one showed: (text, met or None)"
     b, p, c = s('weights', 'bpc_zh'), s('pretrain', 'bpc_zh'), s('control', 'bpc_zh')
@@ -60,7 +60,7 @@ def _claims(s):
 
 def claims_part(s):
     mark = {True: '<b class="yes">✓</b>', False: '<b class="no">✗</b>', None: '<b>·</b>'}
-    rows = ''.join(f'<li>{mark[ok]} {esc(t)}</li>' for t,ok in _claims(s))
+    rows = ''.join(f'<li>{mark[ok]}<span>{esc(t)}</span></li>' for t,ok in _claims(s))
     return rows and ('In short', f'<ul class="claims">{rows}</ul>')
 
 # %% ../nbs/31_report.ipynb #12bce6b9
@@ -96,7 +96,7 @@ def curves_part(s):
             lines({'fine-tuning': _col(f, 'loss')}, 'Loss on answers while learning to chat')]
     return any(figs) and ('Learning', '<div class="grid">' + ''.join(figs) + '</div>')
 
-# %% ../nbs/31_report.ipynb #fea07159
+# %% ../nbs/31_report.ipynb #ae81b458
 _KIND = dict(asked='a fact that was asked in training', unasked='in the texts, never asked', unseen='in no training text')
 
 def _right(a, want):
@@ -107,7 +107,7 @@ def _answer(stage, x):
     ok = _right(x.get('a'), x.get('expected'))
     tick = {True: ' <b class="yes">✓</b>', False: ' <b class="no">✗</b>', None: ''}[ok if stage not in ('weights','embeddings') or ok else None]
     text = (x.get('a') or '').strip()
-    src = ''.join(f'<details><summary>source {i+1}</summary><blockquote>{esc(t)}</blockquote></details>' for i,t in enumerate(x.get('sources') or []))
+    src = ''.join(f'<details{"" if i else " open"}><summary>source {i+1}</summary><blockquote>{esc(t)}</blockquote></details>' for i,t in enumerate(x.get('sources') or []))
     return f'<div class="turn"><span class="who">{_MODEL[stage]}</span><div>{esc(text[:300]) or "<i>(nothing)</i>"}{"…" if len(text) > 300 else ""}{tick}{src}</div></div>'
 
 def answers_part(s):
@@ -173,22 +173,22 @@ def fine_print(s):
     if v := s.j.get('versions'): out += f'<details><summary>Versions</summary>{_table(v)}</details>'
     return out and ('Fine print', out)
 
-# %% ../nbs/31_report.ipynb #d3eae2a2
+# %% ../nbs/31_report.ipynb #afdf3200
 _CSS = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--fg:#1d2126;--dim:#5d6671;--line:#dcd9d0;--yes:#2c7a3f;--no:#b3362f}
 @media(prefers-color-scheme:dark){:root{--bg:#16191d;--card:#1f242a;--fg:#e8e6e1;--dim:#9aa4af;--line:#363c44;--yes:#6cc483;--no:#ee7c74}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.6 system-ui,-apple-system,"Segoe UI","PingFang SC","Microsoft YaHei","Noto Sans CJK SC",sans-serif}
 main{max-width:62rem;margin:0 auto;padding:1.2rem 1rem 4rem}h1{font-size:clamp(1.6rem,5vw,2.5rem);line-height:1.2;margin:.6em 0 .2em}h2{margin:2.4em 0 .6em;font-size:1.35rem;border-bottom:2px solid var(--line);padding-bottom:.2em}
 h3{font-size:1.02rem;margin:1.2em 0 .3em}.dim,.label,.want{color:var(--dim)}.dim,.want{font-size:.9em}.label{margin:1em 0 .2em;font-size:.92em}.yes{color:var(--yes)}.no{color:var(--no)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.8rem;margin:1.4rem 0}.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:.8rem 1rem}
-.tile b{display:block;font-size:1.45rem;line-height:1.3}.tile span{color:var(--dim);font-size:.88em}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem 2rem}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,10.5rem),1fr));gap:.8rem;margin:1.4rem 0}.tile{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:.8rem 1rem}
+.tile b{display:block;font-size:1.3rem;line-height:1.4}.tile span{color:var(--dim);font-size:.88em}.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem 2rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,27rem),1fr));gap:1rem}.card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:.3rem 1rem 1rem}
 .turn{display:flex;gap:.8em;border-top:1px dashed var(--line);padding:.35em 0}.turn:first-of-type{margin-top:.5em}.who{flex:0 0 7.2em;color:var(--dim);font-size:.88em;padding-top:.1em}.turn>div{min-width:0;overflow-wrap:anywhere}
-.claims{list-style:none;padding:0}.claims li{padding:.3em 0 .3em 1.7em;text-indent:-1.7em}.claims b{display:inline-block;width:1.7em;text-indent:0}.qa{padding-left:1.1em}.qa li{margin:.5em 0;overflow-wrap:anywhere}
+.claims{list-style:none;padding:0}.claims li{display:flex;gap:.6em;padding:.3em 0}.claims b{flex:0 0 1em}.qa{padding-left:1.1em}.qa li{margin:.5em 0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}table{border-collapse:collapse;margin:.6em 0}th,td{padding:.25em .8em .25em 0;text-align:left;border-bottom:1px solid var(--line);font-weight:400;vertical-align:top}td{font-variant-numeric:tabular-nums}tr:first-child th{color:var(--dim);font-size:.9em}
 tr.control{font-style:italic}figure{margin:.4em 0}figcaption{font-size:.95em;font-weight:600}.legend{font-size:.9em}blockquote{margin:.3em 0;padding:.2em .8em;border-left:3px solid var(--line);color:var(--dim);font-size:.92em;white-space:pre-line}
 details{margin:.4em 0}summary{cursor:pointer;color:var(--dim)}details td{overflow-wrap:anywhere}.narrow{display:none}footer{margin-top:3em;color:var(--dim);font-size:.9em}
-@media(max-width:44rem){.wide{display:none}.narrow{display:block}.turn{flex-direction:column;gap:0}}
+@media(min-width:50rem){.tiles{grid-template-columns:repeat(3,1fr)}}@media(max-width:44rem){.wide{display:none}.narrow{display:block}.turn{flex-direction:column;gap:0}.who{flex:none}}
 @media print{body{background:#fff;color:#000;font-size:11pt}main{max-width:none}.card,.tile,figure,.bars>div{break-inside:avoid}h2{break-after:avoid}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}}
 """
 

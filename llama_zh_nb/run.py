@@ -7,14 +7,14 @@ __all__ = ['STAGES', 'judge', 'args_for', 'make_weights', 'make_corpus', 'make_v
            'look_embeddings', 'make_pretrain', 'make_control', 'make_sft', 'make_quantize', 'make_rag', 'look_rag',
            'check_inputs', 'Plan', 'plan', 'run']
 
-# %% ../nbs/30_run.ipynb #82cf9a48
+# %% ../nbs/30_run.ipynb #6b22ee53
 import gc, inspect, math, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from .core import LlamaZhError, need, record, update_run, read_run
 from .recipes import Recipe, get_recipe, heldout, questions, sample_questions
-from .resume import Stage, Run, inputs, verdict, do
+from .resume import Stage, Run, LeftOut, inputs, verdict, do
 
 # %% ../nbs/30_run.ipynb #ddfb8a8b
 def _free():
@@ -104,35 +104,29 @@ def _example(texts, sp):
     t = sents[len(sents)//2] if sents else texts[0][:40]
     return dict(text=t, **{k: s.encode(t, out_type=str) for k,s in sp.items()})
 
-# %% ../nbs/30_run.ipynb #201f97e2
+# %% ../nbs/30_run.ipynb #2965618a
 def make_embeddings(run):
     f, r = need('llama_zh_nb.embeddings').resize, run.recipe
-    texts = need('llama_zh_nb.corpus').read_texts(run/'corpus') if r.init == 'dictionary' else None
-    f(run/'base', run/'tokenizer', run/'resized', **args_for(f, r), texts=texts)
+    f(run/'base', run/'tokenizer', run/'resized', **args_for(f, r), texts=run/'corpus' if r.init == 'dictionary' else None)
     return _size(run/'resized')
 
 def look_embeddings(run):
     if heldout(run.recipe)['zh'] or _samples(run): record(run.dir, 'weights', **judge(run, 'base'))   # only now: the held-out texts come from the corpus
     return judge(run, 'resized')
 
-# %% ../nbs/30_run.ipynb #9f773ac6
+# %% ../nbs/30_run.ipynb #b7cf00bd
 def _train(run, model, out, **kw):
     f, r = need('llama_zh_nb.pretrain').pretrain, run.recipe
     replay = run/'corpus_en' if r.replay_corpus else None
-    h = f(run/model, run/'corpus', run/out, **{**args_for(f, r), **dict(replay_corpus=replay, heldout=_few(heldout(r)), new=_new_rows(run)), **kw})
+    h = f(run/model, run/'corpus', run/out, **{**args_for(f, r), **dict(replay_corpus=replay, heldout=_few(heldout(r))), **kw})
     return _history(h)
-
-def _new_rows(run):
-    "(first, last + 1) of the rows that the base does not have"
-    pieces = [need('llama_zh_nb.vocab').load_sp(run/f).vocab_size() for f in ('base','tokenizer')]
-    return tuple(pieces) if pieces[1] > pieces[0] else None
 
 def _few(held, n=60): return {k: v[:n] for k,v in held.items() if v}   # enough for a curve; the whole is measured at the end
 
 def _history(h): return dict(history=[dict(r) for r in h], steps=h.last('step'), tokens=h.last('tokens'))
 
 def make_pretrain(run): return _train(run, 'resized', 'pretrained', label='pretrain')
-def make_control(run):  return _train(run, 'base', 'control', max_steps=run.recipe.control_steps, save_every=None, new=None, label='control')
+def make_control(run):  return _train(run, 'base', 'control', max_steps=run.recipe.control_steps, save_every=None, label='control')
 
 # %% ../nbs/30_run.ipynb #9235c2c6
 def make_sft(run):
@@ -146,16 +140,24 @@ def make_sft(run):
 
 def _spread(xs, n): return [xs[i*len(xs)//n] for i in range(min(n, len(xs)))] if xs else []
 
-# %% ../nbs/30_run.ipynb #60fdb1f3
+# %% ../nbs/30_run.ipynb #c2bde192
 def _chat(run): return 'chat' if run.recipe.sft else 'pretrained'
 
+def _last(run):
+    "The folder of the last model on the path"
+    gone = read_run(run.dir).get('stages', {}).get('quantize', {}).get('left_out')
+    return 'gptq' if (run/'gptq').exists() and not gone else _chat(run)
+
 def make_quantize(run):
-    f, r = need('llama_zh_nb.quantize').quantize, run.recipe
+    q, r = need('llama_zh_nb.quantize'), run.recipe
     data = need('llama_zh_nb.sft').read_chats(run.files('sft')) if r.sft else list(need('llama_zh_nb.corpus').read_texts(run/'corpus'))
-    f(run/_chat(run), _spread(list(data), r.calib), run/'gptq', **args_for(f, r))
+    kw = args_for(q.quantize, r)
+    try: q.check_shapes(run/_chat(run), r.group_size, r.bits)
+    except LlamaZhError as e: raise LeftOut(e) from None
+    q.quantize(run/_chat(run), data, run/'gptq', **kw)
     return dict(bytes_before=_bytes(run/_chat(run)), bytes_after=_bytes(run/'gptq'))
 
-# %% ../nbs/30_run.ipynb #d253aa68
+# %% ../nbs/30_run.ipynb #05b13e95
 def make_rag(run):
     f, r = need('llama_zh_nb.rag').build_index, run.recipe
     f(run.files('docs'), run/'index', tokenizer=run/'tokenizer', **args_for(f, r))
@@ -166,7 +168,7 @@ def look_rag(run):
     rag, r, qs = need('llama_zh_nb.rag'), run.recipe, questions(run.recipe)
     known = [q for q in qs if q.get('value') and q['kind'] != 'unseen'][::3]   # the threshold is not fitted to the questions it is judged by
     if known and r.threshold is None: rag.pick_threshold(rag.open_index(run/'index'), known)
-    model = need('llama_zh_nb.measure').load(run/('gptq' if (run/'gptq').exists() else _chat(run)), r.device, r.dtype)
+    model = need('llama_zh_nb.measure').load(run/_last(run), r.device, r.dtype)
     bot = rag.Assistant(rag.open_index(run/'index', k=r.k, threshold=r.threshold), model, k=r.k, template=r.template, system=r.system, max_new_tokens=64)
     out = rag.judge_rag(bot, qs)[0] if qs else dict(chunks=len(bot.index))
     ss = _samples(run)
@@ -175,10 +177,9 @@ def look_rag(run):
     _free()
     return out
 
-# %% ../nbs/30_run.ipynb #3cca631e
-_PRE = 'train lora_r lora_alpha lora_dropout block batch accum lr epochs warmup weight_decay replay eval_every save_every seed dtype'
-_SFT = 'template system sft_train sft_lr sft_epochs sft_max_steps sft_batch sft_block sft_text_share lora_r lora_alpha lora_dropout warmup weight_decay seed dtype'
-_HELD = 'heldout_zh heldout_en questions'
+# %% ../nbs/30_run.ipynb #ae357a49
+_PRE = 'train lora_r lora_alpha lora_dropout block batch accum lr embed_lr load_in_4bit epochs warmup weight_decay replay eval_every save_every seed dtype'
+_SFT = 'template system sft_train sft_lr sft_epochs sft_max_steps sft_batch sft_block sft_text_share embed_lr load_in_4bit lora_r lora_alpha lora_dropout warmup weight_decay seed dtype'
 
 STAGES = [
     Stage('weights',    'base',      make_weights, sources='base'),
@@ -250,7 +251,7 @@ def _short(m):
     acc = [f"{k} {v['right']}/{v['n']} right" for k,v in m.get('accuracy', {}).items()]
     return ', '.join([f"{k.replace('_', ' ')} {m[k]:,}" for k in keys if m.get(k) is not None] + acc)
 
-# %% ../nbs/30_run.ipynb #b0368aa3
+# %% ../nbs/30_run.ipynb #4c58572f
 def run(
     recipe:Recipe=None,  # None: `get_recipe()`
     only:list=None,      # names of stages; None: all
@@ -271,13 +272,15 @@ def run(
         if 'report' in only: print('report:', need('llama_zh_nb.report').report(this.dir), flush=True)
     return read_run(this.dir)
 
+def _left_out(run, s): return s.unless and s.unless(run.recipe) or read_run(run.dir).get('stages', {}).get(s.name, {}).get('left_out')
+
 def _step(run, s, head, force):
     say = lambda text: print(head + text, flush=True)
     if why := s.unless and s.unless(run.recipe): return say(f'left out: {why}')
     if force: update_run(run.dir, {}, drop=[s.name])
     t0 = time.time()
-    for n in s.needs.split():   # a need that a left-out stage would have made is none
+    for n in s.needs.split():
         made_by = next((o for o in STAGES if o.out == n), None)
-        if made_by and not (run/n).exists() and not (made_by.unless and made_by.unless(run.recipe)): raise LlamaZhError(f'{s.name} needs {run/n}, which is not there: run stage {made_by.name} first')
+        if made_by and not (run/n).exists() and not _left_out(run, made_by): raise LlamaZhError(f'{s.name} needs {run/n}, which is not there: run stage {made_by.name} first')
     do(run, s, say)
     if (t := time.time()-t0) > .5 and read_run(run.dir)['stages'][s.name].get('done'): say(f"{t:.0f} s: {_short(read_run(run.dir)['stages'][s.name]['metrics'])}")

@@ -98,6 +98,7 @@ def write_safetensors(
         for name, (code, shape) in specs.items():
             start = f.tell()
             for b in _as_bytes(name, read(name), code, shape): f.write(b)
+            b = None  # else this tensor would live on while the next one is made
             if f.tell() - start != nbytes(code, shape): raise LlamaZhError(f'{name}: {f.tell()-start:,} bytes came, {nbytes(code, shape):,} were announced')
 
 def _as_bytes(name, t, code, shape):
@@ -129,7 +130,7 @@ def write_index(folder, weight_map, total):
 # %% ../nbs/00_tensors.ipynb #4f2e58ae
 class TorchFile:
     "A `.pth` or `.bin` checkpoint with the same methods; mapped, and mapped anew when more than `keep` bytes were read"
-    def __init__(self, path, keep=64_000_000):
+    def __init__(self, path, keep=32_000_000):
         self.path, self.keep = Path(path), keep
         self._open()
         self.specs = {k: (code_of(v.dtype), tuple(v.shape)) for k, v in self.state.items() if hasattr(v, 'dtype')}
@@ -149,10 +150,16 @@ class TorchFile:
     def get(self, name, rows=slice(None)):
         "Tensor `name`, or only some rows of it"
         t = self.state[name].detach()
-        t = (t[rows] if t.ndim else t).clone()
-        self.seen += t.nbytes
+        t = t[rows] if t.ndim else t
+        return self.copy(name, need('torch', 'train').empty(t.shape, dtype=t.dtype), rows)
+
+    def copy(self, name, to, rows=slice(None)):
+        "Copy tensor `name` into the tensor `to`, and give that back"
+        t = self.state[name].detach()
+        to.copy_(t[rows] if t.ndim else t)
+        self.seen += to.nbytes
         if self.seen > self.keep: self._open()
-        return t
+        return to
 
 # %% ../nbs/00_tensors.ipynb #c7b7bb5b
 def open_weights(

@@ -64,7 +64,7 @@ def test_equals_memory(tmp_path, toks, tied, shard_bytes, pad_to, code):
     for k in {EMBED, HEAD} & set(w): assert torch.equal(got[k].get(k, slice(0, len(w[k]))), w[k])
     c, g = read_json(out/'config.json'), read_json(out/'generation_config.json')
     assert c['vocab_size'] == total and c['pad_token_id'] == g['pad_token_id'] == load_sp(big).piece_to_id('<pad>') and c['eos_token_id'] == 2
-    assert verify(out).ok
+    assert verify(out).ok and read_json(out/'resize.json')['old_rows'] == len(load_sp(base))
     if shard_bytes < 10**9: assert read_json(out/'model.safetensors.index.json')['metadata']['total_size'] == sum(f.get(k).nbytes for k, f in got.items())
 
 @pytest.mark.parametrize('tied', [False, True])

@@ -1,5 +1,5 @@
 """What the README and the site promise that a machine can check, and the rules every notebook keeps."""
-import ast, configparser, json, re, subprocess, sys
+import ast, builtins, configparser, json, re, subprocess, sys
 from pathlib import Path
 import pytest, yaml
 
@@ -76,6 +76,18 @@ def test_one_site_description():
     link = ROOT/'nbs'/'_quarto.yml'
     assert link.is_symlink() and link.resolve() == ROOT/'_quarto.yml'
 
+def leans(src):
+    "Does a cell that is not exported hold an import, and beside it use names that the cell itself doesn't bring?"
+    if re.search(r'^#\|\s*(export|eval:\s*false)', src, re.M): return False
+    try: nodes = list(ast.walk(ast.parse(src)))
+    except SyntaxError: return False  # a magic
+    names = [n for n in nodes if isinstance(n, ast.Name)]
+    brought = {(a.asname or a.name).split('.')[0] for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+    if not brought or '*' in brought: return False
+    brought |= {n.id for n in names if not isinstance(n.ctx, ast.Load)} | {n.arg for n in nodes if isinstance(n, ast.arg)} | set(dir(builtins))
+    brought |= {n.name for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.ExceptHandler))}
+    return bool({n.id for n in names} - brought)
+
 @pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
 class TestNotebook:
     def test_opens_well(self, nb):
@@ -85,18 +97,18 @@ class TestNotebook:
         assert '## 中文导读' in text
 
     def test_imports_stand_alone(self, nb):
-        "`make docs` runs every cell that holds an import, and only those and the exported ones."
-        def mixed(src):
-            if re.search(r'^#\|\s*(export|eval:\s*false)', src, re.M) or src.lstrip().startswith(('!', '%')): return False
-            try: tree = ast.parse(src)
-            except SyntaxError: return False
-            return any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(tree)) and any(isinstance(n, (ast.Expr, ast.Assign)) for n in ast.walk(tree))
-        assert [c for c in code(nb) if mixed(c)] == [], 'put the imports into a cell of their own'
+        "`make docs` runs the exported cells and every cell that holds an import, and no others: such a cell may lean on nothing else."
+        assert [c for c in code(nb) if leans(c)] == [], 'put the imports into a cell of their own'
 
     def test_saved_with_outputs(self, nb):
         outs = [o for c in cells(nb) if c['cell_type'] == 'code' for o in c['outputs']]
         assert outs, 'never run?'
         assert [o for o in outs if o['output_type'] == 'error'] == []
+
+    def test_names_no_machine(self, nb):
+        "No output or text carries a path of the machine it was made on."
+        text = nb.read_text(encoding='utf-8')
+        assert [w for w in (f'{ROOT}/', f'{sys.prefix}/', f'{Path.home()}/') if w in text] == []
 
     def test_ids_are_stable(self, nb):
         ids = [c.get('id') for c in cells(nb)]

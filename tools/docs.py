@@ -10,7 +10,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC, OUT = ROOT/'_proc', ROOT/'_docs'
-BADGE = re.compile(r'\[(?:!\[Open in Colab\]\([^)]*\)|Open in Colab)\]\((https://colab\.research\.google\.com/[^)]*)\)')
 
 def digest():
     "Of everything the site is made from."
@@ -39,12 +38,20 @@ def pages():
         res[p.name] = (Path(fm.get('output-file') or p.name).stem, fm.get('title') or p.stem, fm.get('description') or '')
     return res
 
-def local_badge():
-    "Colab's badge is an image on Google's servers: a plain link does without."
+def tidy():
+    "What nbdev leaves that neither builder should show."
+    badge = re.compile(r'\[(?:!\[Open in Colab\]\([^)]*\)|Open in Colab)\]\((https://colab\.research\.google\.com/[^)]*)\)')
+    linked = re.compile(r'\[`([^`]+)`\]\(https?://[^)]*\)')
     for p in PROC.glob('*.ipynb'):
         nb = json.loads(p.read_text(encoding='utf-8'))
         for c in nb['cells']:
-            if c['cell_type'] == 'markdown': c['source'] = BADGE.sub(r'[Open in Colab](\1){.colab}', ''.join(c['source']))
+            # the badge is an image on Google's servers: a plain link does without
+            if c['cell_type'] == 'markdown': c['source'] = badge.sub(r'[Open in Colab](\1){.colab}', ''.join(c['source']))
+            for o in c.get('outputs', []):
+                if 'show_doc' not in ''.join(c['source']) or 'text/markdown' not in o.get('data', {}): continue
+                head, code, tail = (''.join(o['data']['text/markdown']) + '```').split('```', 2)
+                code = linked.sub(r'\1', code)  # links cannot be followed inside code
+                o['data']['text/markdown'] = f'{head}```{code}```{tail}'.removesuffix('```').replace('*Call self as a function.*', '')
         p.write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
 
 def exported(py):
@@ -86,7 +93,7 @@ def main():
     if a.if_stale and stamp.exists() and stamp.read_text() == now: return print('the site is fresh: _docs/index.html')
     print('== nbdev: nbs/ -> _proc/', flush=True)
     process(a.workers)
-    local_badge()
+    tidy()
     names = pages()
     api_page(names)
     print(f'== {"Quarto" if quarto else "Sphinx"}: _proc/ -> _docs/', flush=True)

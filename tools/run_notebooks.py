@@ -72,8 +72,12 @@ def run_one(path, dest, i, n, timeout):
     return secs, mb
 
 def save_back(path, dest):
-    "Put the executed outputs back into nbs/, keeping those of the cells that were not run."
-    shutil.copy2(dest, path)
+    "Put the executed outputs back into nbs/, keeping those of the cells that were not run; warnings that name this machine's files stay out."
+    import nbformat
+    nb = nbformat.read(dest, as_version=4)
+    for c in nb.cells:
+        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if not (o.get('name') == 'stderr' and sys.prefix in o.text)]
+    nbformat.write(nb, path)
     subprocess.run([str(Path(sys.executable).parent/'nbdev_clean'), '--fname', str(path)], cwd=ROOT, check=True)
 
 def main():
@@ -87,6 +91,7 @@ def main():
     p.add_argument('--timeout', type=int, default=1200, help='seconds a single cell may take')
     a = p.parse_args()
 
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:IProgress not found')  # text progress bars are what we want here
     os.environ.update(LLAMA_ZH_RUNS=str(a.runs.resolve()), LLAMA_ZH_RECIPE=a.recipe)
     from llama_zh_nb.recipes import get_recipe, run_dir
     run = Path(run_dir(get_recipe(a.recipe))).resolve()
