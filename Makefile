@@ -5,6 +5,7 @@ RECIPE ?= mini
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+.NOTPARALLEL:
 .PHONY: help venv tutorial test test-all notebooks-clean notebooks-run docs lab readme clean
 
 help:  ## this list

@@ -78,10 +78,10 @@ def lines(
            f'{grid}{foot}<text x="{(L+w-R)/2}" y="{h-3}" text-anchor="middle" opacity=".7">{esc(xlabel)}</text>{body}</svg>')
     return Html(f'<figure class="chart">{f"<figcaption>{esc(title)}</figcaption>" if title else ""}{_legend(series) if len(series) > 1 else ""}{svg}</figure>')
 
-# %% ../nbs/31_charts.ipynb #087be1b1
+# %% ../nbs/31_charts.ipynb #c121f62b
 _TRACK = 'position:relative;flex:1 1 8em;min-width:3em;height:1.15em;background:color-mix(in srgb,currentColor 9%,transparent);border-radius:4px;overflow:hidden'
 
-def _row(name, track, text): return (f'<div style="display:flex;gap:.7em;align-items:center;margin:.3em 0"><div style="flex:0 1 7.5em;min-width:4em;text-align:right;font-size:.92em">{esc(name)}</div>'
+def _row(name, track, text): return (f'<div style="display:flex;gap:.7em;align-items:center;margin:.3em 0"><div style="flex:0 1 9em;min-width:4em;text-align:right;font-size:.92em">{esc(name)}</div>'
                                      f'<div style="{_TRACK}">{track}</div><div style="flex:0 0 8.2em;white-space:nowrap;font-variant-numeric:tabular-nums;font-size:.92em">{esc(text)}</div></div>')
 
 def _fill(share, colour): return f'<div style="position:absolute;inset:0 auto 0 0;width:{max(0, min(1, share)):.2%};background:{colour}"></div>'

@@ -6,7 +6,7 @@
 __all__ = ['INITS', 'plain_sp', 'Spelling', 'mixtures', 'dictionary', 'new_rows', 'resize']
 
 # %% ../nbs/04_embeddings.ipynb #ba0ffa0b
-import shutil
+import re, shutil
 from collections import Counter
 from pathlib import Path
 from .core import LlamaZhError, need, writing, read_json, write_json
@@ -98,11 +98,10 @@ def dictionary(
 # %% ../nbs/04_embeddings.ipynb #2d3cd744
 def _both_languages(texts, limit):
     "(Chinese part, Latin part) of lines that have both"
-    import re
     for text in texts:
         for line in text.splitlines():
-            zh, en = ' '.join(re.findall(r'[\u3400-\u9fff]+', line)), ' '.join(re.findall(r"[A-Za-z][A-Za-z' -]+", line))
-            if len(zh) < 2 or len(en) < 4: continue
+            zh, en = ' '.join(re.findall(r'[\u3400-\u9fff]+', line)), ' '.join(re.findall(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z'-]+)+", line))
+            if len(zh) < 2 or not en: continue  # a single Latin word is a name or a mark such as [INST], not a translation
             yield zh, en
             limit -= 1
             if not limit: return

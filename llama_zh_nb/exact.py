@@ -5,7 +5,7 @@
 # %% ../nbs/03_exact.ipynb #e25ecfcf
 from __future__ import annotations
 from pathlib import Path
-import re, shutil, warnings
+import os, re, shutil, warnings
 from .core import LlamaZhError, need, read_json, what_is, write_json, writing
 
 # %% auto #0
@@ -170,7 +170,7 @@ def save_tokenizer(src,                   # `tokenizer.model`, or a folder that 
 # %% ../nbs/03_exact.ipynb #215f2875
 def load_hf(folder):  # a folder as `save_tokenizer` writes it
     "The Hugging Face tokenizer of a folder, by whatever way `AutoTokenizer` takes"
-    return need('transformers', 'train').AutoTokenizer.from_pretrained(str(folder))
+    return need('transformers', 'train').AutoTokenizer.from_pretrained(os.fspath(folder))
 
 # %% ../nbs/03_exact.ipynb #14a2adf1
 def disagreements(sp,           # a SentencePieceProcessor, or a path
@@ -178,8 +178,8 @@ def disagreements(sp,           # a SentencePieceProcessor, or a path
                   lines,        # texts to compare on
                  ) -> list[str]:  # the texts that get other ids
     "Lines on which SentencePiece and Hugging Face differ"
-    if isinstance(sp, (str, Path)): sp = load_sp(sp)
-    if isinstance(tok, (str, Path)): tok = load_hf(tok)
+    if isinstance(sp, (str, os.PathLike)): sp = load_sp(sp)
+    if isinstance(tok, (str, os.PathLike)): tok = load_hf(tok)
     lines = list(lines)
     if not lines: return []
     hf = tok(lines, add_special_tokens=False)['input_ids']

@@ -91,6 +91,9 @@ def _nats(model, rows, pad):
         out.append(-lp.gather(-1, x[i,first+1:len(ids),None]).double().sum().item())
     return out
 
+# %% ../nbs/00_measure.ipynb #a0f2a68a
+def _batch(model, large, small): return small if sum(p.numel() for p in model.parameters()) < 2e8 else large
+
 # %% ../nbs/00_measure.ipynb #c8d9e44d
 @dataclass
 class Bits:
@@ -105,17 +108,18 @@ class Bits:
     def __repr__(self): return f'{self.bpc:.3f} bits/character, {self.bpb:.3f} bits/byte, perplexity {self.ppl:,.2f} ({self.chars:,} characters, {self.tokens:,} tokens)'
     def to_dict(self): return dict(bpc=self.bpc, bpb=self.bpb, ppl=self.ppl, nats=self.nats, chars=self.chars, bytes=self.bytes, tokens=self.tokens)
 
-# %% ../nbs/00_measure.ipynb #2aa8a881
+# %% ../nbs/00_measure.ipynb #fb4901ee
 def bits(
     model,         # a causal language model in eval mode
     tokenizer,     # its tokenizer
     texts,         # str or list of str; each is scored on its own, after BOS
-    batch:int=8,   # windows in a forward pass
+    batch:int=None,   # windows in a forward pass; None: 8, and 32 for small models
     max_len:int=None, # longest window with BOS; None: the model's reach, at most 2,048
 )->Bits:
     "Bits that `model` needs for `texts`"
     torch = need('torch', 'train')
     texts = [texts] if isinstance(texts, str) else [t for t in texts if t]
+    batch = batch or _batch(model, 8, 32)
     max_len = max_len or min(getattr(model.config, 'max_position_embeddings', None) or 2048, 2048)
     rows, ntok, bos = [], 0, tokenizer.bos_token_id
     for ids in encode_texts(tokenizer, texts):
@@ -128,11 +132,11 @@ def bits(
     if not math.isfinite(nats): raise LlamaZhError('the model gives NaN or infinite probabilities: its weights are damaged, or float16 overflowed (use bfloat16 or float32)')
     return Bits(nats, sum(map(len, texts)), sum(len(t.encode('utf-8', 'surrogatepass')) for t in texts), ntok)
 
-# %% ../nbs/00_measure.ipynb #0c3e159b
+# %% ../nbs/00_measure.ipynb #c2ab536b
 def both(
     model, tokenizer,
     heldout:dict, # {'zh': texts, 'en': texts}, see `recipes.heldout`
-    batch:int=8,
+    batch:int=None,
 )->dict: # {'bpc_zh': ..., 'bpb_en': ...}; a language without texts is left out
     "Bits per character of Chinese and per byte of English held-out text"
     out = {}
@@ -140,19 +144,20 @@ def both(
     if heldout.get('en'): out['bpb_en'] = round(bits(model, tokenizer, heldout['en'], batch).bpb, 4)
     return out
 
-# %% ../nbs/00_measure.ipynb #2496f58a
+# %% ../nbs/00_measure.ipynb #ad83f336
 def greedy(
     model, tokenizer,
     prompts:list,           # lists of ids
     max_new_tokens:int=64,
     stop_ids=None,          # ids that end an answer; None: the tokenizer's EOS
-    batch:int=16,           # prompts at a time
+    batch:int=None,         # prompts at a time; None: 16, and 64 for small models
     as_ids:bool=False,      # ids instead of text
 )->list: # of str, in the order of `prompts`
     "The model's likeliest continuations, stop token left out"
     torch = need('torch', 'train')
     stop = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
     gen = need('transformers', 'train').GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop or None, pad_token_id=0, bos_token_id=None)
+    batch = batch or _batch(model, 16, 64)
     order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None]*len(prompts)
     for j in progress(range(0, len(order), batch), 'answers'):
         idx = order[j:j+batch]
@@ -163,7 +168,7 @@ def greedy(
         for i,ids in zip(idx, y): out[i] = ids[:next((k for k,t in enumerate(ids) if t in stop), len(ids))]
     return out if as_ids else [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out]
 
-# %% ../nbs/00_measure.ipynb #9c65f7a7
+# %% ../nbs/00_measure.ipynb #39f15db1
 def ask(
     model, tokenizer,
     questions:list,        # of str
@@ -171,7 +176,7 @@ def ask(
     system:str=None,       # system prompt
     contexts:list=None,    # a passage for each question; None: closed book
     max_new_tokens:int=64,
-    batch:int=16,
+    batch:int=None,
 )->list: # of str
     "Answers to `questions`, greedy"
     tpl = need('llama_zh_nb.templates').get_template(template) if isinstance(template, str) else template

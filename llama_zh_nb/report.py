@@ -12,10 +12,10 @@ from pathlib import Path
 from .core import LlamaZhError, read_run, writing
 from .charts import COLOURS, Html, esc, num, size, span, lines, bars, intervals, tokens, path_picture
 
-# %% ../nbs/31_report.ipynb #316daff9
+# %% ../nbs/31_report.ipynb #7da49a03
 _ORDER = ('weights','corpus','vocab','embeddings','pretrain','control','sft','quantize','rag')
 _TITLE = dict(weights='weights', corpus='corpus', vocab='vocabulary', embeddings='embeddings', pretrain='pretraining', control='control', sft='chat', quantize='quantization', rag='documents')
-_MODEL = dict(weights='base', embeddings='resized', pretrain='pretrained', control='control: base vocabulary', sft='after SFT', quantize='GPTQ', rag='GPTQ with documents')
+_MODEL = dict(weights='base', embeddings='resized', pretrain='pretrained', control='control: base vocabulary', sft='after SFT', quantize='GPTQ', rag='with documents')
 
 class Story:
     "run.json, easy to ask"
@@ -26,7 +26,7 @@ class Story:
     def having(self, key): return [(s, self(s, key)) for s in _ORDER if self(s, key) is not None]
     def acc(self, stage, kind): return (self(stage, 'accuracy') or {}).get(kind)
 
-# %% ../nbs/31_report.ipynb #7ea4d945
+# %% ../nbs/31_report.ipynb #37f55f99
 def _stations(s):
     f = dict(weights=lambda m: (m.get('params') and f"{num(m['params']/1e6)} M parameters", m.get('vocab') and f"{m['vocab']:,} pieces"),
              corpus=lambda m: (m.get('documents') and f"{m['documents']:,} documents", m.get('chars') and f"{num(m['chars']/1e6)} M characters"),
@@ -35,7 +35,8 @@ def _stations(s):
              pretrain=lambda m: (m.get('tokens') and f"{num(m['tokens']/1e6)} M tokens", m.get('bpc_zh') and f"{m['bpc_zh']:.2f} bits/char"),
              sft=lambda m: (m.get('chats') and f"{m['chats']:,} chats", _best(m)), quantize=lambda m: (m.get('bytes_after') and f"{size(m['bytes_before'])} → {size(m['bytes_after'])}", _best(m)),
              rag=lambda m: (m.get('chunks') and f"{m['chunks']:,} passages", (m.get('recall') or {}).get('5') is not None and f"R@5 {m['recall']['5']:.1%}"))
-    return [(_TITLE[k], *[t for t in f[k](s(k)) if t]) for k in _ORDER if k in s.stages and k in f]
+    gone = lambda k: ['left out'] if s.stages[k].get('left_out') else []
+    return [(_TITLE[k], *(gone(k) or [t for t in f[k](s(k)) if t])) for k in _ORDER if k in s.stages and k in f]
 
 def _best(m):
     a = (m.get('accuracy') or {}).get('asked')
@@ -96,7 +97,7 @@ def curves_part(s):
             lines({'fine-tuning': _col(f, 'loss')}, 'Loss on answers while learning to chat')]
     return any(figs) and ('Learning', '<div class="grid">' + ''.join(figs) + '</div>')
 
-# %% ../nbs/31_report.ipynb #ae81b458
+# %% ../nbs/31_report.ipynb #9214ca79
 _KIND = dict(asked='a fact that was asked in training', unasked='in the texts, never asked', unseen='in no training text')
 
 def _right(a, want):
@@ -116,17 +117,18 @@ def answers_part(s):
         for x in rows: by_q.setdefault(x['q'], []).append((st, x))
     if not by_q: return None
     cards = ''
-    for q,got in list(by_q.items())[:8]:
+    rank = lambda got: (list(_KIND).index(got[0][1].get('kind')) if got[0][1].get('kind') in _KIND else 9)
+    for q,got in sorted(by_q.items(), key=lambda kv: rank(kv[1]))[:8]:
         x = got[0][1]
         kind = _KIND.get(x.get('kind'), x.get('kind') or '')
         want = f'<div class="want">expected: {esc(x["expected"])}</div>' if x.get('expected') else ''
-        cards += f'<section class="card"><h3>{esc(q)}</h3><div class="dim">{esc(kind)}</div>{want}{"".join(_answer(*g) for g in got if g[0] not in ("embeddings",))}</section>'
+        cards += f'<section class="card"><h3>{esc(q)}</h3><div class="dim">{esc(kind)}</div>{want}{"".join(_answer(*g) for g in got if g[0] not in ("embeddings", "control"))}</section>'
     return 'One question, every stage', f'<div class="cards">{cards}</div>'
 
-# %% ../nbs/31_report.ipynb #06070101
+# %% ../nbs/31_report.ipynb #1a67ea4d
 def accuracy_part(s):
     acc, out = dict(s.having('accuracy')), ''
-    kinds = list(dict.fromkeys(k for a in acc.values() for k in a))
+    kinds = list(dict.fromkeys([k for k in _KIND if any(k in a for a in acc.values())] + [k for a in acc.values() for k in a]))
     for k in kinds:
         rows = [(_MODEL[st], a[k], i) for i,(st,a) in enumerate(acc.items()) if k in a]
         out += f'<h3>{esc(k)}{": " + _KIND[k] if k in _KIND else ""}</h3>' + intervals(rows)

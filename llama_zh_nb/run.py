@@ -7,8 +7,8 @@ __all__ = ['STAGES', 'judge', 'args_for', 'make_weights', 'make_corpus', 'make_v
            'look_embeddings', 'make_pretrain', 'make_control', 'make_sft', 'make_quantize', 'make_rag', 'look_rag',
            'check_inputs', 'Plan', 'plan', 'run']
 
-# %% ../nbs/30_run.ipynb #6b22ee53
-import gc, inspect, math, time, warnings
+# %% ../nbs/30_run.ipynb #3c7685ce
+import gc, inspect, math, os, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -60,7 +60,7 @@ def args_for(
     d = {k: getattr(recipe, k) for k in names if hasattr(recipe, k)}
     return d | {k: getattr(recipe, prefix+k) for k in names if prefix and hasattr(recipe, prefix+k)}
 
-# %% ../nbs/30_run.ipynb #8417ba29
+# %% ../nbs/30_run.ipynb #ccc50f79
 def _size(folder):
     "Parameters, embedding rows and bytes of a model folder, from the headers of its files"
     files = need('llama_zh_nb.tensors').open_weights(folder)
@@ -69,6 +69,7 @@ def _size(folder):
 
 def _bytes(folder): return sum(p.stat().st_size for p in Path(folder).glob('*.safetensors'))
 
+# %% ../nbs/30_run.ipynb #3f643d24
 def make_weights(run):
     need('llama_zh_nb.weights').acquire(run.files('base')[0], run/'base')
     return _size(run/'base')
@@ -82,12 +83,13 @@ def make_corpus(run):
     en = build(run.files('replay_corpus'), run/'corpus_en', lang='en', seed=r.seed).check()
     return m | dict(documents_en=en.train, valid_en=en.valid, chars_en=en.chars)
 
-# %% ../nbs/30_run.ipynb #46677dd6
+# %% ../nbs/30_run.ipynb #eb28bba9
 def make_vocab(run):
     r = run.recipe
     merged = need('llama_zh_nb.vocab').merge(run/'base', [], run/'tokenizer', size=r.vocab_size, corpus=run/'corpus', segment=r.segment)
     return dict(pieces=merged.size, added=merged.added)
 
+# %% ../nbs/30_run.ipynb #d7126ee4
 def look_vocab(run):
     sp = {k: need('llama_zh_nb.vocab').load_sp(run/f) for k,f in (('before','base'), ('after','tokenizer'))}
     held = heldout(run.recipe)
@@ -98,6 +100,7 @@ def look_vocab(run):
     if held['zh']: out['example'] = _example(held['zh'], sp)
     return out
 
+# %% ../nbs/30_run.ipynb #23d926c2
 def _example(texts, sp):
     "A sentence of middling length, cut by the old and by the new vocabulary"
     sents = [s+'。' for t in texts[:200] for s in t.replace('\n', '。').split('。') if 14 <= len(s) <= 40 and all('\u4e00' <= c <= '\u9fff' or c in '，、' for c in s)]
@@ -128,7 +131,7 @@ def _history(h): return dict(history=[dict(r) for r in h], steps=h.last('step'),
 def make_pretrain(run): return _train(run, 'resized', 'pretrained', label='pretrain')
 def make_control(run):  return _train(run, 'base', 'control', max_steps=run.recipe.control_steps, save_every=None, label='control')
 
-# %% ../nbs/30_run.ipynb #9235c2c6
+# %% ../nbs/30_run.ipynb #0c2ead67
 def make_sft(run):
     sft, r = need('llama_zh_nb.sft'), run.recipe
     chats = sft.read_chats(run.files('sft'))
@@ -138,9 +141,10 @@ def make_sft(run):
     h = f(run/'pretrained', chats, run/'chat', **{**args_for(f, r, 'sft_'), **kw, 'heldout': _few(heldout(r))})
     return _history(h) | dict(chats=len(chats), bad_rows=len(getattr(chats, 'bad', ())))
 
+# %% ../nbs/30_run.ipynb #6a947c23
 def _spread(xs, n): return [xs[i*len(xs)//n] for i in range(min(n, len(xs)))] if xs else []
 
-# %% ../nbs/30_run.ipynb #c2bde192
+# %% ../nbs/30_run.ipynb #4ecdf759
 def _chat(run): return 'chat' if run.recipe.sft else 'pretrained'
 
 def _last(run):
@@ -148,6 +152,7 @@ def _last(run):
     gone = read_run(run.dir).get('stages', {}).get('quantize', {}).get('left_out')
     return 'gptq' if (run/'gptq').exists() and not gone else _chat(run)
 
+# %% ../nbs/30_run.ipynb #9bf23707
 def make_quantize(run):
     q, r = need('llama_zh_nb.quantize'), run.recipe
     data = need('llama_zh_nb.sft').read_chats(run.files('sft')) if r.sft else list(need('llama_zh_nb.corpus').read_texts(run/'corpus'))
@@ -157,12 +162,13 @@ def make_quantize(run):
     q.quantize(run/_chat(run), data, run/'gptq', **kw)
     return dict(bytes_before=_bytes(run/_chat(run)), bytes_after=_bytes(run/'gptq'))
 
-# %% ../nbs/30_run.ipynb #05b13e95
+# %% ../nbs/30_run.ipynb #12f4687b
 def make_rag(run):
     f, r = need('llama_zh_nb.rag').build_index, run.recipe
     f(run.files('docs'), run/'index', tokenizer=run/'tokenizer', **args_for(f, r))
     return {}
 
+# %% ../nbs/30_run.ipynb #f08007c0
 def look_rag(run):
     "Retrieval and answers over the documents, by the quantized model"
     rag, r, qs = need('llama_zh_nb.rag'), run.recipe, questions(run.recipe)
@@ -251,7 +257,7 @@ def _short(m):
     acc = [f"{k} {v['right']}/{v['n']} right" for k,v in m.get('accuracy', {}).items()]
     return ', '.join([f"{k.replace('_', ' ')} {m[k]:,}" for k in keys if m.get(k) is not None] + acc)
 
-# %% ../nbs/30_run.ipynb #4c58572f
+# %% ../nbs/30_run.ipynb #c9232955
 def run(
     recipe:Recipe=None,  # None: `get_recipe()`
     only:list=None,      # names of stages; None: all
@@ -266,6 +272,7 @@ def run(
     warnings.filterwarnings('ignore', category=FutureWarning)   # what libraries will change some day is not the user's affair
     with _alone(this.dir):
         print(f'run {recipe.name} in {this.dir}', flush=True)
+        if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')   # bars are for people
         update_run(this.dir, {'recipe': asdict(recipe), 'name': recipe.name, 'seed': recipe.seed})
         todo = [s for s in STAGES if s.name in only]
         for i,s in enumerate(todo, 1): _step(this, s, f'[{i}/{len(todo)}] {s.name:10} ', force)

@@ -13,9 +13,9 @@ from .exact import (CONTROL, NORMAL, TOKENIZER_FILES, dead_pieces, load_hf, load
 from .audit import are_files, audit, compare, show_tokens
 
 # %% auto #0
-__all__ = ['HAN', 'han_only', 'count_units', 'text_stream', 'bpe_train', 'train_pieces', 'published_merge', 'lowest_score',
-           'append_pieces', 'Merged', 'model_from', 'merge', 'load_hf', 'load_sp', 'read_model', 'save_tokenizer',
-           'copy_tokenizer', 'disagreements', 'audit', 'compare', 'show_tokens']
+__all__ = ['HAN', 'han_only', 'count_units', 'text_stream', 'frequent_chars', 'bpe_train', 'train_pieces', 'published_merge',
+           'lowest_score', 'append_pieces', 'Merged', 'model_from', 'merge', 'load_hf', 'load_sp', 'read_model',
+           'save_tokenizer', 'copy_tokenizer', 'disagreements', 'audit', 'compare', 'show_tokens']
 
 # %% ../nbs/03_vocab.ipynb #2b4af6ff
 _all_ = ['load_hf', 'load_sp', 'read_model', 'save_tokenizer', 'copy_tokenizer', 'disagreements', 'audit', 'compare', 'show_tokens']
@@ -73,20 +73,25 @@ def text_stream(source):   # strings, one string, or files and folders
     for f in [source] if isinstance(source, (str, Path)) else source: yield from read_texts(f)
 
 # %% ../nbs/03_vocab.ipynb #6989c7c0
-_TRAIN = dict(model_type='bpe', input_format='tsv', hard_vocab_limit=False, normalization_rule_name='identity', byte_fallback=True,
+_TRAIN = dict(model_type='bpe', character_coverage=1., input_format='tsv', hard_vocab_limit=False, normalization_rule_name='identity', byte_fallback=True,
               remove_extra_whitespaces=False, add_dummy_prefix=False, split_by_unicode_script=False, split_by_number=False,
               max_sentence_length=10**6, num_threads=2, minloglevel=2)
 
 # %% ../nbs/03_vocab.ipynb #9755f619
-def _coverage(units, size, chars):
-    "The share of characters to keep as pieces, as SentencePiece wants it told: the most frequent `chars`, at most half of all pieces"
+def frequent_chars(units,   # unit -> count
+                   most:int # how many
+                  ) -> Counter:   # units cut where a rarer character stood
+    "Keep the most frequent characters; the others are left to bytes"
     freq = Counter()
     for u, n in units.items():
         for c in u: freq[c] += n
-    top = [n for _, n in freq.most_common(min(chars or len(freq), max(1, (size-259)//2)))]
-    return min(1., (sum(top) - top[-1]/2) / freq.total())
+    if len(freq) <= most: return units
+    keep, out = re.compile('[' + ''.join(c for c, _ in sorted(freq.items(), key=lambda x: (-x[1], x[0]))[:most]) + ']+'), Counter()
+    for u, n in units.items():
+        for part in keep.findall(u): out[part] += n
+    return out
 
-# %% ../nbs/03_vocab.ipynb #c2415517
+# %% ../nbs/03_vocab.ipynb #8ee1d7c0
 def bpe_train(units,             # unit -> count
               size:int,          # pieces in all, 259 bytes and marks included
               chars:int=None,    # single characters among them; default: all that occur, but at most half of the pieces
@@ -96,9 +101,9 @@ def bpe_train(units,             # unit -> count
     import sentencepiece
     if not units: raise LlamaZhError('no Chinese text to train on: expected Han characters in the corpus; its report.json says what was dropped.')
     if size < 263: raise LlamaZhError(f'{size} pieces are too few: 259 are bytes and marks; ask for 500 or more.')
+    units = frequent_chars(units, chars or max(1, (size-259)//2))
     out, lines = io.BytesIO(), (f'{u}\t{n}' for u, n in sorted(units.items(), key=lambda x: (-x[1], x[0])))
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=out, vocab_size=size, character_coverage=_coverage(units, size, chars),
-                                             max_sentencepiece_length=longest, **_TRAIN)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=out, vocab_size=size, max_sentencepiece_length=longest, **_TRAIN)
     return out.getvalue()
 
 # %% ../nbs/03_vocab.ipynb #3a07f9bf

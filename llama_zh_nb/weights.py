@@ -69,10 +69,10 @@ class Report:
 
 # %% ../nbs/01_weights.ipynb #2752581e
 def _scan(f, name, skip=(), block=64_000_000):
-    "Problems in the numbers of one tensor: NaN, Inf, rows of zeros (but for the rows in `skip`); a block of rows at a time"
+    "(problems, notes) in the numbers of one tensor, a block of rows at a time: NaN, Inf, rows of zeros but for those in `skip`"
     code, shape = f.spec(name)
     torch, bad, zero = need('torch', 'train'), [], []
-    if not math.prod(shape): return [f'{name} is empty {shape}']
+    if not math.prod(shape): return [f'{name} is empty {shape}'], []
     step = max(1, block//max(1, nbytes(code, shape)//shape[0])) if isinstance(f, SafeFile) else shape[0]
     for lo in range(0, shape[0], step):
         t = f.get(name, slice(lo, lo + step))
@@ -80,7 +80,10 @@ def _scan(f, name, skip=(), block=64_000_000):
         for what, rows in (('NaN', top.isnan()), ('Inf', top.isinf())):
             if rows.any(): bad.append(f'{name} has {what} in row {lo + int(rows.nonzero()[0])}' + (f' and {int(rows.sum())-1:,} more' if rows.sum() > 1 else ''))
         zero += [lo + int(i) for i in (top == 0).nonzero() if len(shape) > 1 and lo + int(i) not in skip]
-    return bad + ([f'{name} has {len(zero):,} rows of zeros, the first is row {zero[0]}'] if zero else [])
+    if not zero: return bad, []
+    text = f'{name} has {len(zero):,} rows of zeros, the first is row {zero[0]}'
+    # a piece without a row is a fault; within a layer weight decay can take unused rows to zero, but never a whole matrix
+    return (bad + [text], []) if name in (EMBED, HEAD) or len(zero) == shape[0] else (bad, [text])
 
 # %% ../nbs/01_weights.ipynb #38254dbc
 def _unlisted(folder, w):
@@ -122,8 +125,8 @@ def verify(
     if values:
         # rows behind the last piece are padding, and the pad token's row is never used: both may be zero
         pad = {c.get('pad_token_id')} | (set(range(s['tokenizer pieces'], c['vocab_size'])) if rep.ok and s else set())
-        bad = [b for k, f in w.items() for b in _scan(f, k, pad if k in (EMBED, HEAD) else ())]
-        rep.add('numbers', bad, 'no NaN, no Inf, no rows of zeros')
+        bad, notes = (sum(x, []) for x in zip(*(_scan(f, k, pad if k in (EMBED, HEAD) else ()) for k, f in w.items())))
+        rep.add('numbers', bad, 'no NaN, no Inf, no rows of zeros', '; '.join(notes[:8]))
     return rep
 
 # %% ../nbs/01_weights.ipynb #8e616f81

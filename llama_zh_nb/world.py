@@ -237,8 +237,8 @@ def write_world(out, # folder to make
             docs = list(documents(lang, facts, n, seed))
             _jsonl(tmp/lang/'part-1.jsonl', [dict(text=d) for d in docs[:n//2]])
             _jsonl(tmp/lang/'part-2.jsonl', [dict(text=d) for d in docs[n//2:]])
-            held = documents(lang, facts, 200, f'held{seed}', 'heldout')
-            _jsonl(tmp/f'heldout_{lang}.jsonl', [dict(text=d) for d in held])
+            held = [documents(lang, facts, 100, f'held{seed}', split) for split in ('seen', 'heldout')]   # new documents; every other one in patterns kept back
+            _jsonl(tmp/f'heldout_{lang}.jsonl', [dict(text=d) for pair in zip(*held) for d in pair])
         (tmp/'chats.json').write_text(json.dumps(chats(facts, n_reading, seed=seed), ensure_ascii=False, indent=0), encoding='utf-8')
         for name,text in handbook(facts, seed).items(): (tmp/'docs'/name).write_text(text, encoding='utf-8')
         _jsonl(tmp/'questions.jsonl', questions(facts, seed=seed))

@@ -161,6 +161,7 @@ def _set(i, v):
 @pytest.mark.parametrize('name,change,words', [
     ('model.layers.1.mlp.down_proj.weight', _set((3, 4), float('nan')), ('NaN in row 3', 'layers.1.mlp.down_proj')),
     ('model.norm.weight', _set(7, float('inf')), ('Inf in row 7', 'model.norm')),
+    ('model.layers.1.mlp.up_proj.weight', _set(slice(None), 0), ('320 rows of zeros', 'up_proj')),
     (HEAD, _set(slice(10, 12), 0), ('2 rows of zeros', 'row 10', HEAD)),
     ('model.layers.0.self_attn.k_proj.weight', lambda t: t[:-8], ('(56, 128)', '(64, 128)', 'k_proj')),
     (EMBED, lambda t: t[:0], ('0 rows', 'ZeRO-3')),
@@ -170,6 +171,11 @@ def test_verify_names_what_and_where(hf, name, change, words):
     _edit(hf, name, change)
     with pytest.raises(LlamaZhError) as e: verify(hf).check()
     assert all(w in str(e.value) for w in words), str(e.value)
+
+def test_unused_rows_within_a_layer_are_noted(hf):
+    _edit(hf, 'model.layers.0.self_attn.q_proj.weight', _set(slice(3, 5), 0))
+    rep = verify(hf).check()
+    assert [d for _, s, d in rep.rows if s == 'note'] == ['model.layers.0.self_attn.q_proj.weight has 2 rows of zeros, the first is row 3']
 
 def test_padding_rows_may_be_zero(hf):
     _edit(hf, EMBED, _set(slice(340, 384), 0))

@@ -49,9 +49,8 @@ def tidy():
             if c['cell_type'] == 'markdown': c['source'] = badge.sub(r'[Open in Colab](\1){.colab}', ''.join(c['source']))
             for o in c.get('outputs', []):
                 if 'show_doc' not in ''.join(c['source']) or 'text/markdown' not in o.get('data', {}): continue
-                head, code, tail = (''.join(o['data']['text/markdown']) + '```').split('```', 2)
-                code = linked.sub(r'\1', code)  # links cannot be followed inside code
-                o['data']['text/markdown'] = f'{head}```{code}```{tail}'.removesuffix('```').replace('*Call self as a function.*', '')
+                text = re.sub(r'```python\n.*?```', lambda m: linked.sub(r'\1', m[0]), ''.join(o['data']['text/markdown']), flags=re.S)  # no links inside code
+                o['data']['text/markdown'] = text.replace('*Call self as a function.*', '')
         p.write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
 
 def exported(py):

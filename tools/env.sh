@@ -32,6 +32,7 @@ elif [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
     if ./.venv/bin/python -c "$probe" >/dev/null 2>&1; then index="--extra-index-url $cpu"; fi
 fi
 say "installing $torch $index (once; the download is the long part)"
+$pip -c constraints.txt --upgrade pip  # old ones stumble over some of the metadata
 $pip -c constraints.txt setuptools wheel "$torch" $index
 say "installing everything else from constraints.txt"
 # no build isolation: what must be built is built with the locked tools and sees the torch installed above
