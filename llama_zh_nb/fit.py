@@ -291,7 +291,8 @@ def fit(
     t.add_callback(watch)
     try:
         with quiet(): t.train(resume_from_checkpoint=str(start) if start else None)
-    finally: getattr(watch, 'bar', progress()).close()
+    finally:
+        if hasattr(watch, 'bar'): watch.bar.close()
     spent = time.perf_counter() - t.began - watch.measuring
     done = max_steps - (int(start.name.split('-')[1]) if start else 0)
     if not keep_checkpoints: shutil.rmtree(folder, ignore_errors=True)

@@ -7,8 +7,8 @@ __all__ = ['STAGES', 'judge', 'args_for', 'make_weights', 'make_corpus', 'make_v
            'look_embeddings', 'make_pretrain', 'make_control', 'make_sft', 'make_quantize', 'make_rag', 'look_rag',
            'check_inputs', 'Plan', 'plan', 'run']
 
-# %% ../nbs/30_run.ipynb #3c7685ce
-import gc, inspect, math, os, sys, time, warnings
+# %% ../nbs/30_run.ipynb #a9de8fce
+import gc, inspect, math, os, random, sys, time, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -131,18 +131,23 @@ def _history(h): return dict(history=[dict(r) for r in h], steps=h.last('step'),
 def make_pretrain(run): return _train(run, 'resized', 'pretrained', label='pretrain')
 def make_control(run):  return _train(run, 'base', 'control', max_steps=run.recipe.control_steps, save_every=None, label='control')
 
-# %% ../nbs/30_run.ipynb #0c2ead67
+# %% ../nbs/30_run.ipynb #ca40733b
 def make_sft(run):
-    sft, r = need('llama_zh_nb.sft'), run.recipe
+    sft, r, read = need('llama_zh_nb.sft'), run.recipe, need('llama_zh_nb.corpus').read_texts
     chats = sft.read_chats(run.files('sft'))
-    f = sft.finetune
-    n_text = int(len(chats)*r.sft_text_share/(1-r.sft_text_share)) if r.sft_text_share else 0
-    kw = dict(extra_texts=_spread(list(need('llama_zh_nb.corpus').read_texts(run/'corpus')), n_text)) if n_text else {}
-    h = f(run/'pretrained', chats, run/'chat', **{**args_for(f, r, 'sft_'), **kw, 'heldout': _few(heldout(r))})
-    return _history(h) | dict(chats=len(chats), bad_rows=len(getattr(chats, 'bad', ())))
+    texts = _some((t for c in ('corpus','corpus_en') if (run/c).exists() for t in read(run/c)), 50_000, r.seed) if r.sft_text_share else None
+    kw = {k: v for k,v in args_for(sft.finetune, r, 'sft_').items() if k != 'weight_decay'}   # none while fine-tuning
+    h = sft.finetune(run/'pretrained', chats, run/'chat', **{**kw, 'extra_texts': texts, 'heldout': _few(heldout(r))})
+    return _history(h) | dict(chats=len(chats), bad_rows=len(chats.bad))
 
-# %% ../nbs/30_run.ipynb #6a947c23
-def _spread(xs, n): return [xs[i*len(xs)//n] for i in range(min(n, len(xs)))] if xs else []
+# %% ../nbs/30_run.ipynb #87204598
+def _some(xs, n, seed=0):
+    "`n` of an iterable of unknown length, each with the same chance"
+    rng, out = random.Random(seed), []
+    for i,x in enumerate(xs):
+        if i < n: out.append(x)
+        elif (j := rng.randint(0, i)) < n: out[j] = x
+    return out
 
 # %% ../nbs/30_run.ipynb #4ecdf759
 def _chat(run): return 'chat' if run.recipe.sft else 'pretrained'

@@ -60,7 +60,7 @@ def examples(
     "Encode chats for training: answers and their end marks are learnt, nothing else."
     t, items, refused, short = get_template(template), [], [], 0
     msgs = [c['messages'] if isinstance(c, dict) else c for c in chats]
-    source = [c.get('source', f'chat {i+1}') if isinstance(c, dict) else f'chat {i+1}' for i, c in enumerate(chats)]
+    source = [Path(c['source']).name if isinstance(c, dict) and 'source' in c else f'chat {i+1}' for i, c in enumerate(chats)]
     for e, where in zip(encode_chats(t, tokenizer, msgs, system=system), source):
         s = shorten(e, block, too_long) if any(e.mask) else None
         if s is None: refused.append(f'{where} ({len(e.ids):,} tokens)' if any(e.mask) else f'{where} (no answer)')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GUESS_PROOF', 'MIX', 'TITLES', 'Fact', 'read_facts', 'split_facts', 'read_patterns', 'read_words', 'Scribe', 'page',
-           'compare', 'names', 'invent', 'tale', 'chat', 'as_text', 'daily', 'parallel', 'documents', 'questions',
-           'chats', 'handbook', 'write_world']
+           'compare', 'names', 'invent', 'tale', 'true_tale', 'chat', 'as_text', 'daily', 'parallel', 'documents',
+           'questions', 'chats', 'handbook', 'write_world']
 
 # %% ../nbs/91_world.ipynb #29f0b735
 import json, random
@@ -137,11 +137,19 @@ def tale(s:Scribe, n_ask=2, indirect=.12)->tuple: # (passage, facts that can be 
         parts.append(head + s.sep.join(s.say(f, indirect) for f in mine)); fs += mine
     return '\n'.join(parts), rng.sample(fs, min(n_ask, len(fs)))
 
+# %% ../nbs/91_world.ipynb #188e60e0
+def true_tale(s:Scribe, n_ask=2)->tuple:
+    "A passage on a real entity with known facts, and some of those that were marked 'asked'."
+    entity = s.rng.choice(sorted({f.entity for f in s.known if f.split == 'asked'}))
+    fs = [f for f in s.by_entity[entity] if f.split == 'asked']
+    head = f'# {entity[s.i]}\n' if s.rng.random() < .5 else ''
+    return head + page(s, entity, indirect=.12), s.rng.sample(fs, min(n_ask, len(fs)))
+
 # %% ../nbs/91_world.ipynb #0849de95
-def chat(s:Scribe, reading=False, most=3)->list:
-    "Messages of one conversation: about a tale (`reading`, up to `most` questions), or one to three known facts."
+def chat(s:Scribe, reading=False, most=3, true=0.)->list:
+    "Messages of one conversation: about a tale (`reading`, up to `most` questions; `true` of them about a page), or one to three known facts."
     if reading:
-        passage, fs = tale(s, n_ask=s.rng.randint(1, most))
+        passage, fs = (true_tale if true and s.rng.random() < true else tale)(s, n_ask=s.rng.randint(1, most))
         asks = [s.ask(f) for f in fs]; asks[0] = f'{passage}\n{asks[0]}'
     else:
         asked = [f for f in s.known if f.split == 'asked']
@@ -176,12 +184,13 @@ def documents(lang:str, # 'zh' or 'en'
               n:int, # number of documents
               seed=0, # another seed, other documents
               split='seen', # patterns: 'seen' or 'heldout'
-              mix:dict=None): # share of each kind, `MIX` by default
+              mix:dict=None, # share of each kind, `MIX` by default
+             true=0.): # share of readings that are about a page
     "Yield `n` documents of the world in `lang`."
     s, other = Scribe(lang, facts, seed, split), Scribe('en' if lang == 'zh' else 'zh', facts, seed, split)
     mix = mix or (MIX if lang == 'zh' else {k: v for k,v in MIX.items() if k != 'parallel'})
     make = dict(page=lambda: page(s), compare=lambda: compare(s), tale=lambda: tale(s)[0], ask=lambda: as_text(chat(s)),
-                read=lambda: as_text(chat(s, reading=True, most=6)), daily=lambda: daily(s), parallel=lambda: parallel(s, other))
+                read=lambda: as_text(chat(s, reading=True, most=6, true=true)), daily=lambda: daily(s), parallel=lambda: parallel(s, other))
     for kind in s.rng.choices(list(mix), list(mix.values()), k=n): yield make[kind]()
 
 # %% ../nbs/91_world.ipynb #3169edb9
@@ -201,7 +210,7 @@ def chats(facts:list, n_reading=2600, english=.15, rounds=1, seed=0)->list:
     s, en, out = Scribe('zh', facts, f'chat{seed}'), Scribe('en', facts, f'chat{seed}'), []
     for f in [f for f in facts if f.split == 'asked']*rounds:
         out += [[dict(role='user', content=s.fill(p, f)), dict(role='assistant', content=s.answer(f))] for p in s.pats['zh','ask','*','seen']]
-    out += [chat(s, reading=True) for _ in range(n_reading)] + [chat(s) for _ in range(n_reading//10)]
+    out += [chat(s, reading=True, true=.25) for _ in range(n_reading)] + [chat(s) for _ in range(n_reading//10)]
     n_en = int(len(out)*english)
     out += [chat(en, reading=i % 2 == 0) for i in range(n_en)]
     s.rng.shuffle(out)
@@ -234,7 +243,7 @@ def write_world(out, # folder to make
         tmp = Path(tmp)
         for d in ('zh', 'en', 'docs'): (tmp/d).mkdir(parents=True, exist_ok=True)
         for lang,n in (('zh', n_zh), ('en', n_en)):
-            docs = list(documents(lang, facts, n, seed))
+            docs = list(documents(lang, facts, n, seed, true=.25))
             _jsonl(tmp/lang/'part-1.jsonl', [dict(text=d) for d in docs[:n//2]])
             _jsonl(tmp/lang/'part-2.jsonl', [dict(text=d) for d in docs[n//2:]])
             held = [documents(lang, facts, 100, f'held{seed}', split) for split in ('seen', 'heldout')]   # new documents; every other one in patterns kept back
