@@ -1,4 +1,5 @@
 """Package metadata, read from settings.ini (nbdev's file). `pip install .[train]` and friends."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -11,11 +12,17 @@ s = cfg['DEFAULT']
 extras = {o: s[f'{o}_requirements'].split() for o in 'train quant rag serve eval dev'.split()}
 extras['all'] = sorted({r for o in extras if o != 'dev' for r in extras[o]})
 
+def readme():
+    "README.md with links that also lead somewhere outside the repository."
+    text = (here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else ''
+    text = re.sub(r'(!\[[^\]]*\])\((?![a-z]+:|#)', rf"\1({s['git_url']}/raw/{s['branch']}/", text)
+    return re.sub(r'(\])\((?![a-z]+:|#)', rf"\1({s['git_url']}/blob/{s['branch']}/", text)
+
 setup(
     name=s['lib_name'],
     version=s['version'],
     description=s['description'],
-    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
+    long_description=readme(),
     long_description_content_type='text/markdown',
     author=s['author'],
     author_email=s['author_email'],

@@ -140,17 +140,15 @@ def _estimate(argv):
     print(_load('recipes.estimate')(_recipe(a), **kw))
     return 0
 
-# %% ../nbs/32_cli.ipynb #3fc2e6a4
-def _read_chats(files): return importlib.import_module('llama_zh_nb.sft').read_chats(files)
-
+# %% ../nbs/32_cli.ipynb #56397e82
 def _read_either(files):
     "Chats if the files hold chats, else documents"
-    try: return _read_chats(files)
+    try: return importlib.import_module('llama_zh_nb.sft').read_chats(files)
     except LlamaZhError:
         from llama_zh_nb.corpus import read_texts
         return [t for f in files for t in read_texts(f)]
 
-_READ = {('sft','chats'): _read_chats, ('quantize','chats_or_texts'): _read_either}
+_READ = {('quantize','chats_or_texts'): _read_either}
 
 def rag_ask(
     index,          # folder made by `rag index`

@@ -39,7 +39,9 @@ class History(list):
     def load(cls, path):
         "Read what `save` wrote"
         d = read_json(path)
-        return cls(d['rows'], **d['info'])
+        h = cls(d['rows'])
+        h.info = d['info']
+        return h
 
 # %% ../nbs/05_fit.ipynb #e7aa46f0
 _titles = dict(loss='loss (nats per token)', bpc='bits per character', bpb='bits per byte')

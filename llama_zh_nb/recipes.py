@@ -84,13 +84,13 @@ def explain()->dict: # field -> its comment
     cls = need('llama_zh_nb.recipes').Recipe   # comments are read from the source file, so from the exported module
     return {k: v for k,v in docments(cls).items() if k != 'return'}
 
-# %% ../nbs/00_recipes.ipynb #3b33cd20
-_WORLD = dict(corpus=['world:zh'], replay_corpus=['world:en'], sft=['world:chats.json'], docs=['world:docs/*.md'],
+# %% ../nbs/00_recipes.ipynb #c3a6f5e6
+_WORLD = dict(corpus=['world:zh'], replay_corpus=['world:en'], sft=['world:chats.json'], docs=['world:docs'],
               questions='world:questions.jsonl', heldout_zh='world:heldout_zh.jsonl', heldout_en='world:heldout_en.jsonl')
 
 _MINI = dict(base='mini', vocab_size=4000, segment='words', train='lora+new', lora_r=32, lora_alpha=64, lora_dropout=.0, block=256, batch=8, accum=1,
              lr=2e-3, max_steps=300, warmup=.05, replay=.2, eval_every=60, save_every=100, control_steps=300,
-             sft_lr=1e-3, sft_epochs=2, sft_batch=16, sft_block=128, sft_text_share=.15, group_size=32, calib=64, chunk_tokens=96, k=1, threads=2)
+             sft_lr=1e-3, sft_epochs=2, sft_batch=8, sft_block=256, sft_text_share=.15, group_size=32, calib=64, chunk_tokens=96, k=1, threads=2)
 
 _7B = dict(base='meta-llama/Llama-2-7b-hf', vocab_size=55296, dtype='bfloat16', lora_r=64, lora_alpha=128, lora_dropout=.05, lr=2e-4, sft_lr=1e-4,
            weight_decay=.01, warmup=.05, calib=128, group_size=128, chunk_tokens=300, k=4,

@@ -14,8 +14,8 @@ from .audit import are_files, audit, compare, show_tokens
 
 # %% auto #0
 __all__ = ['HAN', 'han_only', 'count_units', 'text_stream', 'frequent_chars', 'bpe_train', 'train_pieces', 'published_merge',
-           'lowest_score', 'append_pieces', 'Merged', 'model_from', 'merge', 'load_hf', 'load_sp', 'read_model',
-           'save_tokenizer', 'copy_tokenizer', 'disagreements', 'audit', 'compare', 'show_tokens']
+           'lowest_score', 'append_pieces', 'Merged', 'model_from', 'merge', 'merge_command', 'load_hf', 'load_sp',
+           'read_model', 'save_tokenizer', 'copy_tokenizer', 'disagreements', 'audit', 'compare', 'show_tokens']
 
 # %% ../nbs/03_vocab.ipynb #2b4af6ff
 _all_ = ['load_hf', 'load_sp', 'read_model', 'save_tokenizer', 'copy_tokenizer', 'disagreements', 'audit', 'compare', 'show_tokens']
@@ -40,14 +40,18 @@ def _cutter(words=()):
     return lambda run: tk.cut(run, HMM=False)
 
 # %% ../nbs/03_vocab.ipynb #6b357ee0
-def _runs(text, longest=200):
-    "Runs of Han characters; very long ones in parts, because SentencePiece drops long lines without a word"
-    for run in _HAN_RUN.findall(text): yield from (run[i:i+longest] for i in range(0, len(run), longest))
+def _runs(text, marks='', longest=200):
+    "Runs of Han characters, with a mark of `marks` at either edge; very long ones in parts, because SentencePiece drops long lines without a word"
+    for m in _HAN_RUN.finditer(text):
+        (a, b), run = m.span(), m[0]
+        if marks: run = (text[a-1] if a and text[a-1] in marks else '') + run + (text[b] if b < len(text) and text[b] in marks else '')
+        yield from (run[i:i+longest] for i in range(0, len(run), longest))
 
 # %% ../nbs/03_vocab.ipynb #cef8fcb7
 def count_units(texts,                 # strings
                 segment:str='words',   # 'words': jieba's words; 'none': whole runs of Han characters
                 words=(),              # words to keep whole beside jieba's dictionary, such as names
+                marks:str='',          # punctuation that may stand at the edge of a run; between two runs it belongs to both
                 most:int=3_000_000,    # distinct units held at once, about 100 bytes each; beyond, a uniform sample is kept
                 seed:int=0) -> Counter:
     "Count the units that pieces may come from, in one pass and bounded memory"
@@ -55,7 +59,7 @@ def count_units(texts,                 # strings
     if segment not in ('words', 'none'): raise LlamaZhError(f"segment={segment!r}: expected 'words' or 'none'.")
     cut, rng, share, runs, out = (_cutter(words) if segment == 'words' else None), np.random.default_rng(seed), 1., Counter(), Counter()
     for text in texts:
-        runs.update(u for u in _runs(text) if share == 1 or rng.random() < share)
+        runs.update(u for u in _runs(text, marks) if share == 1 or rng.random() < share)
         if len(runs) > most:           # too many: keep each occurrence with probability one half, from now on too
             share, keep = share/2, rng.binomial(np.fromiter(runs.values(), dtype=np.int64), .5)
             runs = Counter({u: int(k) for u, k in zip(runs, keep) if k})
@@ -213,13 +217,16 @@ def model_from(raw):
     return pb.ModelProto.FromString(raw)
 
 # %% ../nbs/03_vocab.ipynb #8decd15b
-def _trained(corpus, room, segment, words, base):
+def _trained(corpus, room, segment, words, base, models, weight):
     "Candidates from the corpus: its characters, then what BPE joins, in that order"
     if room < 1: return []
-    have = sum(map(han_only, base))
+    if segment == 'none':
+        from llama_zh_nb.choose import choose_pieces
+        return choose_pieces(base, corpus, room, models, weight)
+    have = sum(han_only(p.piece) for p in base.pieces)
     m = model_from(bpe_train(count_units(text_stream(corpus), segment, words), 259 + 2*have + room + room//8 + 50))
-    live = sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score)
-    return [p.piece for n in (1, 2) for p in live if min(len(p.piece), 2) == n and p.piece not in base]
+    live, old = sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score), {p.piece for p in base.pieces}
+    return [p.piece for n in (1, 2) for p in live if min(len(p.piece), 2) == n and p.piece not in old]
 
 # %% ../nbs/03_vocab.ipynb #cb792f01
 def merge(base_model,          # the base's tokenizer.model or folder, SentencePiece BPE
@@ -228,7 +235,8 @@ def merge(base_model,          # the base's tokenizer.model or folder, SentenceP
           size:int=None,       # pieces in all; default: every usable one
           compat:str=None,     # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte, faults included
           corpus=None,         # texts or files to train pieces on, before those of `add`
-          segment:str='none',  # for the corpus: 'none', or 'words' for pieces within words
+          segment:str='none',  # for the corpus: 'none' for what saves most ([03_vocab_choose](03_vocab_choose.ipynb)), 'words' for pieces within words
+          weight:list=None,    # for the corpus: how much each file counts, instead of balanced
           words=(),            # for the corpus: words to keep whole
           pad:str='<pad>',     # name of the pad piece, added as a control piece if the base lacks it
           chat_template:str=None, # kept in the folder
@@ -243,7 +251,7 @@ def merge(base_model,          # the base's tokenizer.model or folder, SentenceP
     if compat: m, pad, dead, added = _compat(base, models, compat, pad if pad != '<pad>' else None), None, [], None
     else:
         room = None if size is None else size - n - pad_new
-        seen, cands = set(names), list(_trained(corpus, 20_000 if room is None else room, segment, words, names)) if corpus is not None else []
+        seen, cands = set(names), list(_trained(corpus, 20_000 if room is None else room, segment, words, base, models, weight)) if corpus is not None else []
         seen |= set(cands)
         cands += [p for new in models for p in _candidates(new, seen, han_only)]
         pieces, dead = _alive(base, cands, len(cands) if room is None else room, pad)
@@ -251,3 +259,22 @@ def merge(base_model,          # the base's tokenizer.model or folder, SentenceP
         m = append_pieces(base, pieces, pad)
     _write(m, out_dir, chat_template, max_length)
     return Merged(out_dir, n, len(m.pieces), len(m.pieces) - n - (pad_new and not compat), None if compat else pad, dead, note)
+
+# %% ../nbs/03_vocab.ipynb #528c96fe
+def merge_command(base:str=None,      # the base's tokenizer.model or folder
+                  corpus:list=None,   # text files to train pieces on
+                  add:list=None,      # other SentencePiece models to take pieces from
+                  size:int=None,      # pieces in all
+                  out:str=None,       # folder to write
+                  compat:str=None,    # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte
+                  segment:str='none', # 'none', or 'words' for pieces within words
+                  weight:list=None,   # how much each corpus file counts
+                  pad:str='<pad>',    # name of the pad piece
+                  max_length:int=None) -> Merged:
+    "Add Chinese pieces to a base vocabulary"
+    for name, x in dict(base=base, out=out).items():
+        if not x: raise LlamaZhError(f'--{name} is missing: llama-zh vocab merge --base MODEL --corpus FILES --size N --out DIR')
+    if not corpus and not add: raise LlamaZhError('nothing to add: give --corpus FILES, or --add a SentencePiece model.')
+    try: weight = [float(w) for w in weight] if weight else None
+    except ValueError: raise LlamaZhError(f'--weight {" ".join(weight)}: expected one number for each corpus file.') from None
+    return merge(base, add or [], out, size, compat, [Path(c) for c in corpus] if corpus else None, segment, weight, pad=pad, max_length=max_length)
