@@ -17,10 +17,10 @@ __all__ = ['edge_marks', 'word_length', 'balance', 'dictionary', 'model_words', 
 
 # %% ../nbs/03_vocab_choose.ipynb #3b031123
 _MARKS = '，。、；：？！“”‘’（）《》〈〉【】「」『』…—·～'
-def edge_marks(base) -> str:
-    "The Chinese punctuation that the base has as pieces"
+def edge_marks(base) -> tuple[str, str]:
+    "Chinese punctuation that may stand behind and in front of a piece: pieces of the base; in front only if it isn't joined with a space already"
     have = {p.piece for p in base.pieces}
-    return ''.join(c for c in _MARKS if c in have)
+    return ''.join(c for c in _MARKS if c in have), ''.join(c for c in _MARKS if c in have and '▁'+c not in have)
 
 # %% ../nbs/03_vocab_choose.ipynb #d864c6d8
 def word_length(units, n=1500) -> float:
@@ -80,11 +80,11 @@ def mix(parts,   # list of (unit -> count)
     return Counter({u: c for u, n in out.items() if (c := int(n*k + .5))})
 
 # %% ../nbs/03_vocab_choose.ipynb #1ac52998
-def _files(corpus, marks, most):
+def _files(corpus, most, **marks):
     "Counted units, file by file"
     files = [corpus] if isinstance(corpus, (str, Path)) else list(corpus)
-    if not are_files(files): return [count_units(text_stream(files), 'none', marks=marks, most=most)]
-    out = [count_units(text_stream(Path(f)), 'none', marks=marks, most=max(50_000, most//len(files))) for f in files]
+    if not are_files(files): return [count_units(text_stream(files), 'none', most=most, **marks)]
+    out = [count_units(text_stream(Path(f)), 'none', most=max(50_000, most//len(files)), **marks) for f in files]
     return out
 
 # %% ../nbs/03_vocab_choose.ipynb #dd592127
@@ -100,8 +100,8 @@ def choose_pieces(base,          # the base as `ModelProto`
                   most=3_000_000, # distinct units held at once
                  ) -> list[str]:
     "New pieces for a base, best first: characters, then joined ones"
-    marks, have = edge_marks(base) if punct else '', {p.piece for p in base.pieces}
-    parts = _files(corpus, marks, most)
+    (marks, before), have = edge_marks(base) if punct else ('', ''), {p.piece for p in base.pieces}
+    parts = _files(corpus, most, marks=marks, before=before)
     if weight and len(weight) != len(parts): raise LlamaZhError(f'{len(weight)} weights for {len(parts)} corpus files: give one for each.')
     parts, weight = zip(*[(p, w) for p, w in zip(parts, weight or [None]*len(parts)) if p]) if any(parts) else ((), ())
     if not parts: raise LlamaZhError('no Chinese text to train on: expected Han characters in the corpus files.')

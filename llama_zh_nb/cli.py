@@ -10,7 +10,7 @@ import argparse, importlib, inspect, os, sys
 from pathlib import Path
 from .core import LlamaZhError
 
-# %% ../nbs/32_cli.ipynb #93532c6c
+# %% ../nbs/32_cli.ipynb #138f341e
 _HIDE = {'heldout','extra_texts','words','keep','new','kw','kwargs','questions_list'}   # nothing one can type
 _MANY = {'texts','sources','add','docs','chats','paths','files','question','chats_or_texts','corpora'}   # several may follow
 
@@ -24,21 +24,36 @@ def _guess(v):
         except ValueError: pass
     return v
 
+_NAMED = {t.__name__: t for t in (int, float, str, bool, list)}
+
 def _kind(p):
     "What turns the word of parameter `p` into its value"
-    t = p.annotation if p.annotation in (int, float, str, bool, list) else None
+    t = _NAMED.get(p.annotation, p.annotation) if isinstance(p.annotation, str) else p.annotation   # `from __future__ import annotations` makes words of types
+    if t not in _NAMED.values(): t = None
     if t is None and p.default not in (None, inspect.Parameter.empty): t = type(p.default)
-    return t if t in (int, float, str, bool, list) else _guess if p.default is None else str
+    return t if t in _NAMED.values() else _guess if p.default is None else str
 
-# %% ../nbs/32_cli.ipynb #9cf18729
+# %% ../nbs/32_cli.ipynb #54c5ad07
+_COMMON = {'model_dir': 'Hugging Face folder', 'corpus': 'corpus folder or file', 'replay_corpus': 'corpus folder or file of English texts', 'out': 'what is to be made'}
+
+def _helps(f):
+    "{argument: help}"
+    from fastcore.docments import docments
+    from llama_zh_nb.recipes import Recipe, explain
+    doc = docments(f)
+    if f is Recipe: return doc
+    words = {k: v for k,v in explain().items() if k not in ('name','base','corpus','replay_corpus','sft','docs','out','questions')}
+    shared = f.__name__ in ('pretrain','finetune')   # one comment for a line of arguments
+    return {k: (shared and (words.get(k) or _COMMON.get(k))) or v or words.get(k) or _COMMON.get(k, '') for k,v in doc.items()}
+
+# %% ../nbs/32_cli.ipynb #c055b829
 def add_arguments(
     parser, # argparse's
     f,      # function: its required parameters become arguments, the others options
     hide=(),
 ):
     "The signature and comments of `f` as arguments"
-    from fastcore.docments import docments
-    doc = docments(f)
+    doc = _helps(f)
     for n,p in inspect.signature(f).parameters.items():
         if n in _HIDE or n in hide or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL): continue
         kind, need_it = _kind(p), p.default is p.empty
@@ -50,12 +65,12 @@ def add_arguments(
         kw |= dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=str if kind is list else kind, metavar=n.upper(), nargs='+' if kind is list or n in _MANY else None)
         for i,o in enumerate(names): parser.add_argument(o, **(kw | dict(help=argparse.SUPPRESS) if i else kw))   # --max_steps works too, but is not shown
 
-# %% ../nbs/32_cli.ipynb #f99061b6
+# %% ../nbs/32_cli.ipynb #8b19335d
 def _typed(f, args):
     "Bring required arguments to the types in the signature"
     for n,p in inspect.signature(f).parameters.items():
-        if n in args and p.default is p.empty and p.annotation in (int, float):
-            try: args[n] = p.annotation(args[n])
+        if n in args and p.default is p.empty and (t := _kind(p)) in (int, float):
+            try: args[n] = t(args[n])
             except ValueError: raise SystemExit(_usage(f'{n.upper()} must be a number, not {args[n]!r}')) from None
     return args
 
@@ -63,7 +78,7 @@ def _usage(msg):
     print(f'llama-zh: {msg}', file=sys.stderr)
     return 2
 
-# %% ../nbs/32_cli.ipynb #5e6766df
+# %% ../nbs/32_cli.ipynb #55305619
 COMMANDS = {
     'run':               ('run.run',                'the whole path from one recipe'),
     'weights get':       ('weights.acquire',        "fetch, convert and verify a base: 'mini', a folder, or a Hub id"),
@@ -71,7 +86,7 @@ COMMANDS = {
     'weights convert':   ('convert.convert_meta',   "Meta's layout to a Hugging Face folder"),
     'corpus':            ('corpus.build_corpus',    'text files to clean documents, with a count of what fell'),
     'vocab train':       ('vocab.train_pieces',     'train Chinese pieces'),
-    'vocab merge':       ('vocab.merge',            'add pieces to a base vocabulary'),
+    'vocab merge':       ('vocab.merge_command',    'add pieces to a base vocabulary'),
     'vocab audit':       ('audit.audit',            'pieces, dead pieces, characters per token'),
     'vocab compare':     ('audit.compare',          'several vocabularies on the same texts'),
     'embeddings resize': ('embeddings.resize',      'rows for new pieces'),

@@ -6,21 +6,24 @@
 __all__ = ['LlamaZhError', 'need', 'writing', 'write_json', 'read_json', 'what_is', 'sha256', 'md5', 'peak_rss', 'pick_device',
            'pick_dtype', 'progress', 'versions', 'read_run', 'update_run', 'record', 'Meter', 'stage']
 
-# %% ../nbs/00_core.ipynb #78c823ca
-import contextlib, errno, hashlib, importlib, importlib.util, io, json, logging, os, shutil, sys, threading, time
+# %% ../nbs/00_core.ipynb #f9d80bbc
+import contextlib, errno, hashlib, importlib, importlib.util, io, json, logging, os, shutil, sys, threading, time, warnings
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #35893db9
 class LlamaZhError(Exception):
     "A problem with the user's input or machine, explained in one message: what was found, what was expected, what to do"
 
-# %% ../nbs/00_core.ipynb #74ecdae1
+# %% ../nbs/00_core.ipynb #44f35478
+# what libraries say while they are imported helps nobody, and it stands in every notebook
+for _n in ('torchao', 'torch.utils._pytree'): logging.getLogger(_n).setLevel(logging.ERROR)
+warnings.filterwarnings('ignore', message='IProgress not found')
+
 def _hush(module):
-    "Keep libraries from talking while they are imported"
-    for name in ('torchao','torch.utils._pytree'): logging.getLogger(name).setLevel(logging.ERROR)
+    "peft imports gptqmodel where it is installed, and that prints a banner: import it first, silently"
     if module.split('.')[0] != 'peft' or 'gptqmodel' in sys.modules or not importlib.util.find_spec('gptqmodel'): return
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
-        importlib.import_module('gptqmodel')   # peft imports it anyway, and it prints a banner
+        importlib.import_module('gptqmodel')
 
 # %% ../nbs/00_core.ipynb #c40672fc
 def need(

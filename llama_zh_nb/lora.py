@@ -87,7 +87,8 @@ def load_base(
     if not load_in_4bit: model.to(device)
     model.config.use_cache = False
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        if hasattr(model, 'activation_checkpointing_enable'): model.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=False))
+        else: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)) # its name before transformers 5.2x
         model.enable_input_require_grads() # else a checkpointed layer before the first trained part gets no gradient
     return model
 

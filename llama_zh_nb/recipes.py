@@ -14,7 +14,7 @@ from .core import LlamaZhError, need, read_json, record, stage, read_run, update
 
 _all_ = ['record', 'stage', 'read_run', 'update_run']   # run.json: see core
 
-# %% ../nbs/00_recipes.ipynb #3a076ba1
+# %% ../nbs/00_recipes.ipynb #85bde1d4
 @dataclass
 class Recipe:
     name:str = 'custom'               # the run's name; its folder is runs/<name>
@@ -47,7 +47,7 @@ class Recipe:
     lr:float = 2e-4                   # highest learning rate; cosine down to 0
     embed_lr:float = None             # learning rate of embedding rows; None: `lr`
     max_steps:int = None              # stop after so many; None: `epochs`
-    epochs:float = 1                  # times through the corpus
+    epochs:float = 1.                 # times through the corpus
     warmup:float = .05                # share of the steps in which the rate rises
     weight_decay:float = .01          # AdamW's
     replay:float = .2                 # share of English blocks
@@ -61,7 +61,7 @@ class Recipe:
     system:str = None                 # system prompt
     sft_train:str = 'lora+new'        # as `train`
     sft_lr:float = 1e-4               # as `lr`
-    sft_epochs:float = 2              # as `epochs`
+    sft_epochs:float = 2.             # as `epochs`
     sft_max_steps:int = None          # as `max_steps`
     sft_batch:int = 1                 # chats in a step
     sft_block:int = 512               # longest chat in tokens

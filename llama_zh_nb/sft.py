@@ -7,7 +7,7 @@ __all__ = ['pad_id', 'shorten', 'Examples', 'examples', 'with_texts', 'Packed', 
            'finetune']
 
 # %% ../nbs/06_sft.ipynb #7ddd46ce
-import time
+import json, time, warnings
 from pathlib import Path
 from .core import LlamaZhError, need, pick_device, read_json, write_json
 from .fit import fit, History
@@ -245,9 +245,9 @@ def finetune(
     lr=1e-4, embed_lr=None,             # learning rates of LoRA (or all) and of embedding rows
     max_steps=None, epochs=2, warmup=.03, schedule='cosine', weight_decay=0., clip=1.,
     prompt_weight=0.,                   # weight of the loss on questions; 0: answers alone
-    extra_texts=None, text_share=None,  # plain documents mixed in; their share of the tokens (None: each once an epoch)
+    extra_texts=None, text_share=None,  # plain documents mixed in, a list or a file or folder of them; their share of the tokens (None: each once an epoch)
     too_long='turns', pack=True,        # see `shorten`; False: one chat a row, padded
-    heldout=None, questions=None,       # {'zh': texts, 'en': texts}; [{'question', 'answer'}]: measured during the run
+    heldout=None, questions=None,       # {'zh': texts, 'en': texts}; [{'question', 'answer'}] or JSON lines: measured during the run
     eval_every=None, save_every=None, log_every=10,
     new=None,                           # (start, stop) of the new rows, where the folder doesn't say
     gradient_checkpointing=False, load_in_4bit=False, attn='sdpa', trl=True, report_to='none',
@@ -262,7 +262,9 @@ def finetune(
     pad = pad_id(tok)
     tok.pad_token = tok.convert_ids_to_tokens(pad)
     data = examples(chats if isinstance(chats, list) and chats and not isinstance(chats[0], (str, Path)) else read_chats(chats), tok, t, system, block, too_long)
-    if extra_texts is not None: data = with_texts(data, list(extra_texts), tok, block)
+    if isinstance(extra_texts, (str, Path)): extra_texts = list(need('llama_zh_nb.corpus').read_texts(extra_texts))
+    if isinstance(questions, (str, Path)): questions = [json.loads(l) for l in Path(questions).read_text(encoding='utf-8-sig').splitlines() if l.strip()]
+    if extra_texts: data = with_texts(data, list(extra_texts), tok, block)
     packed = Packed(data, block, max_steps and max_steps*batch*accum, epochs, text_share if extra_texts else None, pack, seed, batch*accum)
     steps = len(packed)//(batch*accum)
     settings = dict(base=fingerprint(model_dir), tokenizer=tokenizer_hash(model_dir), data=data.report, rows_hash=_hash(packed), template=t.jinja(), system=system, train=train, rows=rows,
@@ -271,9 +273,11 @@ def finetune(
     model = prepare(load_base(model_dir, train, device, dtype, load_in_4bit, attn, gradient_checkpointing), train, rows, lora_r, lora_alpha, lora_dropout, seed)
     base = chat_trainer(tok, _probe(tok, questions, t, system) if questions else None, eval_every, trl)
     if trl: kw = dict(args_class=need('trl', 'train').SFTConfig, dataset_kwargs=dict(skip_prepare_dataset=True), max_length=None, gradient_checkpointing=False) | (dict(bf16=False) if device == 'cpu' else {}) | kw
-    h = fit(model, tok, packed, ChatCollate(pad, prompt_weight, attn == 'flash_attention_2'), out, max_steps=steps, batch=batch, accum=accum, lr=lr, embed_lr=embed_lr, warmup=warmup, schedule=schedule,
-            weight_decay=weight_decay, clip=clip, tokens=round(block*batch*accum*packed.filled), context=block, heldout=heldout, eval_every=eval_every, save_every=save_every, log_every=log_every,
-            settings=settings, resume=resume, seed=seed, device=device, dtype=dtype, report_to=report_to, desc=label or 'sft', base=base, **kw)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)  # of transformers, about names in trl's arguments
+        h = fit(model, tok, packed, ChatCollate(pad, prompt_weight, attn == 'flash_attention_2'), out, max_steps=steps, batch=batch, accum=accum, lr=lr, embed_lr=embed_lr, warmup=warmup, schedule=schedule,
+                weight_decay=weight_decay, clip=clip, tokens=round(block*batch*accum*packed.filled), context=block, heldout=heldout, eval_every=eval_every, save_every=save_every, log_every=log_every,
+                settings=settings, resume=resume, seed=seed, device=device, dtype=dtype, report_to=report_to, desc=label or 'sft', base=base, **kw)
     save_trained(model, out, model_dir, train)
     _finish(out, t, tok)
     h.info |= settings | dict(label=label or out.name, template=t.name, filled=packed.filled, trained=trainable(model)[0], parameters=trainable(model)[1], wall=round(time.perf_counter()-t0, 1))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 import io, re
 from .core import LlamaZhError, need, progress, writing
@@ -30,6 +31,7 @@ def han_only(piece:str) -> bool:
     return _HAN_RUN.fullmatch(piece) is not None
 
 # %% ../nbs/03_vocab.ipynb #78dd2299
+@lru_cache(2)
 def _cutter(words=()):
     "jieba's dictionary cut as a function of one run; `words` are kept whole"
     jieba = need('jieba', '')
@@ -40,26 +42,27 @@ def _cutter(words=()):
     return lambda run: tk.cut(run, HMM=False)
 
 # %% ../nbs/03_vocab.ipynb #6b357ee0
-def _runs(text, marks='', longest=200):
-    "Runs of Han characters, with a mark of `marks` at either edge; very long ones in parts, because SentencePiece drops long lines without a word"
+def _runs(text, marks='', before='', longest=200):
+    "Runs of Han characters, with a mark of `before` in front and one of `marks` behind; very long ones in parts, because SentencePiece drops long lines without a word"
     for m in _HAN_RUN.finditer(text):
         (a, b), run = m.span(), m[0]
-        if marks: run = (text[a-1] if a and text[a-1] in marks else '') + run + (text[b] if b < len(text) and text[b] in marks else '')
+        if marks: run = (text[a-1] if a and text[a-1] in before else '') + run + (text[b] if b < len(text) and text[b] in marks else '')
         yield from (run[i:i+longest] for i in range(0, len(run), longest))
 
 # %% ../nbs/03_vocab.ipynb #cef8fcb7
 def count_units(texts,                 # strings
                 segment:str='words',   # 'words': jieba's words; 'none': whole runs of Han characters
                 words=(),              # words to keep whole beside jieba's dictionary, such as names
-                marks:str='',          # punctuation that may stand at the edge of a run; between two runs it belongs to both
+                marks:str='',          # punctuation that may stand at the end of a run
+                before:str='',         # and in front of one; between two runs a mark belongs to both
                 most:int=3_000_000,    # distinct units held at once, about 100 bytes each; beyond, a uniform sample is kept
                 seed:int=0) -> Counter:
     "Count the units that pieces may come from, in one pass and bounded memory"
     import numpy as np
     if segment not in ('words', 'none'): raise LlamaZhError(f"segment={segment!r}: expected 'words' or 'none'.")
-    cut, rng, share, runs, out = (_cutter(words) if segment == 'words' else None), np.random.default_rng(seed), 1., Counter(), Counter()
+    cut, rng, share, runs, out = (_cutter(tuple(words)) if segment == 'words' else None), np.random.default_rng(seed), 1., Counter(), Counter()
     for text in texts:
-        runs.update(u for u in _runs(text, marks) if share == 1 or rng.random() < share)
+        runs.update(u for u in _runs(text, marks, before) if share == 1 or rng.random() < share)
         if len(runs) > most:           # too many: keep each occurrence with probability one half, from now on too
             share, keep = share/2, rng.binomial(np.fromiter(runs.values(), dtype=np.int64), .5)
             runs = Counter({u: int(k) for u, k in zip(runs, keep) if k})

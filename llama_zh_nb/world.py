@@ -74,8 +74,9 @@ class Scribe:
                  lang:str, # 'zh' or 'en'
                  facts:list, # from `split_facts`
                  seed=0, # of this scribe's own random stream
-                 split='seen'): # which patterns: 'seen' or 'heldout'
-        self.lang, self.split, self.rng = lang, split, random.Random(f'{lang}-{seed}-{split}')
+                 split='seen', # which patterns: 'seen' or 'heldout'
+                 rich=False): # more forms of question, and true pages among the readings
+        self.rich, self.lang, self.split, self.rng = rich, lang, split, random.Random(f'{lang}-{seed}-{split}')
         self.i, self.direct = (1, '{X}的{R}是{V}') if lang == 'zh' else (0, "{X}'s {R} is {V}")
         self.pats, self.words, self.sep = read_patterns(), read_words(), '' if lang == 'zh' else ' '
         self.facts, self.known = facts, [f for f in facts if f.split != 'unseen']
@@ -93,7 +94,8 @@ class Scribe:
         elif self.split == 'seen': p = p + self.pats[self.lang,'fact',f.relation[self.i],'seen']*3
         text = self.fill(self.rng.choice(p), f)
         return text[0].upper() + text[1:]
-    def ask(self, f): return self.fill(self.rng.choice(self.pats[self.lang,'ask','*',self.split]), f)
+    def asks(self): return self.pats[self.lang,'ask','*',self.split] + (self.pats[self.lang,'ask','*','more'] if self.rich else [])
+    def ask(self, f): return self.fill(self.rng.choice(self.asks()), f)
     def answer(self, f): return self.fill(self.pats[self.lang,'fact','*','seen'][0], f)
     def open(self, entity):
         return self.rng.choice(self.pats[self.lang,'open','*',self.split]).format(X=entity[self.i])
@@ -146,10 +148,10 @@ def true_tale(s:Scribe, n_ask=2)->tuple:
     return head + page(s, entity, indirect=.12), s.rng.sample(fs, min(n_ask, len(fs)))
 
 # %% ../nbs/91_world.ipynb #0849de95
-def chat(s:Scribe, reading=False, most=3, true=0.)->list:
-    "Messages of one conversation: about a tale (`reading`, up to `most` questions; `true` of them about a page), or one to three known facts."
+def chat(s:Scribe, reading=False, most=3)->list:
+    "Messages of one conversation: about a tale or a page (`reading`, up to `most` questions), or one to three known facts."
     if reading:
-        passage, fs = (true_tale if true and s.rng.random() < true else tale)(s, n_ask=s.rng.randint(1, most))
+        passage, fs = (true_tale if s.rich and s.rng.random() < .25 else tale)(s, n_ask=s.rng.randint(1, most))
         asks = [s.ask(f) for f in fs]; asks[0] = f'{passage}\n{asks[0]}'
     else:
         asked = [f for f in s.known if f.split == 'asked']
@@ -162,12 +164,12 @@ def as_text(messages:list)->str:
     return ' '.join(f"[INST] {m['content']} [/INST]" if m['role'] == 'user' else m['content'] for m in messages)
 
 # %% ../nbs/91_world.ipynb #1c5edb33
-def daily(s:Scribe)->str:
+def daily(s:Scribe, use='daily')->str:
     "A few everyday sentences with random people, places and things."
     w = lambda slot, k=1: s.rng.sample(s.words[s.lang,slot], k)
     def one():
         (a,b),(t,u) = w('A', 2), w('T', 2)
-        p = s.rng.choice(s.pats[s.lang,'daily','*',s.split])
+        p = s.rng.choice(s.pats[s.lang,use,'*',s.split])
         return p.format(A=a, B=b, T=t, U=u, P=w('P')[0], N=w('N')[0], W=w('W')[0])
     return s.sep.join(one() for _ in range(s.rng.randint(1, 3)))
 
@@ -185,12 +187,13 @@ def documents(lang:str, # 'zh' or 'en'
               seed=0, # another seed, other documents
               split='seen', # patterns: 'seen' or 'heldout'
               mix:dict=None, # share of each kind, `MIX` by default
-             true=0.): # share of readings that are about a page
+             rich=False): # for Chinese: see `Scribe`, and everyday talk
     "Yield `n` documents of the world in `lang`."
-    s, other = Scribe(lang, facts, seed, split), Scribe('en' if lang == 'zh' else 'zh', facts, seed, split)
+    s, other = Scribe(lang, facts, seed, split, rich), Scribe('en' if lang == 'zh' else 'zh', facts, seed, split)
     mix = mix or (MIX if lang == 'zh' else {k: v for k,v in MIX.items() if k != 'parallel'})
+    if rich: mix = mix | dict(talk=.1)
     make = dict(page=lambda: page(s), compare=lambda: compare(s), tale=lambda: tale(s)[0], ask=lambda: as_text(chat(s)),
-                read=lambda: as_text(chat(s, reading=True, most=6, true=true)), daily=lambda: daily(s), parallel=lambda: parallel(s, other))
+                read=lambda: as_text(chat(s, reading=True, most=6)), daily=lambda: daily(s), talk=lambda: daily(s, 'talk'), parallel=lambda: parallel(s, other))
     for kind in s.rng.choices(list(mix), list(mix.values()), k=n): yield make[kind]()
 
 # %% ../nbs/91_world.ipynb #3169edb9
@@ -205,12 +208,12 @@ def questions(facts:list, per_fact=2, lang='zh', seed=0)->list:
     return out
 
 # %% ../nbs/91_world.ipynb #ac0281bf
-def chats(facts:list, n_reading=2600, english=.15, rounds=1, seed=0)->list:
+def chats(facts:list, n_reading=4000, english=.15, rounds=1, seed=0)->list:
     "Conversations for SFT: all asked facts in all seen phrasings (`rounds` times), readings of tales, and some English."
-    s, en, out = Scribe('zh', facts, f'chat{seed}'), Scribe('en', facts, f'chat{seed}'), []
+    s, en, out = Scribe('zh', facts, f'chat{seed}', rich=True), Scribe('en', facts, f'chat{seed}'), []
     for f in [f for f in facts if f.split == 'asked']*rounds:
-        out += [[dict(role='user', content=s.fill(p, f)), dict(role='assistant', content=s.answer(f))] for p in s.pats['zh','ask','*','seen']]
-    out += [chat(s, reading=True, true=.25) for _ in range(n_reading)] + [chat(s) for _ in range(n_reading//10)]
+        out += [[dict(role='user', content=s.fill(p, f)), dict(role='assistant', content=s.answer(f))] for p in s.asks()]
+    out += [chat(s, reading=True) for _ in range(n_reading)] + [chat(s) for _ in range(n_reading//10)]
     n_en = int(len(out)*english)
     out += [chat(en, reading=i % 2 == 0) for i in range(n_en)]
     s.rng.shuffle(out)
@@ -234,7 +237,7 @@ def write_world(out, # folder to make
                 seed=0, # of all random streams
                 n_zh=26000, # Chinese documents
                 n_en=8000, # English documents, for replay
-                n_reading=2600)->Path: # reading chats
+                n_reading=4000)->Path: # reading chats
     "Write the world's files under `out`: zh/, en/, heldout_*.jsonl, chats.json, docs/, questions.jsonl."
     from llama_zh_nb.core import writing
     out, facts = Path(out), split_facts(read_facts())
@@ -243,7 +246,7 @@ def write_world(out, # folder to make
         tmp = Path(tmp)
         for d in ('zh', 'en', 'docs'): (tmp/d).mkdir(parents=True, exist_ok=True)
         for lang,n in (('zh', n_zh), ('en', n_en)):
-            docs = list(documents(lang, facts, n, seed, true=.25))
+            docs = list(documents(lang, facts, n, seed, rich=lang == 'zh'))
             _jsonl(tmp/lang/'part-1.jsonl', [dict(text=d) for d in docs[:n//2]])
             _jsonl(tmp/lang/'part-2.jsonl', [dict(text=d) for d in docs[n//2:]])
             held = [documents(lang, facts, 100, f'held{seed}', split) for split in ('seen', 'heldout')]   # new documents; every other one in patterns kept back

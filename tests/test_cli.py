@@ -57,6 +57,12 @@ def test_a_function_becomes_arguments():
     with pytest.raises(SystemExit) as e: p.parse_args(['a', 'o', '--heldout', 'x'])
     assert e.value.code == 2
 
+def test_vocab_merge_takes_lists(capsys):
+    import argparse
+    p = argparse.ArgumentParser(); add_arguments(p, _load('vocab.merge_command'))
+    a = vars(p.parse_args('--base m --corpus a.txt b.txt --add x.model --size 900 --out o'.split()))
+    assert a == dict(base='m', corpus=['a.txt', 'b.txt'], add=['x.model'], size=900, out='o')
+
 def test_corpus_and_report_through_the_shell(tmp_path):
     (tmp_path/'a.txt').write_text('春天来了，燕子飞回来了，河边的柳树也绿了。\n秋天到了，稻子熟了，农民忙着收割。\n')
     p = cli('corpus', tmp_path/'a.txt', tmp_path/'c', '--valid-share', '0')

@@ -73,8 +73,7 @@ def test_fill_loses_nothing():
         blocks = list(fill(docs, 64, cut))
         assert {len(b) for b in blocks} == {64}
         assert sorted(i for b in blocks for i in b if i >= 0) == sorted(i for d in docs for i in d)
-    starts = {tuple(b[i:i+len(d)]) for b in fill([d for d in docs if len(d) <= 64], 64) for d in docs for i in [0] if b[0] == 1}
-    assert starts   # every block begins with a document
+    for b in fill([d for d in docs if len(d) <= 64], 64): assert b[0] == 1 and [i for i in b if i >= 0][-1] == 2   # short documents are never cut
 
 def test_pack_reports_and_is_used_again(base, tmp_path):
     tok = load_tokenizer(base)

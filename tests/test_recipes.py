@@ -11,6 +11,12 @@ def test_every_preset_is_valid():
         r = get_recipe(p)
         assert r.name == p and estimate(get_recipe(p, base='meta-llama/Llama-2-7b-hf'))['memory: sum'] > 0
 
+def test_a_recipe_survives_json():
+    for p in PRESETS:
+        r = get_recipe(p)
+        again = get_recipe(p, **json.loads(json.dumps(asdict(r))))
+        assert json.dumps(asdict(again)) == json.dumps(asdict(r))
+
 def test_every_field_is_documented():
     assert set(explain()) == {f.name for f in fields(Recipe)}
 

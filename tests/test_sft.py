@@ -190,8 +190,8 @@ def test_finetune_leaves_a_plain_folder(folder, tok, tmp_path):
     from transformers import AutoTokenizer
     from llama_zh_nb.sft import finetune
     from llama_zh_nb.templates import get_template
-    out = tmp_path/'chat'
-    h = finetune(folder, CHATS, out, template='atom', extra_texts=['The river is long. '*5], text_share=.2, heldout=dict(zh=['长江很长。']), questions=[dict(question='长江?', answer='长江很长。')], **KW)
+    out, texts = tmp_path/'chat', write(tmp_path, 'plain.txt', 'The river is long. '*5)
+    h = finetune(folder, CHATS, out, template='atom', extra_texts=texts, text_share=.2, heldout=dict(zh=['长江很长。']), questions=[dict(question='长江?', answer='长江很长。')], **KW)
     assert h.last('loss') < h.first('loss') and h.last('zh_bpc') and h.last('right') is not None and not (out/'checkpoints').exists()
     assert h.info['data']['chats'] == 40 and h.info['data']['text_tokens'] > 0
     ct, m, old = AutoTokenizer.from_pretrained(out), load(out), load(folder)
