@@ -14,7 +14,7 @@ from .exact import (CONTROL, NORMAL, UNKNOWN, dead_pieces, exact_problems, load_
 
 # %% auto #0
 __all__ = ['ENGLISH', 'pieces_of', 'Tokens', 'show_tokens', 'are_files', 'genres', 'fertility', 'guess_base', 'Audit', 'audit',
-           'Comparison', 'compare']
+           'Comparison', 'compare', 'compare_command']
 
 # %% ../nbs/03_vocab_audit.ipynb #895ea9f0
 def _tiktoken(path):
@@ -290,3 +290,11 @@ def compare(tokenizers,  # paths, or a dict name -> path or tokenizer
         if len(tokenizers) < len(paths): tokenizers = {str(p): p for p in paths}
     groups = genres(texts)
     return Comparison({k: fertility(v, groups) for k, v in tokenizers.items()}, {k: _size(v) for k, v in tokenizers.items()})
+
+# %% ../nbs/03_vocab_audit.ipynb #66d87f76
+def compare_command(paths,          # tokenizer folders, `.model`, `tokenizer.json` or `.tiktoken` files
+                    text:list=None, # text files, one genre each
+                   ) -> Comparison:
+    "Several vocabularies side by side"
+    if not text: raise LlamaZhError('--text is missing: llama-zh vocab compare A B C --text FILES')
+    return compare([paths] if isinstance(paths, str) else paths, [Path(t) for t in text])

@@ -33,10 +33,10 @@ def word_length(units, n=1500) -> float:
 def balance(sizes,    # characters by file
             lengths,  # `word_length` by file
             expo=.35, # a file's share grows with its size to this power
-            least=.5, # what classical text counts, modern being 1
+            least=.3, # what classical text counts, modern being 1
            ) -> list[float]:
     "How much one occurrence counts, by file"
-    new = [min(1, max(0, (x - 1.3) / .25)) for x in lengths]
+    new = [min(1, max(0, (x - 1.3) / .5)) for x in lengths]
     return [s**(expo - 1) * (least + (1 - least)*m) for s, m in zip(sizes, new)]
 
 # %% ../nbs/03_vocab_choose.ipynb #51a81991
@@ -93,7 +93,7 @@ def choose_pieces(base,          # the base as `ModelProto`
                   room:int,      # new pieces wanted
                   models=(),     # other models, as `ModelProto`, whose pieces are a prior
                   weight=None,   # what each file counts in all; default: balanced
-                  prior=None,    # share of the dictionary beside the corpus; default .6, or 0 where the base reads Chinese already
+                  prior=None,    # share of the dictionary beside the corpus; default .7, or 0 where the base reads Chinese already
                   punct=True,    # allow marks at the edges?
                   chars=.23,     # share of new pieces that may be single characters
                   longest=10,    # characters in a piece
@@ -108,7 +108,7 @@ def choose_pieces(base,          # the base as `ModelProto`
     sizes = [_mass(p) for p in parts]
     ws = [w/s for w, s in zip(weight, sizes)] if weight[0] is not None else balance(sizes, [word_length(p) for p in parts])
     reads = sum(len(p) > 1 and han_only(p) for p in have)         # words of Chinese that the base has already
-    if prior is None: prior = .6 if reads < 1000 and sum(sizes) > 1e6 else 0
+    if prior is None: prior = .7 if reads < 1000 and sum(sizes) > 1e6 else 0
     units = mix(parts, ws, ([(dictionary(), prior)] if prior else []) + [(model_words(m), .3/len(models)) for m in models])
     return _from_units(units, room, have, marks, int(room*chars), longest)
 

@@ -14,7 +14,7 @@ from .core import LlamaZhError, need, read_json, record, stage, read_run, update
 
 _all_ = ['record', 'stage', 'read_run', 'update_run']   # run.json: see core
 
-# %% ../nbs/00_recipes.ipynb #85bde1d4
+# %% ../nbs/00_recipes.ipynb #12498947
 @dataclass
 class Recipe:
     name:str = 'custom'               # the run's name; its folder is runs/<name>
@@ -61,6 +61,7 @@ class Recipe:
     system:str = None                 # system prompt
     sft_train:str = 'lora+new'        # as `train`
     sft_lr:float = 1e-4               # as `lr`
+    sft_embed_lr:float = None         # as `embed_lr`
     sft_epochs:float = 2.             # as `epochs`
     sft_max_steps:int = None          # as `max_steps`
     sft_batch:int = 1                 # chats in a step
@@ -84,13 +85,13 @@ def explain()->dict: # field -> its comment
     cls = need('llama_zh_nb.recipes').Recipe   # comments are read from the source file, so from the exported module
     return {k: v for k,v in docments(cls).items() if k != 'return'}
 
-# %% ../nbs/00_recipes.ipynb #c3a6f5e6
+# %% ../nbs/00_recipes.ipynb #6cb11a3b
 _WORLD = dict(corpus=['world:zh'], replay_corpus=['world:en'], sft=['world:chats.json'], docs=['world:docs'],
               questions='world:questions.jsonl', heldout_zh='world:heldout_zh.jsonl', heldout_en='world:heldout_en.jsonl')
 
-_MINI = dict(base='mini', vocab_size=4000, segment='words', train='lora+new', lora_r=32, lora_alpha=64, lora_dropout=.0, block=256, batch=8, accum=1,
-             lr=2e-3, max_steps=300, warmup=.05, replay=.2, eval_every=60, save_every=100, control_steps=300,
-             sft_lr=1e-3, sft_epochs=2, sft_batch=8, sft_block=256, sft_text_share=.15, group_size=32, calib=64, chunk_tokens=96, k=1, threads=2)
+_MINI = dict(base='mini', vocab_size=3584, segment='words', init='dictionary', train='lora+new', lora_r=32, lora_alpha=64, lora_dropout=.0, block=256, batch=8, accum=1,
+             lr=2e-3, embed_lr=5e-3, max_steps=600, warmup=.05, replay=.2, eval_every=100, save_every=300, control_steps=200,
+             sft_lr=1.5e-3, sft_max_steps=400, sft_batch=8, sft_block=256, sft_text_share=.15, group_size=32, calib=64, chunk_tokens=128, k=1, threads=2)
 
 _7B = dict(base='meta-llama/Llama-2-7b-hf', vocab_size=55296, dtype='bfloat16', lora_r=64, lora_alpha=128, lora_dropout=.05, lr=2e-4, sft_lr=1e-4,
            weight_decay=.01, warmup=.05, calib=128, group_size=128, chunk_tokens=300, k=4,
@@ -149,7 +150,7 @@ def _preset(name):
     if name not in PRESETS: raise LlamaZhError(_near(name, list(PRESETS), 'recipe'))
     return dict(PRESETS[name], name=name)
 
-# %% ../nbs/00_recipes.ipynb #520eb021
+# %% ../nbs/00_recipes.ipynb #6cd563ab
 def _of_world(v): return any(str(o).startswith('world:') for o in (v if isinstance(v, list) else [v]))
 
 def _own(d, given):
@@ -157,6 +158,7 @@ def _own(d, given):
     mine = {k for k in ('corpus','sft','docs') if given.get(k) and not _of_world(given[k])}
     if not mine: return d
     d = {k: v for k,v in d.items() if not _of_world(v) or ('corpus' not in mine and k != 'questions')}
+    if 'corpus' in mine and d.get('init') == 'dictionary': d.pop('init')   # it needs lines in both languages, as the world has them
     return dict(d, name=f"{d['name']}-own") if d.get('name') in PRESETS else d
 
 # %% ../nbs/00_recipes.ipynb #7fa09da9

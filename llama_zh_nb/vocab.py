@@ -192,7 +192,7 @@ class Merged:
     def __fspath__(self): return str(self.path)
     def __repr__(self):
         dead = f'; {len(self.dead):,} unreachable candidates left out' if self.dead else ''
-        return f'{self.base:,} base pieces + {self.pad or "no pad"} + {self.added:,} new = {self.size:,}{dead}\n{self.note}-> {self.path}'
+        return f'{self.base:,} base pieces + {self.pad or "no pad"} + {self.added:,} new = {self.size:,}{dead}\n{self.note}-> {Path(*self.path.parts[-2:])}'
     def to_dict(self): return dict(path=str(self.path), base=self.base, size=self.size, added=self.added, pad=self.pad, dead=self.dead, note=self.note)
 
 # %% ../nbs/03_vocab.ipynb #790c4a81

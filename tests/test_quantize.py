@@ -49,7 +49,7 @@ def test_what_is_saved(tiny, packed):
     assert c['dtype'] == 'float16' and c['quantization_config']['quant_method'] == 'gptq' and c['quantization_config']['group_size'] == 32
     assert '/' not in json.dumps(c['quantization_config']['meta']).replace('https://github.com/modelcloud/gptqmodel', '')   # no folder of this machine
     q = read_json(packed/'quantize.json')
-    assert q['examples'] == 24 and q['tokens'] > 200 and len(q['layers']) == 14
+    assert q['left'] == [] and q['examples'] == 24 and q['tokens'] > 200 and len(q['layers']) == 14
     assert not [p for p in packed.parent.iterdir() if 'partial' in p.name]
 
 def test_reload_through_transformers(tiny, packed):
@@ -102,16 +102,64 @@ def test_calibration(tiny):
 
 def test_shapes(tiny, packed, tmp_path):
     from llama_zh_nb.quantize import check_shapes
-    assert check_shapes(tiny, 128) == {(256, 128): 4, (128, 256): 2, (128, 128): 4, (64, 128): 4}
-    for kw, says in ((dict(group_size=256), 'use group_size=128'), (dict(group_size=100), 'use one of 32, 64'), (dict(group_size=32, bits=5), 'bits=5')):
+    s = check_shapes(tiny, 128)
+    assert s == {(256, 128): 4, (128, 256): 2, (128, 128): 4, (64, 128): 4} and (s.group_size, s.left, s.note, len(s.kinds)) == (128, [], '', 7)
+    s = check_shapes(tiny, 256)
+    assert (s.group_size, s.left) == (128, []) and 'group size 128 in place of 256' in s.note
+    for kw, says in ((dict(group_size=100), 'use one of 32, 64'), (dict(group_size=32, bits=5), 'bits=5')):
         with pytest.raises(LlamaZhError, match=says): check_shapes(tiny, **kw)
     with pytest.raises(LlamaZhError, match='already quantized'): check_shapes(packed, 32)
 
-def test_a_model_that_does_not_fit(shared, tmp_path):
+MLP = {'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj'}
+
+@pytest.fixture(scope='module')
+def partly(shared, tmp_path_factory):
+    "A model 172 wide in the middle, which no group size and no kernel takes; and what was printed"
+    import contextlib, io
     from llama_zh_nb.quantize import quantize
-    with pytest.raises(LlamaZhError, match='172 inputs, not divisible by the group size 64: no group size fits'):
-        quantize(shared/'data/models/stories260K_hf', ['once upon a time'], tmp_path/'q', group_size=64, device='cpu')
-    assert not list(tmp_path.iterdir())
+    src, out, said = shared/'data'/'models'/'stories260K_hf', tmp_path_factory.mktemp('partly')/'q', io.StringIO()
+    with contextlib.redirect_stdout(said): quantize(src, ['once upon a time there was a little dog', 'the cat sat on the mat']*4, out, device='cpu')
+    return src, out, said.getvalue()
+
+def test_what_does_not_fit_stays_in_16_bits(partly):
+    import torch
+    from llama_zh_nb.tensors import open_weights
+    src, out, said = partly
+    q = read_json(out/'quantize.json')
+    assert set(q['left']) == MLP and q['group_size'] == 64 and {l['module'].split('.')[-1] for l in q['layers']} == {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
+    assert said.count('\n') == 1 and 'group size 64 in place of 128' in said and all(k in said for k in MLP) and '172' in said
+    a, b = open_weights(src), open_weights(out)
+    left = [n for n in a if any(f'.{k}.' in n for k in MLP)]
+    assert len(left) == 15 and all(b[n].spec(n)[0] == 'F16' and torch.equal(b[n].get(n), a[n].get(n).half()) for n in left)
+    assert sum(n.endswith('.qweight') for n in b) == 20
+
+def test_what_was_left_is_honoured_on_reload(partly):
+    "The same logits through transformers, through gptqmodel, and by hand with the unpacked matrices put into the plain model"
+    import torch, transformers as tf
+    from llama_zh_nb.quantize import _quiet, load_quantized
+    src, out, _ = partly
+    plain, ours = tf.AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32), load_quantized(out, 'cpu')
+    other = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with _quiet('gptqmodel'):
+        from gptqmodel import GPTQModel
+        direct = GPTQModel.load(str(out), device='cpu', dtype=torch.float32)
+    before, got = logits(plain), logits(ours)
+    assert 0 < (got - before).norm() < .15*before.norm()
+    assert torch.allclose(logits(other), got, atol=1e-4) and torch.allclose(logits(direct.model), got, atol=1e-3)
+    with torch.inference_mode():
+        for a, b in zip(plain.model.layers, ours.model.layers):
+            assert type(b.mlp.down_proj) is torch.nn.Linear and type(b.self_attn.q_proj) is not torch.nn.Linear
+            for n in 'qkvo': getattr(a.self_attn, n+'_proj').weight.copy_(getattr(b.self_attn, n+'_proj')(torch.eye(64)).T)
+        for p in plain.parameters(): p.copy_(p.half().float())
+    assert (logits(plain) - got).norm() < .005*got.norm()
+
+def test_a_model_of_which_nothing_fits(tmp_path):
+    import transformers as tf
+    from llama_zh_nb.quantize import quantize
+    tf.LlamaForCausalLM(tf.LlamaConfig(hidden_size=48, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)).save_pretrained(tmp_path/'m')
+    with pytest.raises(LlamaZhError, match='no matrix of .* fits the GPTQ format.*divisible by 32.*in 16 bits'):
+        quantize(tmp_path/'m', ['once upon a time'], tmp_path/'q', group_size=64, device='cpu')
+    assert [p.name for p in tmp_path.iterdir()] == ['m']
 
 def test_load_quantized_refuses(tiny, tmp_path):
     from llama_zh_nb.quantize import load_quantized

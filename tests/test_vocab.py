@@ -5,7 +5,7 @@ import pytest
 from llama_zh_nb.audit import audit, compare, pieces_of, show_tokens
 from llama_zh_nb.core import LlamaZhError, sha256
 from llama_zh_nb.exact import copy_tokenizer, dead_pieces, disagreements, exact_problems, load_hf, load_sp, read_model, save_tokenizer
-from llama_zh_nb.vocab import append_pieces, count_units, han_only, lowest_score, merge, train_pieces
+from llama_zh_nb.vocab import append_pieces, count_units, han_only, lowest_score, merge, merge_command, train_pieces
 
 # sentences of our own, and what tokenizers stumble over
 ODD = ['', ' ', '  two  spaces ', 'tab\there', 'a\r\nb\n\n', '\x00\x01\x7f', '\x85\u2028\u2029', '\ufeffmark', 'no\xa0break\u3000wide', 'zero\u200bwidth\u200d\u2060', '\u202eright to left\u202c',
@@ -21,14 +21,14 @@ def lines(shared):
     out, rng = [], random.Random(0)
     for f in sorted((shared/'data').glob('text_*/*')) + sorted((shared/'data'/'hostile'/'text').glob('*')):
         ls = f.read_text(encoding='utf-8', errors='replace').split('\n')
-        out += rng.sample(ls, min(len(ls), 150))
+        out += rng.sample(ls, min(len(ls), 80))
     return out
 
 @pytest.fixture(scope='module')
 def merged(tokenizers, shared, tmp_path_factory):
     "Llama-2's vocabulary with pieces from two files and a UNIGRAM model, 40,000 in all"
     out = tmp_path_factory.mktemp('merged')/'tok'
-    corpus = [shared/'data'/'text_zh'/n for n in ('wiki_dev.txt', 'novel_三国演义.txt')]
+    corpus = [shared/'data'/'text_zh'/n for n in ('wiki_dev.txt', 'luxun_坟.txt')]
     return merge(tokenizers/'llama2_32000.model', [tokenizers/'chinese_sp_20000.model'], out, size=40_000, corpus=corpus)
 
 def test_llama2_is_exact(tokenizers, lines, tmp_path):
@@ -65,7 +65,7 @@ def test_merge_guarantees(merged, tokenizers):
 def test_lines_without_han_are_untouched(merged, tokenizers, lines):
     old, new = load_sp(tokenizers/'llama2_32000.model'), load_sp(merged.path)
     plain = [t for t in lines + ODD if not any('\u2e80' <= c <= '\u2fdf' or '\u3005' <= c <= '\u3007' or '\u3400' <= c <= '\u9fff' or '\uf900' <= c <= '\ufaff' or c > '\U0001ffff' for c in t)]
-    assert len(plain) > 500 and old.encode(plain) == new.encode(plain)
+    assert len(plain) > 300 and old.encode(plain) == new.encode(plain)
 
 def test_audit_of_a_good_one(merged, tokenizers, lines):
     a = audit(merged.path, base=tokenizers/'llama2_32000.model', texts=lines)
@@ -114,6 +114,19 @@ def test_more_characters_than_room(tmp_path):
     texts = [''.join(map(chr, range(0x4e00, 0x4e00+5000)))*2]
     assert len(read_model(train_pieces(texts, 500, tmp_path/'c.model')).pieces) <= 500
 
+def test_command_and_weights(tokenizers, tmp_path):
+    for n, t in dict(a='河水东流，两岸多柳。', b='今天的新闻说，经济增长了。').items(): (tmp_path/f'{n}.txt').write_text((t + '\n')*50)
+    corpus, base = [str(tmp_path/'a.txt'), str(tmp_path/'b.txt')], str(tokenizers/'llama2_32000.model')
+    out = merge_command(base=base, corpus=corpus, size=32_010, out=str(tmp_path/'o'), weight=['1', '100'])
+    assert out.size == 32_010 and audit(out.path, base=base, texts=['今天河水。']).ok
+    for kw, says in ((dict(weight=['1']), '1 weights for 2'), (dict(weight=['x', '1']), 'one number'), (dict(corpus=[str(tmp_path/'no.txt')]), 'no.txt'), (dict(base=None), '--base'), (dict(corpus=None), 'nothing to add')):
+        with pytest.raises(LlamaZhError, match=says): merge_command(**(dict(base=base, corpus=corpus, size=32_010, out=str(tmp_path/'p')) | kw))
+
+def test_marks_stand_at_edges_only(merged):
+    import re
+    for p in read_model(merged.path).pieces[32_001:]:
+        assert re.fullmatch('[^\u4e00-\u9fff]?[\u4e00-\u9fff]+[^\u4e00-\u9fff]?', p.piece), p.piece
+
 def test_compare_and_show(merged, tokenizers, shared):
     c = compare([tokenizers/'llama2_32000.model', merged.path, shared/'data'/'tokenizers'/'minimind_tokenizer.json'], {'zh': ['河水东流，两岸多柳。'], 'en': ['The river runs east.']})
     assert len(c.rows) == 3 and c.rows['tok']['zh'] > c.rows['llama2_32000']['zh'] and c.rows['tok']['en'] == c.rows['llama2_32000']['en']
@@ -156,3 +169,18 @@ def test_hostile(shared):
     assert expect
     for name in expect:
         with pytest.raises(LlamaZhError, match='LFS' if 'lfs' in name else 'empty'): load_sp(folder/name)
+
+@pytest.mark.slow
+def test_all_of_it(tokenizers, shared, tmp_path):
+    "55,296 pieces from all Chinese text: exact on every line there is, English untouched, within 2 GB; better than the published one of this size"
+    from llama_zh_nb.core import peak_rss
+    files = sorted(f for f in (shared/'data'/'text_zh').glob('*') if f.name != 'wiki_dev.jsonl')
+    out = merge(tokenizers/'llama2_32000.model', [], tmp_path/'big', size=55_296, corpus=files)
+    assert out.size == 55_296 and peak_rss() < 2*2**30
+    every = [t for f in sorted((shared/'data').glob('text_*/*')) + sorted((shared/'data'/'sft').glob('*')) for t in f.read_text(encoding='utf-8', errors='replace').split('\n')]
+    assert disagreements(out.path, out.path, every) == []
+    a = audit(out.path, base=tokenizers/'llama2_32000.model', texts={f.stem: f for f in files})
+    assert a.ok and a.size == 55_296
+    cmrc = json.loads((shared/'data'/'eval'/'cmrc2018'/'cmrc2018_trial.json').read_text())
+    c = compare(dict(published=tokenizers/'chinese_llama2_55296.model', ours=out), {'cmrc': [p['context'] for d in cmrc['data'] for p in d['paragraphs']]})
+    assert c.rows['ours']['cmrc'] > 1.05*c.rows['published']['cmrc']
