@@ -88,7 +88,7 @@ COMMANDS = {
     'vocab train':       ('vocab.train_pieces',     'train Chinese pieces'),
     'vocab merge':       ('vocab.merge_command',    'add pieces to a base vocabulary'),
     'vocab audit':       ('audit.audit',            'pieces, dead pieces, characters per token'),
-    'vocab compare':     ('audit.compare',          'several vocabularies on the same texts'),
+    'vocab compare':     ('audit.compare_command',  'several vocabularies on the same texts'),
     'embeddings resize': ('embeddings.resize',      'rows for new pieces'),
     'pretrain':          ('pretrain.pretrain',      'read Chinese: LoRA, new rows, or all weights'),
     'sft':               ('sft.finetune',           'learn to answer from chats'),

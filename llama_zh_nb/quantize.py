@@ -171,27 +171,31 @@ def quantize(
     "GPTQ: every layer's matrices in `bits` bits; embeddings, norms, lm_head and matrices of shapes that do not fit stay as they are"
     shapes = check_shapes(model_dir, group_size, bits)
     if shapes.note: print(shapes.note, flush=True)
-    measure, torch = need('llama_zh_nb.measure'), need('torch', 'quant')
-    measure.check_sizes(model_dir)
-    device = pick_device(device)
+    need('llama_zh_nb.measure').check_sizes(model_dir)
     tok = need('transformers', 'quant').AutoTokenizer.from_pretrained(model_dir)
     ids = calibration(tok, chats_or_texts, template, system, calib, max_len, seed)
-    small = sum(o*i for o, i in _linears(model_dir).values()) < 200e6
+    note = dict(bits=bits, group_size=shapes.group_size, left=shapes.left, desc_act=desc_act, damp=damp, template=str(getattr(template, 'name', template)))
     with writing(out) as tmp:
-        torch.manual_seed(seed)
-        with _quiet('quantization with gptqmodel', verbose):
-            gm = need('gptqmodel', 'quant')
-            m = gm.GPTQModel.load(str(model_dir), _config(gm, bits, shapes, desc_act, damp, device, small), dtype=pick_dtype(None, device))
-            log = m.quantize([dict(input_ids=torch.tensor([i]), attention_mask=torch.ones(1, len(i), dtype=torch.long)) for i in ids],
-                             batch_size=1, tokenizer=tok, calibration_data_min_length=1)
-            rows = _layer_log(log)
-            m.save(str(tmp))
+        rows = _gptq(model_dir, (bits, shapes, desc_act, damp), ids, tok, tmp, pick_device(device), seed, verbose)
         _finish(model_dir, tmp, shapes)
-        (tmp/'quant_log.csv').unlink(missing_ok=True)
-        write_json(tmp/'quantize.json', dict(bits=bits, group_size=shapes.group_size, left=shapes.left, desc_act=desc_act, damp=damp, template=str(getattr(template, 'name', template)),
-                                             examples=len(ids), tokens=sum(map(len, ids)), layers=rows))
+        write_json(tmp/'quantize.json', note | dict(examples=len(ids), tokens=sum(map(len, ids)), layers=rows))
         _check_saved(model_dir, tmp, shapes.left)
     return Path(out)
+
+def _gptq(model_dir, how, ids, tok, out, device, seed, verbose):
+    "Let gptqmodel quantize and save; the error of each layer"
+    torch = need('torch', 'quant')
+    small = sum(o*i for o, i in _linears(model_dir).values()) < 200e6
+    torch.manual_seed(seed)
+    with _quiet('quantization with gptqmodel', verbose):
+        gm = need('gptqmodel', 'quant')
+        m = gm.GPTQModel.load(str(model_dir), _config(gm, *how, device, small), dtype=pick_dtype(None, device))
+        log = m.quantize([dict(input_ids=torch.tensor([i]), attention_mask=torch.ones(1, len(i), dtype=torch.long)) for i in ids],
+                         batch_size=1, tokenizer=tok, calibration_data_min_length=1)
+        rows = _layer_log(log)
+        m.save(str(out))
+    (out/'quant_log.csv').unlink(missing_ok=True)
+    return rows
 
 def _check_saved(src, out, left=()):
     "Every layer but those left is there in packed form, nothing else is missing"

@@ -70,6 +70,7 @@ class Recipe:
     # quantization
     bits:int = 4                      # GPTQ: bits of a weight
     group_size:int = 128              # weights that share a scale
+    desc_act:bool = False             # GPTQ: most active columns first; more exact, slower in some programs
     calib:int = 128                   # calibration chats
     # answering from documents
     embedding:str = 'lexical'         # 'lexical' needs no download; or a Hub embedding model
@@ -90,8 +91,8 @@ _WORLD = dict(corpus=['world:zh'], replay_corpus=['world:en'], sft=['world:chats
               questions='world:questions.jsonl', heldout_zh='world:heldout_zh.jsonl', heldout_en='world:heldout_en.jsonl')
 
 _MINI = dict(base='mini', vocab_size=3584, segment='words', init='dictionary', train='lora+new', lora_r=32, lora_alpha=64, lora_dropout=.0, block=256, batch=8, accum=1,
-             lr=2e-3, embed_lr=5e-3, max_steps=600, warmup=.05, replay=.2, eval_every=100, save_every=300, control_steps=200,
-             sft_lr=1.5e-3, sft_max_steps=400, sft_batch=8, sft_block=256, sft_text_share=.15, group_size=32, calib=64, chunk_tokens=128, k=1, threads=2)
+             lr=1.5e-3, embed_lr=5e-3, max_steps=600, warmup=.05, replay=.25, eval_every=100, save_every=300, control_steps=200,
+             sft_lr=1.5e-3, sft_max_steps=400, sft_batch=8, sft_block=256, sft_text_share=.15, group_size=32, desc_act=True, calib=128, chunk_tokens=128, k=1, threads=2)
 
 _7B = dict(base='meta-llama/Llama-2-7b-hf', vocab_size=55296, dtype='bfloat16', lora_r=64, lora_alpha=128, lora_dropout=.05, lr=2e-4, sft_lr=1e-4,
            weight_decay=.01, warmup=.05, calib=128, group_size=128, chunk_tokens=300, k=4,

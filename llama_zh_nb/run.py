@@ -201,7 +201,7 @@ STAGES = [
     Stage('control',    'control',   make_control, lambda run: judge(run, 'control'), _PRE + ' control_steps', needs='base corpus corpus_en',
           unless=lambda r: None if r.control_steps else 'control_steps is 0'),
     Stage('sft',        'chat',      make_sft, lambda run: judge(run, 'chat', True), _SFT, 'sft questions', 'pretrained corpus', lambda r: None if r.sft else 'no chats were given (sft)'),
-    Stage('quantize',   'gptq',      make_quantize, lambda run: judge(run, 'gptq', True), 'bits group_size calib template seed', 'sft questions', 'chat pretrained'),
+    Stage('quantize',   'gptq',      make_quantize, lambda run: judge(run, 'gptq', True), 'bits group_size desc_act calib template seed', 'sft questions', 'chat pretrained'),
     Stage('rag',        'index',     make_rag, look_rag, 'embedding chunk_tokens chunk_overlap k threshold', 'docs questions', 'tokenizer gptq', lambda r: None if r.docs else 'no documents were given (docs)'),
 ]
 

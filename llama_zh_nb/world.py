@@ -200,10 +200,10 @@ def documents(lang:str, # 'zh' or 'en'
               seed=0, # another seed, other documents
               split='seen', # patterns: 'seen' or 'heldout'
               mix:dict=None, # share of each kind, `MIX` by default
-             rich=False): # for Chinese: see `Scribe`, and everyday talk
+             rich=False): # see `Scribe`, and everyday talk
     "Yield `n` documents of the world in `lang`."
     s, other = Scribe(lang, facts, seed, split, rich), Scribe('en' if lang == 'zh' else 'zh', facts, seed, split)
-    mix = mix or (RICH if rich else MIX if lang == 'zh' else {k: v for k,v in MIX.items() if k != 'parallel'})
+    mix = mix or {k: v for k,v in (RICH if rich else MIX).items() if lang == 'zh' or k != 'parallel'}
     make = dict(page=lambda: page(s), compare=lambda: compare(s), tale=lambda: tale(s)[0], ask=lambda: as_text(chat(s)),
                 read=lambda: as_text(chat(s, reading=True, most=6)), daily=lambda: daily(s), talk=lambda: daily(s, 'talk'), parallel=lambda: parallel(s, other))
     for kind in s.rng.choices(list(mix), list(mix.values()), k=n): yield make[kind]()
@@ -258,7 +258,7 @@ def write_world(out, # folder to make
         tmp = Path(tmp)
         for d in ('zh', 'en', 'docs'): (tmp/d).mkdir(parents=True, exist_ok=True)
         for lang,n in (('zh', n_zh), ('en', n_en)):
-            docs = list(documents(lang, facts, n, seed, rich=lang == 'zh'))
+            docs = list(documents(lang, facts, n, seed, rich=True))
             _jsonl(tmp/lang/'part-1.jsonl', [dict(text=d) for d in docs[:n//2]])
             _jsonl(tmp/lang/'part-2.jsonl', [dict(text=d) for d in docs[n//2:]])
             held = [documents(lang, facts, 100, f'held{seed}', split) for split in ('seen', 'heldout')]   # new documents; every other one in patterns kept back
