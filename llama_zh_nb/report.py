@@ -9,7 +9,7 @@ __all__ = ['PARTS', 'Story', 'path_part', 'claims_part', 'vocab_part', 'bits_par
 # %% ../nbs/31_report.ipynb #e28665ba
 import html, re
 from pathlib import Path
-from .core import LlamaZhError, read_run, writing
+from .core import LlamaZhError, need, read_run, writing
 from .charts import COLOURS, Html, esc, num, size, span, lines, bars, intervals, tokens, path_picture
 
 # %% ../nbs/31_report.ipynb #7da49a03
@@ -47,10 +47,17 @@ def path_part(s):
     return st and ('The path', f'<div class="wide">{path_picture(st, 4)}</div><div class="narrow">{path_picture(st, 2)}</div>')
 
 # %% ../nbs/31_report.ipynb #a1f9fcc3
+def _equal(s):
+    "Held-out Chinese bits of pretraining and control where both had spent the control's FLOPs; (None, None) if not known"
+    p, c = (need('llama_zh_nb.fit').History(s(k, 'history') or []) for k in ('pretrain', 'control'))
+    end = c.last('flops')
+    return (p.at('zh_bpc', flops=end), c.last('zh_bpc')) if end and p.last('flops') else (None, None)
+
 def _claims(s):
     "What a run should show, with what this one showed: (text, met or None)"
-    b, p, c = s('weights', 'bpc_zh'), s('pretrain', 'bpc_zh'), s('control', 'bpc_zh')
-    if b and p: yield f'Chinese on held-out text: {b:.2f} bits a character before, {p:.2f} after pretraining' + (f'; the control without new pieces came to {c:.2f}' if c else ''), p < b and (not c or p < c)
+    b, p, c, (mine, theirs) = s('weights', 'bpc_zh'), s('pretrain', 'bpc_zh'), s('control', 'bpc_zh'), _equal(s)
+    told = f'; at equal compute {mine:.2f} with the new pieces, {theirs:.2f} without' if mine and theirs else f'; the control without new pieces came to {c:.2f}' if c else ''
+    if b and p: yield f'Chinese on held-out text: {b:.2f} bits a character before, {p:.2f} after pretraining{told}', p < b and (mine < theirs if mine and theirs else not c or p < c)
     e0, e1, e2 = s('weights', 'bpb_en'), s('pretrain', 'bpb_en'), s('sft', 'bpb_en')
     if e0 and e1: yield f'English: {e0:.2f} bits a byte before, {e1:.2f} after pretraining ({e1/e0-1:+.0%})' + (f', {e2:.2f} after SFT ({e2/e0-1:+.0%})' if e2 else ''), e1 <= 1.1*e0
     if a := s.acc('sft', 'asked'): yield f"Facts that were asked in training, in new phrasings: {a['right']} of {a['n']} right ({a['share']:.0%})", a['share'] >= .8
@@ -82,7 +89,7 @@ def bits_part(s):
     cell = lambda v, v0: f'<td>{v:.3f}</td><td class="dim">{"" if v == v0 else f"{v/v0-1:+.0%}"}</td>' if v is not None else '<td>–</td><td></td>'
     body = ''.join(f'<tr{" class=control" if k == "control" else ""}><th>{_MODEL[k]}</th>{cell(zh.get(k), z0)}{cell(en.get(k), e0)}</tr>' for k in _ORDER if k in zh or k in en)
     table = f'<table><tr><th>model</th><th colspan=2>Chinese, bits per character</th><th colspan=2>English, bits per byte</th></tr>{body}</table>'
-    note = '<p class="dim">Held-out text that no stage has read. Perplexities of different vocabularies cannot be compared; bits per character can. Lower is better.</p>'
+    note = '<p class="dim">Held-out text that no stage has read. The control kept the base vocabulary and took fewer steps; the curves below compare them step by step. Perplexities of different vocabularies cannot be compared; bits per character can. Lower is better.</p>'
     chart = bars([(_MODEL[k].replace(': base vocabulary', ''), v, f'{v:.3f}', 1 if k == 'control' else 0) for k,v in zh.items()]) if zh else ''
     return 'How well it reads', f'{chart}<div class="scroll">{table}</div>{note}'
 
