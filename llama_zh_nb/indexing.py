@@ -35,6 +35,11 @@ def _jieba():
     jieba.setLogLevel(logging.ERROR)
     return jieba.cut_for_search
 
+def _names(question):
+    "The nouns, names, numbers and foreign words of a question, as text; the words that only make it a question are left out"
+    _jieba()
+    return ' '.join(w.word if w.flag[0] in 'nmtejx' else ' ' for w in _quiet('jieba.posseg').cut(_ASKING.sub(' ', unicodedata.normalize('NFKC', question).lower())))
+
 def terms(
     text:str,
     words=True,    # also words found by jieba
@@ -79,13 +84,15 @@ class Lexicon:
         "One score in [0, 1) for each text; higher is better"
         import numpy as np
         out, best = np.zeros(self.n, 'f'), 1e-9
-        for w, c in Counter(terms(question, self.words, question=True)).items():
-            q = c*self.rarity(w)**self.POWER
+        weight = lambda counts: {w: c*self.rarity(w)**self.POWER for w, c in counts.items()}
+        asked = weight(Counter(terms(question, self.words, question=True)))
+        lost = weight(Counter(terms(_names(question), self.words))) if self.words and any(w not in self.vocab for w in asked) else asked
+        for w, q in asked.items():
+            if w not in self.vocab: continue
             best += q
-            if w in self.vocab:
-                a, b = self.starts[self.vocab[w]:][:2]
-                out[self.rows[a:b]] += q*self.weights[a:b]
-        return out/best
+            a, b = self.starts[self.vocab[w]:][:2]
+            out[self.rows[a:b]] += q*self.weights[a:b]
+        return out/(best + sum(q for w, q in lost.items() if w not in self.vocab))
 
 # %% ../nbs/08_indexing.ipynb #152dc75a
 def _save(self:Lexicon, path):
@@ -148,7 +155,7 @@ def _fill(folder, embeddings, chunks, batch=500):
     finally: client.close()
 
 # %% ../nbs/08_indexing.ipynb #5b99b8aa
-DEFAULT_THRESHOLD = .32  # between what `pick_threshold` gives on CMRC 2018 and on DRCD; measure your own
+DEFAULT_THRESHOLD = .39  # between what `pick_threshold` gives on CMRC 2018 and on DRCD; measure your own
 
 def doc_key(meta): # metadata
     "The name of the document that a chunk comes from: its file, and its row where there are rows"

@@ -60,7 +60,7 @@ def _claims(s):
     if b and p: yield f'Chinese on held-out text: {b:.2f} bits a character before, {p:.2f} after pretraining{told}', p < b and (mine < theirs if mine and theirs else not c or p < c)
     e0, e1, e2 = s('weights', 'bpb_en'), s('pretrain', 'bpb_en'), s('sft', 'bpb_en')
     if e0 and e1: yield f'English: {e0:.2f} bits a byte before, {e1:.2f} after pretraining ({e1/e0-1:+.0%})' + (f', {e2:.2f} after SFT ({e2/e0-1:+.0%})' if e2 else ''), e1 <= 1.1*e0
-    if a := s.acc('sft', 'asked'): yield f"Facts that were asked in training, in phrasings no chat used: {a['right']} of {a['n']} right ({a['share']:.0%})", a['share'] >= .8
+    if a := s.acc('sft', 'asked'): yield f"Facts that were asked in training, in phrasings that no training text holds: {a['right']} of {a['n']} right ({a['share']:.0%})", a['share'] >= .8
     if a and (q := s.acc('quantize', 'asked')): yield f"The same after 4-bit quantization: {q['share']:.0%} ({100*(q['share']-a['share']):+.1f} points)", q['share'] >= a['share']-.03
     u0, u = s.acc('quantize', 'unseen') or s.acc('sft', 'unseen'), s.acc('rag', 'unseen')
     if u: yield f"Facts that no training text held: {u['share']:.0%} right with the documents" + (f", {u0['share']:.0%} without" if u0 else ''), u['share'] >= .6 and (not u0 or u0['share'] < .1)
@@ -219,7 +219,7 @@ def _lead(s):
     if n: bits.append(f'词表添了 {n:,} 个汉字词片')
     if p: bits.append(f'读了 {p:,} 个词元的中文与英文')
     if s('sft', 'chats'): bits.append(f"学了 {s('sft', 'chats'):,} 段对话")
-    if s('quantize', 'bytes_after'): bits.append('压到 4 比特' if (s.j.get('recipe') or {}).get('bits', 4) == 4 else '做了量化')
+    if s('quantize', 'bytes_after'): bits.append('大矩阵压到 4 比特' if (s.j.get('recipe') or {}).get('bits', 4) == 4 else '做了量化')
     if 'rag' in s.stages: bits.append('最后学着翻资料回答')
     return '，'.join(bits) + '。下面是一路上量到的数字，答对的和答错的都在。'
 

@@ -287,7 +287,8 @@ def run(
 def _left_out(run, s): return s.unless and s.unless(run.recipe) or read_run(run.dir).get('stages', {}).get(s.name, {}).get('left_out')
 
 def _step(run, s, head, force):
-    say = lambda text: print(head + text, flush=True)
+    said = []
+    def say(text): said.append(text); print(head + text, flush=True)
     if why := s.unless and s.unless(run.recipe): return say(f'left out: {why}')
     if force: update_run(run.dir, {}, drop=[s.name])
     t0 = time.time()
@@ -295,4 +296,4 @@ def _step(run, s, head, force):
         made_by = next((o for o in STAGES if o.out == n), None)
         if made_by and not (run/n).exists() and not _left_out(run, made_by): raise LlamaZhError(f'{s.name} needs {run/n}, which is not there: run stage {made_by.name} first')
     do(run, s, say)
-    if (t := time.time()-t0) > .5 and read_run(run.dir)['stages'][s.name].get('done'): say(f"{t:.0f} s: {_short(read_run(run.dir)['stages'][s.name]['metrics'])}")
+    if (t := time.time()-t0) > .5 and not said[-1].startswith('skipped') and read_run(run.dir)['stages'][s.name].get('done'): say(f"{t:.0f} s: {_short(read_run(run.dir)['stages'][s.name]['metrics'])}")
