@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_THRESHOLD', 'terms', 'Lexicon', 'HashedEmbeddings', 'get_embeddings', 'doc_key', 'ZhRetriever', 'build_index',
-           'open_index', 'is_gold', 'Retrieval', 'eval_retrieval', 'Threshold', 'pick_threshold']
+           'open_index', 'is_gold', 'Retrieval', 'eval_retrieval', 'Threshold', 'fits', 'pick_threshold']
 
 # %% ../nbs/08_indexing.ipynb #07221f8b
 import json, logging, math, re, unicodedata, warnings, zlib
@@ -155,7 +155,7 @@ def _fill(folder, embeddings, chunks, batch=500):
     finally: client.close()
 
 # %% ../nbs/08_indexing.ipynb #5b99b8aa
-DEFAULT_THRESHOLD = .39  # between what `pick_threshold` gives on CMRC 2018 and on DRCD; measure your own
+DEFAULT_THRESHOLD = .35  # between what `pick_threshold` gives on CMRC 2018 and on DRCD; measure your own
 
 def doc_key(meta): # metadata
     "The name of the document that a chunk comes from: its file, and its row where there are rows"
@@ -303,6 +303,11 @@ class Threshold(NamedTuple):
     n:int          # questions
     def _repr_markdown_(self): return f'Threshold **{self.value:.3f}**: {self.answered:.1%} of {self.n:,} questions are answered, {self.refused:.1%} refused once their passages are hidden.'
 
+def fits(scores, threshold)->bool: # scores, best first
+    "Whether the best passage answers: it reaches `threshold`, or a quarter of it and stands out, with 2.2 times the next one's score"
+    a, b = ([float(s) for s in scores] + [0., 0.])[:2]
+    return a >= threshold or (b > 0 and a >= threshold/4 and a >= 2.2*b)
+
 def pick_threshold(
     index:ZhRetriever,
     questions:list,   # with known passages, see `is_gold`
@@ -314,10 +319,10 @@ def pick_threshold(
     with_, without = [], []
     for q in progress(questions, 'questions'):
         docs = index.find(q['question'], k=depth)
-        score = lambda ds: ds[0].metadata['score'] if ds else 0.
+        score = lambda ds: [d.metadata['score'] for d in ds[:2]] or [0.]
         with_.append(score(docs)); without.append(score([d for d in docs if not is_gold(q, d)]))
-    share = lambda t: (sum(s >= t for s in with_), sum(s < t for s in without))
-    marks = sorted({*with_, *without})
+    share = lambda t: (sum(fits(s, t) for s in with_), sum(not fits(s, t) for s in without))
+    marks = sorted({s[0] for s in with_ + without})
     t = max([(a + b)/2 for a, b in zip(marks, marks[1:])] or marks, key=lambda t: sum(share(t)))
     got = Threshold(round(t, 4), *(x/len(questions) for x in share(t)), len(questions))
     if save:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from .core import LlamaZhError, need, record
 from .documents import DocumentLoader, ZhTextSplitter, load_documents, split_text, token_counter
-from .indexing import ZhRetriever, build_index, doc_key, eval_retrieval, is_gold, open_index, pick_threshold
+from .indexing import ZhRetriever, build_index, doc_key, eval_retrieval, fits, is_gold, open_index, pick_threshold
 
 # %% ../nbs/08_rag.ipynb #75e9938e
 from langchain_core.documents import Document
@@ -240,10 +240,10 @@ class Assistant:
         return self.llm.reach - self.llm.max_new_tokens - len(self.llm.encode([_human(self.prompt.format(context='', question=question))]))
 
     def sources(self, question):
-        "The passages for `question`; none if the best does not reach the threshold"
-        docs = self.index.find(question, k=self.k) if hasattr(self.index, 'find') else self.index.invoke(question)[:self.k]
-        if not docs or docs[0].metadata.get('score', 1.) < self.threshold: return []
-        return pack(docs, self.cost, self._budget(question))
+        "The passages for `question`; none if the best does not fit, see `indexing.fits`"
+        docs = self.index.find(question, k=max(self.k, 2)) if hasattr(self.index, 'find') else self.index.invoke(question)
+        if not docs or not fits([d.metadata.get('score', 1.) for d in docs[:2]], self.threshold): return []
+        return pack(docs[:self.k], self.cost, self._budget(question))
 
     def message(self, question, sources):
         "What the model is asked"

@@ -16,7 +16,7 @@ def test_english_is_kept(m): assert max(m['pretrain']['bpb_en'], m['sft']['bpb_e
 
 def test_vocabulary(m): assert m['vocab']['dead'] == 0 and m['vocab']['zh_after'] > 2*m['vocab']['zh_before'] and m['vocab']['en_after'] == m['vocab']['en_before']
 
-def test_asked_facts_in_phrasings_no_chat_used(m):
+def test_asked_facts_in_phrasings_no_training_text_holds(m):
     a = m['sft']['accuracy']['asked']
     assert a['n'] > 500 and a['share'] >= .8
 
