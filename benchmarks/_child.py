@@ -2,7 +2,7 @@
 import json, os, re, subprocess, sys, time
 
 SHAPES = { # layers, hidden, feed-forward, heads, kv heads, files
-    'tiny': (2, 256, 768, 4, 4, 2), '1b': (22, 2048, 5632, 16, 16, 3), '7b': (32, 4096, 11008, 32, 32, 3), '70b-layer': (1, 8192, 28672, 64, 8, 2)}
+    'tiny': (2, 256, 768, 4, 4, 2), '1b': (22, 2048, 5632, 16, 16, 3), '7b': (32, 4096, 11008, 32, 32, 3), '7b-half': (16, 4096, 11008, 32, 32, 3), '70b-layer': (1, 8192, 28672, 64, 8, 2)}
 
 def config(shape, rows=32000):
     n, d, f, h, kv, _ = SHAPES[shape]

@@ -2,6 +2,7 @@
 
     python benchmarks/convert.py --shape 1b --shards 2
     python benchmarks/convert.py --shape 7b --no-memory    # 13.5 GB, twice on disk
+    python benchmarks/convert.py --shape 70b-layer --shards 8    # one layer of 70B's width, and its embeddings
 """
 import argparse, shutil, subprocess, tempfile, time
 from pathlib import Path

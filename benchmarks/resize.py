@@ -1,9 +1,9 @@
 """Resize a folder of a given shape: ours, `cp -r` of the same folder, and transformers in memory.
 
     python benchmarks/resize.py --shape 1b            # 2.6 GB, needs three times as much disk
-    python benchmarks/resize.py --shape 7b --no-memory   # 13.5 GB; transformers' way would need more memory than most machines have
+    python benchmarks/resize.py --shape 7b            # 13.5 GB; transformers' way is left out, and that is said, where less memory is free than it needs
 """
-import argparse, shutil, subprocess, tempfile, time
+import argparse, re, shutil, subprocess, tempfile, time
 from pathlib import Path
 from _child import SHAPES, child, config, show, timed
 
@@ -42,6 +42,11 @@ def make(folder, shape):
     write_json(folder/'config.json', c)
     copy_tokenizer(folder.parent/'base', folder)
 
+def available():
+    "Bytes of memory that can be had now; None where the system does not say"
+    try: return int(re.search(r'MemAvailable:\s+(\d+)', Path('/proc/meminfo').read_text())[1])*1024
+    except (OSError, TypeError): return None
+
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--shape', choices=list(SHAPES), default='tiny'); a.add_argument('--dir'); a.add_argument('--json')
@@ -52,6 +57,7 @@ def main():
         tokenizers(d); make(d/'m', a.shape)
         size, best = sum(p.stat().st_size for p in (d/'m').glob('*.safetensors')), {}
         ways = {'cp -r': None, 'ours': 'e.resize("m", "big", "out")', 'ours, link': 'e.resize("m", "big", "out", link=True)'}
+        if not a.no_memory and (have := available()) and have < 1.3*size: a.no_memory = print(f"transformers' resize left out: {have/1e9:.1f} GB of memory are available, it needs about {1.3*size/1e9:.1f}") or True
         if not a.no_memory: ways["transformers' resize"] = '''from transformers import AutoModelForCausalLM
 m = AutoModelForCausalLM.from_pretrained("m", dtype="auto"); m.resize_token_embeddings(55296); m.save_pretrained("out")'''
         for _ in range(a.repeat):

@@ -1,25 +1,33 @@
 """Answered tokens per second: packed rows against padding to the longest chat of a batch, same model, same chats, same number of chats a step, in one run.
 
-    python benchmarks/sft_packing.py --model runs/mini/pretrained --chats chats.json [--block 512] [--steps 12] [--json out.json]
+    python benchmarks/sft_packing.py --model runs/mini/pretrained|tokenizer.model --chats FILES_OR_FOLDER [--block 512] [--steps 12] [--json out.json]
 
 The padded way is what a plain `Trainer` does: chats in random order, right padding, an attention mask, logits of every position. The packed way is `llama_zh_nb.sft`'s:
-best-fit rows, positions that restart, logits of the learnt positions alone. Both see the same chats; the mean loss per answered token is compared too.
+best-fit rows, positions that restart, logits of the learnt positions alone. A third way pads too, but sorts by length first, as `group_by_length` does. All see the same chats;
+the mean loss per answered token is compared too. Wall time and CPU time are both given: on a machine that does other work at the same time only the latter says something (with --threads 1).
 """
 import argparse, json, platform, time
 
 def batches(items, size): return [items[i:i+size] for i in range(0, len(items) - size + 1, size)]
 
-def run(model, steps, loss_of, repeats):
-    "Seconds of one forward and backward pass over all `steps`, best of `repeats`; summed loss; learnt tokens."
-    best = None
-    for _ in range(repeats):
-        t, total, n = time.perf_counter(), 0., 0
-        for s in steps:
-            loss, k = loss_of(model, s)
-            loss.backward(); model.zero_grad(set_to_none=True)
-            total += loss.item(); n += k
-        best = min(best or 1e9, time.perf_counter() - t)
-    return best, total/n, n
+def run(model, steps, loss_of):
+    "Wall seconds and CPU seconds of a forward and backward pass over all `steps`; mean loss of the learnt tokens; their number."
+    wall, cpu, total, n = time.perf_counter(), time.process_time(), 0., 0
+    for s in steps:
+        loss, k = loss_of(model, s)
+        loss.backward(); model.zero_grad(set_to_none=True)
+        total += loss.item(); n += k
+    return time.perf_counter() - wall, time.process_time() - cpu, total/n, n
+
+def small(path):
+    "A random Llama of mini's shape (256 wide, 4 layers) for the vocabulary in `path`."
+    import tempfile, torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.lora import load_tokenizer
+    tok = load_tokenizer(save_tokenizer(path, tempfile.mkdtemp()))
+    torch.manual_seed(0)
+    return tok, LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=4096, use_cache=False))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -32,7 +40,8 @@ def main():
     from llama_zh_nb.lora import load_base, load_tokenizer
     from llama_zh_nb.sft import examples, Packed, ChatCollate, Examples, pad_id, read_chats, _learn_forward
     torch.set_num_threads(a.threads)
-    tok, model = load_tokenizer(a.model), load_base(a.model, 'full', a.device)
+    tok, model = small(a.model) if a.model.endswith('.model') else (load_tokenizer(a.model), load_base(a.model, 'full', a.device))
+    model.to(a.device)
     _learn_forward(model)
     data = examples(read_chats(a.chats), tok, a.template, block=a.block)
     items = random.Random(0).sample(data.items, min(len(data.items), a.steps*a.batch))
@@ -52,15 +61,20 @@ def main():
 
     pk = Packed(Examples(items, {}), a.block)
     rows, per = [pk[i] for i in range(len(pk))], max(1, round(len(pk)/(len(items)/a.batch)))
-    plans = {'padded to the longest': (batches(items, a.batch), padded), 'packed': ([rows[i:i+per] for i in range(0, len(rows), per)], packed)}
-    out, width = {}, {'padded to the longest': sum(max(len(e.ids) for e in b)*len(b) for b in plans['padded to the longest'][0]), 'packed': len(rows)*a.block}
-    for name, (steps, f) in plans.items():
-        secs, loss, n = run(model, steps, f, a.repeats)
-        out[name] = dict(seconds=round(secs, 3), answered_tokens=n, answered_tokens_per_second=round(n/secs, 1), positions=width[name], loss=round(loss, 5))
-    base, ours = out.values()
-    out |= dict(ratio=round(ours['answered_tokens_per_second']/base['answered_tokens_per_second'], 2), chats=len(items), block=a.block, batch=a.batch, threads=a.threads, torch=torch.__version__, machine=platform.machine())
-    for k in plans: print(f"{k:24}" + '  '.join(f'{n} {v:,}' for n, v in out[k].items()))
-    print(f"ratio {out['ratio']}; loss differs by {abs(ours['loss'] - base['loss']):.1e}")
+    by_length = sorted(items, key=lambda e: len(e.ids))
+    plans = {'padded to the longest': (batches(items, a.batch), padded), 'padded, sorted by length': (batches(by_length, a.batch), padded), 'packed': ([rows[i:i+per] for i in range(0, len(rows), per)], packed)}
+    width = {n: sum(max(len(e.ids) for e in b)*len(b) for b in steps) if f is padded else len(rows)*a.block for n, (steps, f) in plans.items()}
+    best = {}
+    for _ in range(a.repeats):      # in turn, so that whatever else the machine does falls on all of them
+        for name, (steps, f) in plans.items():
+            got = run(model, steps, f)
+            best[name] = got if name not in best else (min(best[name][0], got[0]), min(best[name][1], got[1]), *got[2:])
+    out = {name: dict(seconds=round(w, 3), cpu_seconds=round(c, 3), answered_tokens=n, answered_per_second=round(n/w, 1), answered_per_cpu_second=round(n/c, 1), positions=width[name], loss=round(loss, 5)) for name, (w, c, loss, n) in best.items()}
+    base, ours = out['padded to the longest'], out['packed']
+    ratio = {k: round(ours[k]/base[k], 2) for k in ('answered_per_second', 'answered_per_cpu_second')}
+    for k in plans: print(f"{k:26}" + '  '.join(f'{n} {v:,}' for n, v in out[k].items()))
+    print(f"packed against padded to the longest: {ratio['answered_per_second']} times the answered tokens per second, {ratio['answered_per_cpu_second']} per CPU second; loss differs by {abs(ours['loss'] - base['loss']):.1e}")
+    out |= dict(ratio=ratio, chats=len(items), block=a.block, batch=a.batch, threads=a.threads, torch=torch.__version__, machine=platform.machine())
     if a.json: open(a.json, 'w').write(json.dumps(out, indent=1))
 
 if __name__ == '__main__': main()

@@ -11,8 +11,8 @@ from pathlib import Path
 from .core import LlamaZhError
 
 # %% ../nbs/32_cli.ipynb #138f341e
-_HIDE = {'heldout','extra_texts','words','keep','new','kw','kwargs','questions_list'}   # nothing one can type
-_MANY = {'texts','sources','add','docs','chats','paths','files','question','chats_or_texts','corpora'}   # several may follow
+_HIDE = {'heldout','words','keep','new','kw','kwargs','questions_list'}   # nothing one can type
+_MANY = {'adapters','data','texts','sources','add','docs','chats','paths','files','question','chats_or_texts','corpora'}   # several may follow
 
 def _guess(v):
     "A typed word as int, float, bool, None or str"
@@ -87,17 +87,19 @@ COMMANDS = {
     'corpus':            ('corpus.build_corpus',    'text files to clean documents, with a count of what fell'),
     'vocab train':       ('vocab.train_pieces',     'train Chinese pieces'),
     'vocab merge':       ('vocab.merge_command',    'add pieces to a base vocabulary'),
-    'vocab audit':       ('audit.audit',            'pieces, dead pieces, characters per token'),
+    'vocab audit':       ('audit.audit_command',    'faults, dead pieces, English as before, characters per token'),
     'vocab compare':     ('audit.compare_command',  'several vocabularies on the same texts'),
     'embeddings resize': ('embeddings.resize',      'rows for new pieces'),
     'pretrain':          ('pretrain.pretrain',      'read Chinese: LoRA, new rows, or all weights'),
     'sft':               ('sft.finetune',           'learn to answer from chats'),
-    'merge-lora':        ('lora.merge_adapter',     'adapter and base to a plain folder'),
+    'merge-lora':        ('merge.merge_lora',       'adapters and base to a plain model, a few rows at a time'),
+    'card':              ('cards.write_card',       'write the model card of a trained folder'),
+    'push':              ('cards.push_to_hub',      'say what would go to the Hub; send it with --yes'),
     'quantize':          ('quantize.quantize',      'GPTQ with 4, 8, 3 or 2 bits'),
     'rag index':         ('indexing.build_index',      'documents to an index'),
     'rag ask':           ('cli.rag_ask',            'answer from an index, with sources'),
     'report':            ('report.report',          "a run's story as one HTML page"),
-    'estimate':          ('recipes.estimate',       'memory and time of a recipe, by arithmetic'),
+    'estimate':          ('estimate.estimate',      'memory by part, time and disk of a recipe, and where it fits'),
 }
 
 def _load(target):
@@ -149,10 +151,15 @@ def _run(argv):
 
 def _estimate(argv):
     def extra(p):
-        p.add_argument('--tokens', type=int, default=None, help='tokens trained on'); p.add_argument('--tflops', type=float, default=None, help='sustained speed of the machine')
-    a = vars(_recipe_parser('llama-zh estimate', 'Memory by part and rough time: arithmetic, not measured.', extra).parse_args(argv))
-    kw = dict(tokens=a.pop('tokens'), tflops=a.pop('tflops'))
-    print(_load('recipes.estimate')(_recipe(a), **kw))
+        p.add_argument('--gpu', default=None, help='such as t4, rtx4090, a100-80gb, or cpu; default: the smallest that fits')
+        p.add_argument('--fits', action='store_true', help='which presets fit on --gpu, and nothing else')
+        for n,t in (('tokens','tokens of the corpus'), ('chars','its characters')): p.add_argument(f'--{n}', type=int, default=None, help=t)
+        p.add_argument('--tflops', type=float, default=None, help='sustained speed, where you know it')
+        p.add_argument('--probe', action='store_true', help='measure the speed of this machine, some seconds')
+    a = vars(_recipe_parser('llama-zh estimate', 'Memory by part, time and disk of a recipe, and where it fits.', extra).parse_args(argv))
+    kw = {k: a.pop(k) for k in ('gpu', 'tokens', 'chars', 'tflops', 'probe')}
+    if a.pop('fits'): print('\n'.join(_load('estimate.fits')(kw['gpu'] or 't4')))
+    else: print(_load('estimate.estimate')(_recipe(a), **kw))
     return 0
 
 # %% ../nbs/32_cli.ipynb #56397e82

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBED', 'HEAD', 'packaged', 'check_sums', 'permute', 'unpermute', 'meta_names', 'llama_shapes', 'MetaFiles',
-           'llama_config', 'add_tokenizer', 'convert_meta', 'to_meta', 'ffn_width']
+           'llama_config', 'add_tokenizer', 'not_over', 'convert_meta', 'to_meta', 'ffn_width']
 
 # %% ../nbs/01_convert.ipynb #25f75ba2
 import math, re, shutil
@@ -77,7 +77,9 @@ def llama_shapes(
 class MetaFiles:
     "A folder in Meta's layout, read as if it were a Hugging Face one: shards joined, names and rows Hugging Face's"
     def __init__(self, src):
-        self.src, self.params = Path(src), read_json(Path(src)/'params.json')
+        self.src = Path(src)
+        if not (self.src/'params.json').exists(): raise LlamaZhError(f"{src}: no params.json, so not Meta's layout" + (": this is a Hugging Face folder already; bring it in with  llama-zh weights get" if (self.src/'config.json').exists() else ''))
+        self.params = read_json(self.src/'params.json')
         if gone := [k for k in ('dim', 'n_layers', 'n_heads') if k not in self.params]: raise LlamaZhError(f"{src}/params.json lacks {', '.join(gone)}: it is not Meta's")
         self.names, paths = meta_names(self.params['n_layers']), sorted(self.src.glob('consolidated.*.pth'))
         want = [f'consolidated.{i:02}.pth' for i in range(max([int(p.suffixes[0][1:]) + 1 for p in paths], default=1))]
@@ -123,6 +125,12 @@ def add_tokenizer(src, out, template=None):
     if not f: raise LlamaZhError(f'{src}: no tokenizer.model, the SentencePiece model that belongs to these weights; put it beside them')
     need('llama_zh_nb.exact').save_tokenizer(f, out, chat_template=template)
 
+def not_over(out, *sources):
+    "Refuse to put a result where it would replace what it is made from"
+    for s in sources:
+        a, b = Path(out).resolve(), Path(s).resolve()
+        if a == b or a in b.parents: raise LlamaZhError(f'{out} is or holds {s}, from which it is to be made; name another folder')
+
 # %% ../nbs/01_convert.ipynb #3084adea
 def convert_meta(
     src,        # folder with params.json, consolidated.NN.pth and tokenizer.model
@@ -131,13 +139,15 @@ def convert_meta(
     shard_bytes=5_000_000_000, # begin a new safetensors file past this size
 )->Path:
     "Meta's layout to a Hugging Face folder, tensor by tensor"
+    code = code_of(dtype) if dtype else None
+    not_over(out, src)
     if bad := check_sums(src): raise LlamaZhError(f'{src}: ' + '; '.join(f'{k} {v}' for k, v in bad.items()) + '; fetch these files again')
     m = MetaFiles(src)
     c = llama_config(m)
     for k, want in llama_shapes(c).items():
         if m.spec(k)[1] != want: raise LlamaZhError(f'{src}: {m.names[k][0]} is {m.spec(k)[1]} over {len(m.files)} file(s), but params.json asks for {want}')
-    if dtype: c['torch_dtype'] = str(dtype_of(code_of(dtype))).removeprefix('torch.')
-    specs = {k: (code_of(dtype) if dtype else m.spec(k)[0], m.spec(k)[1]) for k in m.keys()}
+    if dtype: c['torch_dtype'] = str(dtype_of(code)).removeprefix('torch.')
+    specs = {k: (code or m.spec(k)[0], m.spec(k)[1]) for k in m.keys()}
     with writing(out) as tmp:
         tmp.mkdir()
         write_shards(tmp, specs, lambda k: m.get(k).to(dtype_of(specs[k][0])), shard_bytes)

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from .core import LlamaZhError, need, writing, read_json, write_json
 from .tensors import SafeFile, open_weights, write_safetensors, write_index, dtype_of, nbytes
-from .convert import EMBED, HEAD
+from .convert import EMBED, HEAD, not_over
 from .weights import check_sizes, copy_file
 
 # %% ../nbs/04_embeddings.ipynb #d10565e7
@@ -42,12 +42,12 @@ class Spelling(list):
         return f'<p>{self!r}</p><table><tr><th>new piece</th><th style="text-align:left">old pieces</th></tr>{rows}</table>'
 
 # %% ../nbs/04_embeddings.ipynb #6f983f2c
-INITS = ('subword-mean', 'length-weighted', 'rare-heavy', 'first-heavy', 'dictionary', 'mean', 'random')
+INITS = ('subword-mean', 'length-weighted', 'rare-heavy', 'full-length', 'first-heavy', 'dictionary', 'mean', 'random')
 
 def _weights(init, ids, side, length, share):
     "Unnormalised weights of the old pieces that spell a new one"
     if init == 'length-weighted': return [length(i) for i in ids]
-    if init == 'rare-heavy': return [1/(1 + 1000*share[i]) for i in ids]  # a/(a + p), as in smooth inverse frequency, a = .001
+    if init in ('rare-heavy', 'full-length'): return [1/(1 + 1000*share[i]) for i in ids]  # a/(a + p), as in smooth inverse frequency, a = .001
     if init == 'first-heavy' and side == HEAD: return [.5**i for i in range(len(ids))]
     return [1.]*len(ids)
 
@@ -115,10 +115,10 @@ def _best(z, e, t, keep):
     return {k: v for k, v in out.items() if v}
 
 # %% ../nbs/04_embeddings.ipynb #8ab15832
-def _mean(f, name, n):
-    "Mean of the first `n` rows, in double precision"
+def _mean(f, name, n, of=lambda t: t):
+    "Mean of the first `n` rows, or of a function of them, in double precision"
     s, step = 0., 4096
-    for lo in range(0, n, step): s = s + f.get(name, slice(lo, min(n, lo + step))).double().sum(0)
+    for lo in range(0, n, step): s = s + of(f.get(name, slice(lo, min(n, lo + step))).double()).sum(0)
     return s/n
 
 # %% ../nbs/04_embeddings.ipynb #816292ef
@@ -130,17 +130,20 @@ def new_rows(
     pad=0,   # further rows that only fill up: the mean
     std=None, # standard deviation for 'random' rows; None: use `mix`
     seed=0,
+    stretch=False, # give the rows of `mix` the length of an average old row
     block=512,
 ): # yields tensors (rows, hidden) in the file's dtype
     "The rows of the new pieces"
     torch, dtype = need('torch', 'train'), dtype_of(f.spec(name)[0])
     used = sorted({i for ids, _ in mix for i in ids})
     old, mean = {i: f.get(name, slice(i, i + 1))[0] for i in used}, _mean(f, name, n_old)
+    length = _mean(f, name, n_old, lambda t: t.norm(dim=1)) if stretch else None
     g = torch.Generator().manual_seed(2*seed + (name == HEAD))
     def row(ids, w):
         if not ids: return mean
         w = torch.tensor(w, dtype=torch.float64)
-        return w@torch.stack([old[i] for i in ids]).double()/w.sum()
+        t = w@torch.stack([old[i] for i in ids]).double()/w.sum()
+        return t if length is None or not t.any() else t*(length/t.norm())
     for lo in range(0, len(mix) + pad, block):
         part = mix[lo:lo+block]
         rows = [row(*m) if std is None else torch.randn(len(mean), generator=g).double()*std for m in part]
@@ -179,7 +182,7 @@ def _configs(src, tokenizer_dir, out, total):
 # %% ../nbs/04_embeddings.ipynb #c6ca5781
 def _check_args(model_dir, init, texts, pad_to):
     if init not in INITS: raise LlamaZhError(f"unknown init {init!r}; there are: {', '.join(INITS)}")
-    if init == 'dictionary' and texts is None: raise LlamaZhError("init 'dictionary' needs texts with lines in both languages; without such use 'subword-mean'")
+    if init == 'dictionary' and texts is None: raise LlamaZhError("init 'dictionary' needs texts with lines in both languages; without such use 'full-length'")
     if pad_to and pad_to < 0: raise LlamaZhError(f'pad_to is {pad_to}, a positive number was expected (1 for no padding)')
     w = open_weights(model_dir)
     if not isinstance(next(iter(w.values())), SafeFile): raise LlamaZhError(f'{model_dir} holds .bin files; bring it in with  llama-zh weights get  first, which writes safetensors')
@@ -189,14 +192,14 @@ def _words(texts, old, new):
     "The dictionary of `texts`, which may be a folder; refused when there is nothing to learn from"
     if isinstance(texts, (str, Path)): texts = need('llama_zh_nb.corpus').read_texts(texts)
     if words := dictionary(texts, old, new): return words
-    raise LlamaZhError("init 'dictionary' found no line with Chinese and English in the texts; use 'subword-mean'")
+    raise LlamaZhError("init 'dictionary' found no line with Chinese and English in the texts; use 'full-length'")
 
 # %% ../nbs/04_embeddings.ipynb #ea6c5e3d
 def resize(
     model_dir,     # Hugging Face folder of the base, with its own tokenizer.model
     tokenizer_dir, # folder (or file) of a tokenizer that extends the base's
     out,           # folder to make; it appears when it is complete
-    init='subword-mean', # one of `INITS`
+    init='full-length', # one of `INITS`
     pad_to=64,     # rows are padded to a multiple of this
     link=False,    # hard-link files that do not change, where the file system can
     seed=0,        # for 'random'
@@ -204,6 +207,7 @@ def resize(
 )->Path:
     "Give the model rows for the tokenizer's new pieces, file by file"
     model_dir, out = Path(model_dir), Path(out)
+    not_over(out, model_dir, tokenizer_dir)
     w, _ = _check_args(model_dir, init, texts, pad_to), check_sizes(model_dir)
     spelt, c = Spelling(model_dir, tokenizer_dir), read_json(model_dir/'config.json')
     total = -(-spelt.n_new//(pad_to or 1))*(pad_to or 1)
@@ -212,7 +216,7 @@ def resize(
     def make(name):
         k = EMBED if tied else name  # tied: both sides are one matrix, also where a file holds it twice
         yield from w[k].raw(k, slice(0, keep))
-        for t in new_rows(w[k], k, mixtures(spelt, init, k, words), spelt.n_old, total - max(keep, spelt.n_new), std, seed): yield _as_bytes(t)
+        for t in new_rows(w[k], k, mixtures(spelt, init, k, words), spelt.n_old, total - max(keep, spelt.n_new), std, seed, init == 'full-length' and k == EMBED): yield _as_bytes(t)
     files = {f.path.name: f for f in w.values()}
     with writing(out) as tmp:
         tmp.mkdir()

@@ -5,13 +5,14 @@
 # %% ../nbs/03_exact.ipynb #e25ecfcf
 from __future__ import annotations
 from pathlib import Path
-import os, re, shutil, warnings
+import base64, os, re, shutil, warnings
 from .core import LlamaZhError, need, read_json, what_is, write_json, writing
 
 # %% auto #0
 __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'KINDS', 'TOKENIZER_FILES', 'model_file',
-           'read_model', 'load_sp', 'merge_list', 'exact_problems', 'dead_pieces', 'exact_tokenizer', 'save_tokenizer',
-           'load_hf', 'disagreements', 'copy_tokenizer']
+           'read_model', 'processor', 'load_sp', 'merge_list', 'exact_problems', 'dead_pieces', 'exact_tokenizer',
+           'save_tokenizer', 'load_hf', 'disagreements', 'copy_tokenizer', 'load_tiktoken', 'load_json',
+           'tokenizer_kind', 'open_tokenizer']
 
 # %% ../nbs/03_exact.ipynb #a88c6ba8
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6   # SentencePiece's piece types
@@ -51,12 +52,16 @@ def read_model(path,         # `tokenizer.model`, or a folder that holds one
     return m
 
 # %% ../nbs/03_exact.ipynb #635dfdff
+def processor(m, name='this vocabulary'):
+    "A SentencePieceProcessor of a `ModelProto`, or one message"
+    import sentencepiece
+    try: return sentencepiece.SentencePieceProcessor(model_proto=m.SerializeToString())
+    except RuntimeError as e: raise LlamaZhError(f'{name}: SentencePiece refuses this model: {e}') from None
+
 def load_sp(path,  # `tokenizer.model`, or a folder that holds one
            ):      # a `sentencepiece.SentencePieceProcessor`
     "Load a SentencePiece model that was checked first"
-    import sentencepiece
-    read_model(path)
-    return sentencepiece.SentencePieceProcessor(model_file=str(model_file(path)))
+    return processor(read_model(path), model_file(path))
 
 # %% ../nbs/03_exact.ipynb #594866d9
 def merge_list(m,  # a `ModelProto`, BPE
@@ -92,10 +97,9 @@ def dead_pieces(m,           # a `ModelProto`
                 first:int=0, # look at pieces from this id on
                ) -> list[int]:
     "Ids of pieces whose own text is encoded as something else"
-    import sentencepiece
     m = type(m).FromString(m.SerializeToString())
     m.normalizer_spec.add_dummy_prefix = m.normalizer_spec.remove_extra_whitespaces = False
-    sp = sentencepiece.SentencePieceProcessor(model_proto=m.SerializeToString())
+    sp = processor(m)
     ids = [i for i, p in enumerate(m.pieces) if i >= first and p.type == NORMAL]
     return [i for i, got in zip(ids, sp.encode([m.pieces[i].piece.replace('▁', ' ') for i in ids])) if got != [i]]
 
@@ -198,3 +202,58 @@ def copy_tokenizer(src,  # folder as `save_tokenizer` writes it
         if not (src/name).exists(): continue
         with writing(out/name) as f: shutil.copyfile(src/name, f)
     return out
+
+# %% ../nbs/03_exact.ipynb #3f1b55a6
+_RANK = rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n'
+def _ranks(path) -> dict[bytes, int]:
+    "Bytes and their ranks from a tiktoken file; the line that is wrong is named"
+    ranks = {}
+    for i, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip(): continue
+        try: b, n = line.split(); ranks[base64.b64decode(b, validate=True)] = int(n)
+        except ValueError: raise LlamaZhError(f"{path}, line {i}: expected base64 and a rank, as tiktoken writes them, found {what_is(path) if i == 1 else repr(line.decode('utf-8', 'replace')[:40])}.") from None
+    if gone := 256 - sum(bytes([i]) in ranks for i in range(256)): raise LlamaZhError(f'{path}: {gone} of the 256 single bytes have no rank: the file is empty or cut off.')
+    return ranks
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# %% ../nbs/03_exact.ipynb #58f39436
+def load_tiktoken(path,  # file of base64 byte strings and ranks
+                 ):     # a `tokenizers.Tokenizer`
+    "Join bytes as tiktoken does: the lowest rank first, then the leftmost"
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers as P
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]      # how the ByteLevel step writes bytes
+    glyph = {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in seen)}
+    ranks = {''.join(map(glyph.get, b)): n for b, n in _ranks(Path(path)).items()}
+    order = sorted((n, ranks[p[:k]], ranks[p[k:]], p[:k], p[k:]) for p, n in ranks.items() for k in range(1, len(p)) if p[:k] in ranks and p[k:] in ranks)
+    tok = Tokenizer(models.BPE({p: i for i, p in enumerate(ranks)}, [x[3:] for x in order], ignore_merges=True))
+    tok.pre_tokenizer, tok.decoder = P.Sequence([P.Split(Regex(_WORDS), 'isolated'), P.ByteLevel(add_prefix_space=False, use_regex=False)]), decoders.ByteLevel()
+    return tok
+
+# %% ../nbs/03_exact.ipynb #ac6fc8ef
+def load_json(path):
+    "A `tokenizers.Tokenizer` from `tokenizer.json`, or one message"
+    from tokenizers import Tokenizer
+    path = path/'tokenizer.json' if path.is_dir() else path
+    if not path.exists(): raise LlamaZhError(f'{path}: no such file; expected a tokenizer.model or tokenizer.json.')
+    try: tok = Tokenizer.from_file(str(path))
+    except Exception as e: raise LlamaZhError(f'{path}: expected a tokenizer.json of the tokenizers library, found {what_is(path)} ({e}).') from None
+    tok.encode_special_tokens = True      # '<s>' in a text is text
+    return tok
+
+# %% ../nbs/03_exact.ipynb #4b8aebf3
+def tokenizer_kind(path) -> tuple[str, Path]:
+    "('sp' | 'json' | 'tiktoken', file) by what is in the file: Llama 3's `tokenizer.model` is a tiktoken file"
+    path = Path(path)
+    if path.is_dir(): path = next((p for p in (path/'tokenizer.model', path/'tokenizer.json', *sorted(path.glob('*.tiktoken'))) if p.exists()), path/'tokenizer.model')
+    if not path.is_file(): raise LlamaZhError(f'{path}: no such file; give a tokenizer folder, a tokenizer.model, a tokenizer.json or a .tiktoken file.')
+    with open(path, 'rb') as f: head = f.read(400)
+    if path.suffix == '.json' or head.lstrip()[:1] == b'{': return 'json', path
+    return 'tiktoken' if path.suffix == '.tiktoken' or re.match(_RANK, head) else 'sp', path
+
+# %% ../nbs/03_exact.ipynb #348b8b1a
+def open_tokenizer(path,  # a folder or file: SentencePiece, `tokenizer.json` or tiktoken
+                  ):     # a SentencePieceProcessor or a `tokenizers.Tokenizer`
+    "Whatever tokenizer lies there, loaded"
+    kind, f = tokenizer_kind(path)
+    return dict(sp=load_sp, json=load_json, tiktoken=load_tiktoken)[kind](f)

@@ -6,9 +6,10 @@
 __all__ = ['History', 'plot_history', 'train_flops', 'last_checkpoint', 'read_back', 'quiet', 'make_trainer', 'fit']
 
 # %% ../nbs/05_fit.ipynb #51b7fb42
-import contextlib, html, json, math, shutil, time, warnings
+import contextlib, html, importlib.util, json, math, os, shutil, time, warnings
 from pathlib import Path
 from .core import LlamaZhError, need, write_json, read_json, progress
+from . import scale
 
 # %% ../nbs/05_fit.ipynb #d65999d8
 class History(list):
@@ -97,6 +98,7 @@ def train_flops(
     "Floating-point operations of forward and backward, without those that checkpointing repeats"
     n = 0
     for name, m in model.named_modules():
+        if hasattr(m, 'base_layer') or hasattr(m, 'token_adapter'): continue   # peft's wrappers show the weight that they wrap
         w = getattr(m, 'weight', None)
         if getattr(w, 'ndim', 0) != 2 or 'Embedding' in type(m).__name__ or 'original_module' in name: continue
         new_rows = name.endswith('token_adapter.base_layer') # some rows are trained: the gradient of all is computed
@@ -108,8 +110,13 @@ def train_flops(
 # %% ../nbs/05_fit.ipynb #3f11a18d
 class _Exact:
     "Mixed into `transformers.Trainer`: fixed order, stop at the first NaN, a learning rate of their own for embedding rows"
-    embed_lr = flops = tokens = pending = None
-    before = began = 0.
+    embed_lr = flops = tokens = pending = engine = None
+    before = began = measuring = 0.
+    pace = (0, 0.) # step and seconds of training at the last log
+
+    def create_accelerator_and_postprocess(self):
+        if scale.is_fsdp(self.engine): scale.fsdp_on_cpu()
+        super().create_accelerator_and_postprocess()
 
     def _get_train_sampler(self, train_dataset=None):
         return need('torch', 'train').utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
@@ -131,11 +138,17 @@ class _Exact:
     def log(self, logs, start_time=None, **kw):
         "Adds tokens, operations, time and what was measured on held-out text"
         n = self.state.global_step
-        if self.tokens: logs = logs | dict(tokens=n*self.tokens, flops=n*self.tokens*(self.flops or 0), seconds=round(self.clock(), 2))
+        if self.tokens: logs = logs | dict(tokens=n*self.tokens, flops=n*self.tokens*(self.flops or 0), seconds=round(self.clock(), 2), **self._pace(n))
         if self.pending and 'train_runtime' not in logs: logs, self.pending = logs | self.pending, None
         return super().log(logs, start_time, **kw)
 
     def clock(self): return self.before + time.perf_counter() - self.began
+
+    def _pace(self, n):
+        "Tokens per second since the last log, without the time of measuring"
+        (m, s), now = self.pace, self.clock() - self.measuring
+        if n > m: self.pace = n, now
+        return dict(tokens_per_second=round((n-m)*self.tokens/max(now-s, 1e-9))) if n > m else {}
 
     def create_optimizer(self, model=None):
         if self.optimizer is None and self.embed_lr: self.optimizer = _two_rates(self, self.model if model is None else model)
@@ -154,22 +167,40 @@ def _two_rates(self, model):
     return cls(list(groups.values()), **kw)
 
 # %% ../nbs/05_fit.ipynb #018f1f26
+class _Live:
+    "A picture in a notebook that is drawn anew after each measurement, and goes when the run ends; nothing elsewhere"
+    def __init__(self):
+        try: from IPython import get_ipython; from IPython.display import display, HTML
+        except ImportError: display = get_ipython = None
+        on = get_ipython and hasattr(get_ipython(), 'kernel') and os.environ.get('LLAMA_ZH_PROGRESS') != '0' and importlib.util.find_spec('matplotlib')
+        self.empty = HTML('') if on else None
+        self.at = display(self.empty, display_id=True) if on else None
+
+    def draw(self, log):
+        if self.at and sum('loss' in d for d in log) > 1: self.at.update(plot_history(History(_rows(log))))
+
+    def end(self):
+        if self.at: self.at.update(self.empty)
+
+# %% ../nbs/05_fit.ipynb #d7e8a090
 class _Watch:
     "Callback: held-out bits, progress bar, a mark in every complete checkpoint"
     def _measure(self):
         from llama_zh_nb.measure import bits
         model, was, t = self.trainer.model, self.trainer.model.training, time.perf_counter()
-        row = {}
+        row, engine = {}, self.trainer.engine
         for lang, texts in self.heldout.items():
-            b, unit = bits(model.eval(), self.tokenizer, texts, batch=self.eval_batch), 'bpc' if lang.startswith('zh') else 'bpb'
+            b, unit = scale.shared_bits(bits, engine, model.eval(), self.tokenizer, texts, batch=self.eval_batch), 'bpc' if lang.startswith('zh') else 'bpb'
             row[f'{lang}_{unit}'] = getattr(b, unit)
         model.train(was)
-        self.measuring += time.perf_counter() - t
+        self.trainer.measuring += time.perf_counter() - t
         self.shown |= {k: f'{v:.3f}' for k, v in row.items()}
         self.trainer.pending = row
 
     def on_train_begin(self, args, state, control, **kw):
-        self.bar, self.shown, self.measuring = progress(desc=self.desc, total=state.max_steps, initial=state.global_step), {}, 0.
+        scale.check_engine(self.trainer, self.trainer.engine)
+        self.trainer.pace = state.global_step, self.trainer.clock()
+        self.bar, self.shown, self.live = progress(desc=self.desc, total=state.max_steps, initial=state.global_step), {}, _Live()
         if state.global_step == 0 and self.heldout: self._measure(); self.trainer.log({})
 
     def on_step_end(self, args, state, control, **kw):
@@ -183,11 +214,13 @@ class _Watch:
     def on_log(self, args, state, control, logs=None, **kw):
         if logs and 'loss' in logs: self.shown['loss'] = f"{logs['loss']:.3f}"
         self.bar.set_postfix(self.shown, refresh=False)
+        if logs and any(k.endswith(('_bpc', '_bpb')) for k in logs): self.live.draw(state.log_history)
 
     def on_save(self, args, state, control, **kw):
-        if args.should_save: write_json(Path(args.output_dir)/f'checkpoint-{state.global_step}'/'complete.json', dict(step=state.global_step, seconds=self.trainer.clock()))
+        scale.wait() # every process has written its part
+        if args.should_save: write_json(Path(args.output_dir)/f'checkpoint-{state.global_step}'/'complete.json', dict(step=state.global_step, seconds=self.trainer.clock(), engine=self.trainer.engine, processes=scale.world()))
 
-    def on_train_end(self, args, state, control, **kw): self.bar.close()
+    def on_train_end(self, args, state, control, **kw): self.bar.close(); self.live.end()
 
 # %% ../nbs/05_fit.ipynb #a2a31f93
 def last_checkpoint(
@@ -205,6 +238,7 @@ def read_back(o):
 def _start(folder, settings, resume):
     "The checkpoint to go on from, or None; a folder that belongs to other settings is emptied"
     folder, mark = Path(folder), Path(folder)/'settings.json'
+    if not scale.is_main(): return last_checkpoint(folder)
     if folder.exists() and not (resume and mark.exists() and read_json(mark) == settings):
         if resume and last_checkpoint(folder): print('settings or data have changed since the last checkpoint: starting from the beginning')
         shutil.rmtree(folder)
@@ -212,7 +246,7 @@ def _start(folder, settings, resume):
     c = last_checkpoint(folder)
     for p in folder.glob('checkpoint-*'):
         if not (p/'complete.json').exists(): shutil.rmtree(p) # cut off while it was written
-    if c: print(f'resuming from {c.name}')
+    if c: scale.say(f'resuming from {c.name}')
     return c
 
 # %% ../nbs/05_fit.ipynb #b067e009
@@ -233,10 +267,21 @@ def quiet():
 # %% ../nbs/05_fit.ipynb #89ff07d5
 def _precision(device, dtype):
     "The Trainer's arguments for 16-bit computing"
-    if not device.startswith('cuda') or str(dtype).endswith('float32'): return {}
+    if not str(device).startswith('cuda') or str(dtype).endswith('float32'): return {}
     return dict(bf16=True) if need('torch', 'train').cuda.is_bf16_supported(including_emulation=False) else dict(fp16=True)
 
 # %% ../nbs/05_fit.ipynb #3dde093b
+def _loggers(report_to, folder):
+    "Names for the Trainer; TensorBoard's files go beside the checkpoints and stay"
+    there = importlib.util.find_spec('tensorboard') is not None
+    if report_to == 'auto': report_to = 'tensorboard' if there else 'none'
+    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    if 'tensorboard' in names:
+        if not there: need('tensorboard')
+        os.environ['TENSORBOARD_LOGGING_DIR'] = str(Path(folder).parent/'tensorboard')
+    return names
+
+# %% ../nbs/05_fit.ipynb #64b9511b
 def make_trainer(
     model, dataset, collate, # model with its trainable parts, a map-style dataset, rows -> batch
     folder,                  # for checkpoints
@@ -244,7 +289,8 @@ def make_trainer(
     log_every=10, save_every=None, keep=2, seed=0, device='cpu', dtype=None,
     base=None,               # a subclass of `transformers.Trainer`, such as trl's `SFTTrainer`
     args_class=None,         # a subclass of `TrainingArguments`
-    report_to='none',        # 'tensorboard', 'wandb', ...
+    engine=None,             # see `scale`
+    report_to='none',        # 'auto' (TensorBoard where it is installed), 'tensorboard', 'wandb', ...
     **kw,                    # more TrainingArguments
 ):
     "A Hugging Face `Trainer` with our changes and nothing that costs time"
@@ -253,9 +299,9 @@ def make_trainer(
         output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accum, max_steps=max_steps,
         learning_rate=lr, warmup_steps=math.ceil(warmup*max_steps) if warmup < 1 else int(warmup), weight_decay=weight_decay, max_grad_norm=clip, lr_scheduler_type=schedule,
         optim='adamw_torch_fused', logging_steps=log_every, logging_nan_inf_filter=False, save_strategy='steps' if save_every else 'no', save_steps=save_every or 500,
-        save_total_limit=keep, seed=seed, data_seed=seed, use_cpu=device == 'cpu', disable_tqdm=True, report_to=report_to, remove_unused_columns=False,
-        dataloader_num_workers=0, dataloader_pin_memory=device != 'cpu', **_precision(device, dtype), **kw)
-    t = type('ExactTrainer', (_Exact, base or tf.Trainer), {})(model=model, args=args, train_dataset=dataset, data_collator=collate)
+        save_total_limit=keep, seed=seed, data_seed=seed, disable_tqdm=True, report_to=_loggers(report_to, folder), remove_unused_columns=False,
+        dataloader_num_workers=0, dataloader_pin_memory=device != 'cpu', **(dict(use_cpu=device == 'cpu') | scale.trainer_args(engine, device) | _precision(device, dtype) | kw))
+    t = type('ExactTrainer', (_Exact, base or tf.Trainer), dict(engine=engine))(model=model, args=args, train_dataset=dataset, data_collator=collate)
     t.embed_lr = embed_lr
     for c in (tf.PrinterCallback, tf.ProgressCallback): t.remove_callback(c)
     return t
@@ -284,7 +330,8 @@ def fit(
 )->History:
     "Train; stop at the first NaN; resume bit for bit"
     tf, folder = need('transformers', 'train'), Path(out)/'checkpoints'
-    start = _start(folder, read_back(settings), resume)
+    with scale.first(): start = _start(folder, read_back(settings), resume)
+    if start: scale.check_resume(read_json(start/'complete.json'), kw.get('engine'))
     t = make_trainer(model, dataset, collate, folder, batch=batch, accum=accum, max_steps=max_steps, lr=lr, seed=seed, **kw)
     t.tokens, t.flops = tokens, train_flops(model, context)
     t.before, t.began = (read_json(start/'complete.json')['seconds'] if start else 0.), time.perf_counter()
@@ -295,7 +342,8 @@ def fit(
         with quiet(): t.train(resume_from_checkpoint=str(start) if start else None)
     finally:
         if hasattr(watch, 'bar'): watch.bar.close()
-    spent = time.perf_counter() - t.began - watch.measuring
+    spent = time.perf_counter() - t.began - t.measuring
     done = max_steps - (int(start.name.split('-')[1]) if start else 0)
-    if not keep_checkpoints: shutil.rmtree(folder, ignore_errors=True)
+    scale.wait()
+    if not keep_checkpoints and scale.is_main(): shutil.rmtree(folder, ignore_errors=True)
     return History(_rows(t.state.log_history), steps=max_steps, batch=batch, accum=accum, lr=lr, seed=seed, tokens_per_second=round((tokens or 0)*done/spent))

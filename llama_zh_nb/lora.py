@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['trains', 'seven', 'tokenizer_hash', 'load_tokenizer', 'check_folder', 'new_rows', 'load_base', 'lora_config',
-           'prepare', 'trainable', 'fingerprint', 'check_adapter', 'save_adapter', 'rewrite', 'copy_rest',
-           'merge_adapter', 'save_trained']
+           'prepare', 'trainable', 'fingerprint', 'open_adapter', 'check_adapter', 'save_adapter', 'placing', 'rewrite',
+           'write_files', 'copy_rest', 'merge_adapter', 'save_trained']
 
 # %% ../nbs/05_lora.ipynb #5ec350c2
 import hashlib, os, shutil
 from pathlib import Path
 from .core import LlamaZhError, need, writing, write_json, read_json, sha256, pick_device
-from .tensors import open_weights, write_safetensors, write_index, dtype_of, nbytes
+from .tensors import SafeFile, TorchFile, open_weights, write_safetensors, write_index, nbytes
 from .fit import quiet
 
 # %% ../nbs/05_lora.ipynb #04bf40a1
@@ -154,10 +154,10 @@ def trainable(model):
 
 # %% ../nbs/05_lora.ipynb #32e303e2
 def fingerprint(
-    folder, # Hugging Face folder
+    folder, # Hugging Face folder, or {name: file that holds it}
 )->str: # hex digest
     "A hash of the weights: name, type, shape and 16 rows of each tensor"
-    h, w = hashlib.sha256(), open_weights(folder)
+    h, w = hashlib.sha256(), folder if isinstance(folder, dict) else open_weights(folder)
     for name in sorted(w):
         code, shape = w[name].spec(name)
         h.update(f'{name} {code} {list(shape)}'.encode())
@@ -167,35 +167,59 @@ def fingerprint(
     return h.hexdigest()
 
 # %% ../nbs/05_lora.ipynb #c7974173
+def open_adapter(
+    folder, # peft's folder
+): # the file's tensors, not yet read
+    "Open adapter_model.safetensors, or the .bin of older versions"
+    for n, cls in (('adapter_model.safetensors', SafeFile), ('adapter_model.bin', TorchFile)):
+        if (Path(folder)/n).exists(): return cls(Path(folder)/n)
+    raise LlamaZhError(f'{folder}: no adapter_model.safetensors: not an adapter folder')
+
+def _extremes(file, key, rows=1024):
+    "Lowest and highest value of a tensor, a few rows at a time; NaN if there is one"
+    torch, shape = need('torch', 'train'), file.spec(key)[1]
+    if 0 in shape: raise LlamaZhError(f'{file.path}: {key} is of size 0: it was saved from a model cut over several GPUs without gathering it')
+    lows, highs = zip(*((t.amin(), t.amax()) for t in (file.get(key, slice(i, i+rows)) for i in range(0, shape[0] if shape else 1, rows))))
+    return torch.stack(lows).amin().item(), torch.stack(highs).amax().item()
+
 def check_adapter(
     folder,    # peft's folder
     base=None, # the model it is to be used with
     want=None, # tensors there must be at least
-)->dict: # its tensors
+    force=False, # use it also with other weights than its own
+): # the adapter's file, see `open_adapter`
     "Refuse an adapter that is empty, untrained, broken, or made for other weights"
-    folder, torch = Path(folder), need('torch', 'train')
-    f = next((folder/n for n in ('adapter_model.safetensors','adapter_model.bin') if (folder/n).exists()), None)
-    if f is None: raise LlamaZhError(f'{folder}: no adapter_model.safetensors: not an adapter folder')
-    w = need('llama_zh_nb.tensors')
-    file = (w.SafeFile if f.suffix == '.safetensors' else w.TorchFile)(f)
-    state = {k: file.get(k) for k in file.keys()}
-    if not state or want and len(state) < want: raise LlamaZhError(f'{f}: {len(state)} tensors in {f.stat().st_size:,} bytes, {want or "some"} were expected: the adapter was not saved whole')
-    if bad := [k for k, v in state.items() if not torch.isfinite(v).all()]: raise LlamaZhError(f'{f}: NaN or infinity in {bad[0]} and {len(bad)-1} more tensors: train again with a lower lr, in bfloat16 or float32')
-    bs = [k for k in state if 'lora_B' in k]
-    if bs and not any(state[k].any() for k in bs): raise LlamaZhError(f'{f}: every lora_B is zero: nothing was learnt, or it was saved before training')
-    if base is not None and (folder/'belongs_to.json').exists(): _belongs(folder, base)
-    return state
+    file = open_adapter(folder)
+    f, keys = file.path, file.keys()
+    if not keys or want and len(keys) < want: raise LlamaZhError(f'{f}: {len(keys)} tensors in {f.stat().st_size:,} bytes, {want or "some"} were expected: the adapter was not saved whole')
+    ends = {k: _extremes(file, k) for k in keys}
+    if bad := [k for k, (a, b) in ends.items() if not (abs(a) < float('inf') and abs(b) < float('inf'))]:
+        raise LlamaZhError(f'{f}: NaN or infinity in {bad[0]} and {len(bad)-1} more tensors: train again with a lower lr, in bfloat16 or float32')
+    bs = [k for k in keys if 'lora_B' in k or 'lora_embedding_A' in k] # the halves that begin at zero
+    if bs and not any(any(ends[k]) for k in bs): raise LlamaZhError(f'{f}: every lora_B is zero: nothing was learnt, or it was saved before training')
+    if not any(any(e) for e in ends.values()): raise LlamaZhError(f'{f}: all {len(keys)} tensors are zero: nothing was saved but their shapes')
+    if base is not None and not force: _belongs(folder, base)
+    return file
+
 
 # %% ../nbs/05_lora.ipynb #a5427b18
-def _belongs(folder, base):
-    "The adapter in `folder` was trained on `base`"
-    d, rows, h = read_json(folder/'belongs_to.json'), read_json(Path(base)/'config.json')['vocab_size'], tokenizer_hash(base)
+def _belongs(folder, base, weights=None, tokenizer=None, rows=None):
+    "The adapter in `folder`, if it says so, was trained on `base` (or on `weights` not yet written, with a tokenizer and rows of their own)"
+    if not (Path(folder)/'belongs_to.json').exists(): return
+    d, rows, h = read_json(Path(folder)/'belongs_to.json'), rows or read_json(Path(base)/'config.json')['vocab_size'], tokenizer_hash(tokenizer or base)
     if (d['tokenizer'], d['rows']) != (h, rows):
         raise LlamaZhError(f"{folder} was trained with tokenizer {d['tokenizer'][:12]} ({d['rows']:,} rows), but {base} has {h[:12]} ({rows:,} rows): use the folder it was trained on")
-    if d['base'] != (fp := fingerprint(base)):
+    if d['base'] != (fp := fingerprint(weights or base)):
         raise LlamaZhError(f"{folder} was trained on weights {d['base'][:12]}, but those in {base} are {fp[:12]}: use the folder it was trained on")
 
+
 # %% ../nbs/05_lora.ipynb #674a1eb5
+def _bits(model):
+    "Whether the frozen weights lay in 4 bits, and how"
+    q = getattr(model.config, 'quantization_config', None)
+    if not getattr(model, 'is_loaded_in_4bit', False) or q is None: return dict(in_4bit=False)
+    return dict(in_4bit=True, quant=dict(type=q.bnb_4bit_quant_type, double=q.bnb_4bit_use_double_quant, dtype=str(q.bnb_4bit_compute_dtype).removeprefix('torch.')))
+
 def save_adapter(
     model, # a peft model
     out,   # folder to make
@@ -205,53 +229,55 @@ def save_adapter(
     with writing(out) as t:
         with quiet(): model.save_pretrained(str(t), save_embedding_layers=False)
         (t/'README.md').unlink(missing_ok=True) # peft's empty card
-        write_json(t/'belongs_to.json', dict(base=fingerprint(base), tokenizer=tokenizer_hash(base), rows=read_json(Path(base)/'config.json')['vocab_size'],
-                                             in_4bit=bool(getattr(model, 'is_loaded_in_4bit', False))))
+        write_json(t/'belongs_to.json', dict(base=fingerprint(base), tokenizer=tokenizer_hash(base), rows=read_json(Path(base)/'config.json')['vocab_size'], **_bits(model)))
         check_adapter(t, want=sum(p.requires_grad for p in model.parameters()))
     return Path(out)
 
-# %% ../nbs/05_lora.ipynb #9e081852
-def _changes(state, conf):
-    "{tensor name in the base: function from the old tensor to the new one}"
-    torch, out = need('torch', 'train'), {}
-    if conf.get('use_dora') or conf.get('alpha_pattern') or conf.get('fan_in_fan_out'): raise LlamaZhError('adapters with DoRA, alpha_pattern or fan_in_fan_out are merged by peft itself (merge_and_unload)')
-    state = {k.removeprefix('base_model.model.'): v for k, v in state.items()}
-    for k, v in state.items():
-        if k.endswith('.lora_A.weight'):
-            s, b = conf['lora_alpha'] / (len(v)**.5 if conf.get('use_rslora') else len(v)), state[k.replace('lora_A','lora_B')]
-            out[k.replace('.lora_A', '')] = lambda w, a=v.float(), b=b.float(), s=s: (w.float() + s*(b @ a)).to(w.dtype)
-        elif k.endswith('trainable_tokens_delta'):
-            name = k.removesuffix('.trainable_tokens_delta').removesuffix('.token_adapter')
-            ids = torch.tensor(conf['trainable_token_indices'][name.rpartition('.')[-1]])
-            out[name + '.weight'] = lambda w, v=v, ids=ids: w.index_copy(0, ids, v.to(w.dtype))
-        elif 'lora_B' not in k: out[k.replace('.modules_to_save', '')] = lambda w, v=v: v.to(w.dtype)
-    return out
-
 # %% ../nbs/05_lora.ipynb #cf5e006b
+@contextlib.contextmanager
+def placing(
+    out, # folder; other things that lie in it stay
+): # yields an empty folder to fill
+    "Move what was made into `out` when all of it is there"
+    out = Path(out)
+    with writing(out/'.merged') as t:
+        t.mkdir()
+        yield t
+    for p in sorted((out/'.merged').iterdir(), key=lambda p: p.name == 'config.json'): os.replace(p, out/p.name) # config.json last: with it the folder is a model
+    (out/'.merged').rmdir()
+
 def rewrite(
     base,   # Hugging Face folder
     change, # {tensor name: function from the old tensor to the new one}
     out,    # folder; other things that lie in it stay
 )->Path:
     "Copy a model folder with some tensors changed, one tensor in memory at a time"
-    base, out, w = Path(base), Path(out), open_weights(base)
-    if lost := sorted(set(change) - set(w)): raise LlamaZhError(f'the adapter changes {lost[0]} (and {len(lost)-1} more), which {base} does not have')
+    w = open_weights(base)
+    if lost := sorted(set(change) - set(w)): raise LlamaZhError(f'{lost[0]} (and {len(lost)-1} more) is to be changed, but {base} does not have it')
     get = lambda n: change[n](w[n].get(n)) if n in change else w[n].raw(n) if hasattr(w[n], 'raw') else w[n].get(n)
-    name = lambda f: f.path.with_suffix('.safetensors').name.replace('pytorch_model', 'model')
-    files = {name(f): f for f in w.values()}
-    with writing(out/'.merged') as t:
-        t.mkdir()
-        for file, f in files.items(): write_safetensors(t/file, {k: f.spec(k) for k in f.keys()}, get)
-        if len(files) > 1: write_index(t, {k: name(f) for k, f in w.items()}, sum(nbytes(*f.spec(k)) for k, f in w.items()))
+    with placing(out) as t:
+        write_files(t, {k: f.spec(k) for k, f in w.items()}, get, {k: f.path.name for k, f in w.items()})
         copy_rest(base, t)
-    for p in sorted((out/'.merged').iterdir(), key=lambda p: p.name == 'config.json'): os.replace(p, out/p.name) # config.json last: with it the folder is a model
-    (out/'.merged').rmdir()
-    return out
+    return Path(out)
+
+def write_files(
+    folder, # exists
+    specs,  # {tensor name: (type, shape)}
+    get,    # name -> tensor, or its bytes piece by piece
+    where,  # {tensor name: file}, as in the base
+):
+    "safetensors cut into files as the base was"
+    name = lambda f: Path(f).with_suffix('.safetensors').name.replace('pytorch_model', 'model')
+    files = {name(f): [] for f in where.values()}
+    for k, f in where.items(): files[name(f)].append(k)
+    for file, ks in files.items(): write_safetensors(Path(folder)/file, {k: specs[k] for k in ks}, get)
+    if len(files) > 1: write_index(folder, {k: name(f) for k, f in where.items()}, sum(nbytes(*s) for s in specs.values()))
+
 
 # %% ../nbs/05_lora.ipynb #05a67896
 def copy_rest(base, out):
     "Config, generation config, tokenizer, chat template, licence: the small files that make weights usable"
-    small, ours = ('.json', '.model', '.jinja', '.txt'), ('history.json', 'train.json', 'belongs_to.json')
+    small, ours = ('.json', '.model', '.jinja', '.txt'), ('history.json', 'train.json', 'belongs_to.json', 'merged.json')
     for p in sorted(Path(base).iterdir()):
         keep = p.suffix in small and not p.name.endswith('.index.json') and p.name not in ours or p.name.upper().startswith(('LICENSE', 'NOTICE'))
         if p.is_file() and keep and not (Path(out)/p.name).exists(): shutil.copyfile(p, Path(out)/p.name)
@@ -260,13 +286,13 @@ def copy_rest(base, out):
 def merge_adapter(
     base,    # the folder the adapter was trained on
     adapter, # peft's folder
-    out,     # folder to make: a plain Hugging Face model
+    out,     # folder for a plain Hugging Face model; other things that lie in it stay
 )->Path:
     "Add LoRA to the weights and put the trained rows in their place"
-    state, conf = check_adapter(adapter, base), read_json(Path(adapter)/'adapter_config.json')
-    change = _changes(state, conf)
-    if 'lm_head.weight' not in open_weights(base): change.pop('lm_head.weight', None) # tied: the input side holds it
-    return rewrite(base, change, out)
+    m = need('llama_zh_nb.merge', 'train').Plan(base, [adapter])
+    with placing(out) as t: m.write(t)
+    return Path(out)
+
 
 # %% ../nbs/05_lora.ipynb #a9cfa7ea
 def save_trained(

@@ -189,8 +189,8 @@ def look_rag(run):
     return out
 
 # %% ../nbs/30_run.ipynb #ae357a49
-_PRE = 'train lora_r lora_alpha lora_dropout block batch accum lr embed_lr load_in_4bit epochs warmup weight_decay replay eval_every save_every seed dtype'
-_SFT = 'template system sft_train sft_lr sft_epochs sft_max_steps sft_batch sft_block sft_text_share sft_embed_lr load_in_4bit lora_r lora_alpha lora_dropout warmup weight_decay seed dtype'
+_PRE = 'train lora_r lora_alpha lora_dropout block batch accum lr embed_lr load_in_4bit epochs warmup weight_decay replay eval_every save_every seed dtype mix_documents cut drop_rest embed_steps'
+_SFT = 'template system sft_train sft_lr sft_epochs sft_max_steps sft_batch sft_block sft_text_share sft_embed_lr load_in_4bit lora_r lora_alpha lora_dropout warmup sft_warmup weight_decay seed dtype'
 
 STAGES = [
     Stage('weights',    'base',      make_weights, sources='base'),

@@ -11,18 +11,17 @@ import json, time, warnings
 from pathlib import Path
 from .core import LlamaZhError, need, pick_device, read_json, write_json
 from .fit import fit, History
-from .lora import load_tokenizer, check_folder, new_rows, fingerprint, tokenizer_hash, load_base, prepare, trainable, save_trained
+from .lora import load_tokenizer, check_folder, trains, new_rows, fingerprint, tokenizer_hash, load_base, prepare, trainable, save_trained
 from .templates import get_template, encode_chats, encode_texts, write_template, Encoded, Coloured
-from .chat_data import Chats, read_chats
+from .chat_data import Chats, read_chats, language
 
 # %% ../nbs/06_sft.ipynb #27097387
 def pad_id(tokenizer)->int:
     "The id to pad with: the tokenizer's pad token, else its unknown token; never the end mark."
-    if (p := tokenizer.pad_token_id) is None: p = tokenizer.unk_token_id
-    if p is None or p == tokenizer.eos_token_id:
-        raise LlamaZhError(f'the pad token is {tokenizer.pad_token!r}, the end mark is {tokenizer.eos_token!r}: a model that pads with its end mark never learns to stop. '
-                           "Save the tokenizer with a pad token of its own: vocab.save_tokenizer(model, out, pad='<unk>').")
-    return p
+    for p in (tokenizer.pad_token_id, tokenizer.unk_token_id):
+        if p is not None and p != tokenizer.eos_token_id: return p
+    raise LlamaZhError(f'the pad token is {tokenizer.pad_token!r}, the end mark is {tokenizer.eos_token!r}, and there is no unknown token: a model that pads with its end mark never learns to stop. '
+                       "Save the tokenizer with a pad token of its own: vocab.save_tokenizer(model, out, pad='<unk>').")
 
 # %% ../nbs/06_sft.ipynb #77acdc6c
 def shorten(
@@ -41,12 +40,21 @@ def shorten(
 # %% ../nbs/06_sft.ipynb #9df02413
 class Examples:
     "Chats as ids and masks, what was left out, and why."
-    def __init__(self, items, report, is_text=()): self.items, self.report, self.is_text = items, report, list(is_text) or [False]*len(items)
+    def __init__(self, items, report, kinds=(), lengths=()):
+        self.items, self.report, self.lengths = items, report, list(lengths)  # lengths: (tokens of a chat, tokens kept), of those left out too
+        self.kinds = list(kinds) or ['zh']*len(items)  # 'zh', 'en': language of a chat's answers; 'text': a document
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.items[i]
     def _rows(self): return [(k.replace('_', ' '), f'{v:,}' if isinstance(v, int) else f'{v:.1%}' if isinstance(v, float) else str(v)) for k, v in self.report.items() if v not in ([], 0)]
     def __repr__(self): return '\n'.join(f'{k}: {v}' for k, v in self._rows())
     def _repr_html_(self): return '<table>' + ''.join(f'<tr><th>{k}</th><td>{v}</td></tr>' for k, v in self._rows()) + '</table>'
+    def lost(self):
+        "What `block` cost, in a line; '' if nothing."
+        r, rows = self.report, ', '.join(self.report.get('left_out_rows', [])[:3])
+        parts = [f"{r['left_out']:,} chats are left out ({rows}{', ...' if r['left_out'] > 3 else ''})"] if r.get('left_out') else []
+        if r.get('answers_cut'): parts.append(f"{r['answers_cut']:,} chats end in the middle of an answer")
+        if r.get('shortened'): parts.append(f"{r['shortened']:,} chats are shortened, by {r['answers_lost']:,} answers")
+        return '; '.join(parts) + f' (the longest has {max(a for a, _ in self.lengths):,} tokens; see block and too_long)' if parts else ''
 
 # %% ../nbs/06_sft.ipynb #39556182
 def examples(
@@ -58,19 +66,21 @@ def examples(
     too_long:str='turns', # see `shorten`
 )->Examples:
     "Encode chats for training: answers and their end marks are learnt, nothing else."
-    t, items, refused, short = get_template(template), [], [], 0
-    msgs = [c['messages'] if isinstance(c, dict) else c for c in chats]
+    t, items, kinds, refused, lengths, n, lost = get_template(template), [], [], [], [], dict.fromkeys(('shortened', 'answers_cut'), 0), 0
+    msgs, eos = [c['messages'] if isinstance(c, dict) else c for c in chats], tokenizer.eos_token_id
     source = [Path(c['source']).name if isinstance(c, dict) and 'source' in c else f'chat {i+1}' for i, c in enumerate(chats)]
-    for e, where in zip(encode_chats(t, tokenizer, msgs, system=system), source):
+    ends = lambda e: sum(m and i == eos for i, m in zip(e.ids, e.mask))
+    for m, e, where in zip(msgs, encode_chats(t, tokenizer, msgs, system=system), source):
         s = shorten(e, block, too_long) if any(e.mask) else None
-        if s is None: refused.append(f'{where} ({len(e.ids):,} tokens)' if any(e.mask) else f'{where} (no answer)')
-        else: items.append(s); short += len(s.ids) < len(e.ids)
+        lengths.append((len(e.ids), len(s.ids) if s else 0))
+        if s is None: refused.append(f'{where} ({len(e.ids):,} tokens)' if any(e.mask) else f'{where} (no answer)'); continue
+        items.append(s); kinds.append(language(m))
+        if len(s.ids) < len(e.ids): n['answers_cut' if s.mask[-1] and s.ids[-1] != eos else 'shortened'] += 1; lost += ends(e) - ends(s)
     if not items: raise LlamaZhError(f'nothing to learn in any of the {len(chats):,} chats' + (f', the first: {refused[0]}; raise block, now {block}' if refused else ''))
-    n, learnt = sum(len(e.ids) for e in items), sum(sum(e.mask) for e in items)
-    ends = sum(e.ids.count(tokenizer.eos_token_id) and any(m and i == tokenizer.eos_token_id for i, m in zip(e.ids, e.mask)) for e in items)
-    if not ends: raise LlamaZhError('no answer has an end mark among what is learnt: the model would never stop. Raise block, or use another too_long.')
-    return Examples(items, dict(chats=len(items), tokens=n, learnt_tokens=learnt, learnt_share=learnt/n, longest=max(len(e.ids) for e in items), shortened=short,
-                                left_out=len(refused), left_out_rows=refused[:20], markers_broken=sum(t.broken(m) for m in msgs)))
+    tokens, learnt = sum(len(e.ids) for e in items), sum(sum(e.mask) for e in items)
+    if not any(map(ends, items)): raise LlamaZhError('no answer has an end mark among what is learnt: the model would never stop. Raise block, or use another too_long.')
+    return Examples(items, dict(chats=len(items), chinese=kinds.count('zh'), english=kinds.count('en'), tokens=tokens, learnt_tokens=learnt, learnt_share=learnt/tokens, longest=max(len(e.ids) for e in items),
+                                **n, answers_lost=lost, left_out=len(refused), left_out_rows=refused[:20], markers_broken=sum(t.broken(m) for m in msgs)), kinds, lengths)
 
 # %% ../nbs/06_sft.ipynb #2b25544d
 def with_texts(
@@ -85,7 +95,7 @@ def with_texts(
         ids = [bos, *ids, eos]
         out += [Encoded(p, [int(i + k > 0) for k in range(len(p))]) for i in range(0, len(ids), block) if len(p := ids[i:i+block]) > 1]
     n = sum(len(e.ids) for e in out)
-    return Examples(data.items + out, dict(data.report, text_pieces=len(out), text_tokens=n), [False]*len(data.items) + [True]*len(out))
+    return Examples(data.items + out, dict(data.report, text_pieces=len(out), text_tokens=n), data.kinds + ['text']*len(out), data.lengths)
 
 # %% ../nbs/06_sft.ipynb #d372656d
 def _fill(order, lens, block, open_rows=32):
@@ -98,16 +108,22 @@ def _fill(order, lens, block, open_rows=32):
         if len(rows) > open_rows: j = free.index(min(free)); done.append(rows.pop(j)); free.pop(j)
     return done + rows
 
-def _epoch(data, block, share, pack, rng, texts_left):
-    "The numbers of one pass in rows. With `share` the documents are taken in turn until they make up that share of the tokens."
-    chat, text = [i for i, t in enumerate(data.is_text) if not t], [i for i, t in enumerate(data.is_text) if t]
-    lens = [len(e.ids) for e in data.items]
-    if text and share is not None:
-        want, text_now = sum(lens[i] for i in chat)*share/(1 - share), []
-        while want > 0:
-            if not texts_left: texts_left.extend(rng.permutation(text).tolist())
-            text_now.append(texts_left.pop()); want -= lens[text_now[-1]]
-        text = text_now
+def _draw(pool, tokens, lens, rng, left):
+    "Numbers of `pool` in turn until they make up so many tokens; `left` remembers where the last draw ended."
+    out = []
+    while tokens > 0:
+        if not left: left.extend(rng.permutation(pool).tolist())
+        out.append(left.pop()); tokens -= lens[out[-1]]
+    return out
+
+def _epoch(data, block, share, en_share, pack, rng, left):
+    "The numbers of one pass in rows. A share makes documents, or English chats, be taken in turn until they make up that share of the tokens."
+    chat, text, lens = [i for i, k in enumerate(data.kinds) if k != 'text'], [i for i, k in enumerate(data.kinds) if k == 'text'], [len(e.ids) for e in data.items]
+    rest = lambda of, part: sum(lens[i] for i in of)*part/(1 - part)
+    if en_share is not None:
+        en, zh = ([i for i in chat if (data.kinds[i] == 'en') == k] for k in (True, False))
+        chat = zh + _draw(en, rest(zh, en_share), lens, rng, left['en'])
+    if text and share is not None: text = _draw(text, rest(chat, share), lens, rng, left['text'])
     order = rng.permutation(chat + text).tolist()
     rows = _fill(order, lens, block) if pack else [[i] for i in order]
     return [rows[i] for i in rng.permutation(len(rows))]
@@ -121,20 +137,21 @@ class Packed:
         rows:int=None,     # rows in all; None: `epochs`
         epochs:float=1,    # passes through the chats
         share:float=None,  # share of the tokens for plain documents; None: each document once a pass
+        en_share:float=None, # share of the chats' tokens for English ones; None: each chat once a pass
         pack:bool=True,    # False: one example a row
         seed:int=0,
         multiple:int=1,    # the number of rows is a multiple of this
     ):
-        rng, self.data, self.rows, left = need('numpy').random.default_rng(seed), data, [], []
-        if share is not None and not 0 <= share < 1: raise LlamaZhError(f'share is {share}: expected a number from 0 to below 1')
-        one = _epoch(data, block, share, pack, rng, left)
+        rng, self.data, self.rows, left = need('numpy').random.default_rng(seed), data, [], dict(en=[], text=[])
+        if not all(v is None or 0 <= v < 1 for v in (share, en_share)): raise LlamaZhError(f'the shares of the tokens are {share} (documents) and {en_share} (English): expected numbers from 0 to below 1')
+        if en_share is not None and not {'zh', 'en'} <= set(data.kinds): raise LlamaZhError(f"en_share is {en_share}, but the chats are all {'Chinese' if 'zh' in data.kinds else 'English'}: give chats of both languages, or leave it out")
+        one = _epoch(data, block, share, en_share, pack, rng, left)
         n = rows or max(multiple, round(len(one)*epochs/multiple)*multiple)
         self.rows += one
-        while len(self.rows) < n: self.rows += _epoch(data, block, share, pack, rng, left)
+        while len(self.rows) < n: self.rows += _epoch(data, block, share, en_share, pack, rng, left)
         del self.rows[n:]
-        used = sum(len(data[i].ids) for row in self.rows for i in row)
-        self.filled = used / (n*block) if pack else 1.
-
+        self.mix = {k: sum(len(data[i].ids) for row in self.rows for i in row if data.kinds[i] == k) for k in ('zh', 'en', 'text')}  # tokens of each kind that will be read
+        self.filled = sum(self.mix.values()) / (n*block)
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return dict(parts=[self.data[k] for k in self.rows[i]], row=i)
 
@@ -156,7 +173,6 @@ class ChatCollate:
         batch = dict(zip(('input_ids', 'labels', 'position_ids', 'weight'), cols), row=torch.tensor([r['row'] for r in rows]))
         if not self.prompt_weight: del batch['weight']
         return batch
-
     def _row(self, parts):
         ids, labels, pos, weight = [], [], [], []
         for e in parts:
@@ -204,7 +220,6 @@ class _AnswerLoss:
         loss = loss.sum() / torch.as_tensor(n, device=loss.device).clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices: loss = loss*self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
-
     def log(self, logs, start_time=None, **kw):
         if getattr(self, 'right', None) is not None and 'train_runtime' not in logs: logs, self.right = logs | dict(right=self.right), None
         return super().log(logs, start_time, **kw)
@@ -236,6 +251,35 @@ def _probe(tokenizer, qs, template, system, n=60):
     return lambda model: score(ask(model, tokenizer, [q['question'] for q in qs], template, system), qs).total['share']
 
 # %% ../nbs/06_sft.ipynb #14fd7303
+def _check(a):
+    "LlamaZhError for what cannot be meant among the arguments `a`."
+    def must(ok, name, v, what):
+        if not ok: raise LlamaZhError(f'{name} is {v}: expected {what}')
+    for k in ('block', 'batch', 'accum', 'max_steps'): must(a[k] is None and k == 'max_steps' or a[k] and a[k] > 0 and a[k] == int(a[k]), k, a[k], 'a whole number above 0')
+    for k in ('lr', 'epochs', 'embed_lr'): must(a[k] is None and k == 'embed_lr' or a[k] and a[k] > 0, k, a[k], 'a number above 0')
+    must(0 <= a['prompt_weight'] <= 1, 'prompt_weight', a['prompt_weight'], 'a number from 0 to 1')
+    for k, known in dict(train=trains, too_long=('turns', 'cut', 'drop'), attn=('sdpa', 'eager', 'flash_attention_2', 'flash_attention_3')).items(): must(a[k] in known, k, repr(a[k]), 'one of ' + ', '.join(known))
+    must(not a['text_share'] or a['extra_texts'], 'text_share', a['text_share'], 'extra_texts with it, the plain documents to mix in')
+    model_dir, block = a['model_dir'], a['block']
+    if a['out'].resolve() == model_dir.resolve(): raise LlamaZhError(f'{model_dir} is the model itself: choose another folder for the fine-tuned one')
+    check_folder(model_dir)
+    reach = read_json(model_dir/'config.json').get('max_position_embeddings')
+    must(not reach or block <= reach, 'block', f'{block:,}', f'at most {reach or 0:,}, where the positions of {model_dir.name} end')
+
+def _read(chats, questions, extra_texts):
+    "What may come as files, read."
+    if not (isinstance(chats, list) and chats and not isinstance(chats[0], (str, Path))): chats = read_chats(chats); print(chats)
+    if isinstance(extra_texts, (str, Path)): extra_texts = list(need('llama_zh_nb.corpus').read_texts(extra_texts))
+    if isinstance(questions, (str, Path)):
+        try: questions = [json.loads(l) for l in Path(questions).read_text(encoding='utf-8-sig').splitlines() if l.strip()]
+        except (OSError, ValueError) as e: raise LlamaZhError(f'{questions}: no questions could be read ({e}); expected lines such as {{"question": "...", "answer": "..."}}') from None
+    for i, q in enumerate(questions or [], 1):
+        if not isinstance(q, dict) or not {'question', 'answer'} <= q.keys(): raise LlamaZhError(f'question {i} has no "question" and "answer": {str(q)[:80]}')
+    return chats, questions, extra_texts
+
+
+
+# %% ../nbs/06_sft.ipynb #31b83023
 def finetune(
     model_dir, chats, out,              # Hugging Face folder; `read_chats`' result, files or a list of chats; folder to make
     template='alpaca2', system=None,    # layout of the chats; system text for those without one
@@ -246,8 +290,11 @@ def finetune(
     max_steps=None, epochs=2, warmup=.03, schedule='cosine', weight_decay=0., clip=1.,
     prompt_weight=0.,                   # weight of the loss on questions; 0: answers alone
     extra_texts=None, text_share=None,  # plain documents mixed in, a list or a file or folder of them; their share of the tokens (None: each once an epoch)
-    too_long='turns', pack=True,        # see `shorten`; False: one chat a row, padded
-    heldout=None, questions=None,       # {'zh': texts, 'en': texts}; [{'question', 'answer'}] or JSON lines: measured during the run
+    en_share=None,                      # share of the chats' tokens for English ones, reused as needed (None: each chat once an epoch)
+    too_long='turns',                   # of a chat longer than block: 'turns' leaves out whole exchanges at its end, 'drop' the chat, 'cut' cuts answers too
+    pack=True,                          # False: one chat a row, padded
+    heldout=None,                       # {'zh': texts, 'en': texts}: bits per character and per byte during the run
+    questions=None,                     # [{'question', 'answer'}] or a file of such JSON lines: asked during the run
     eval_every=None, save_every=None, log_every=10,
     new=None,                           # (start, stop) of the new rows, where the folder doesn't say
     gradient_checkpointing=False, load_in_4bit=False, attn='sdpa', trl=True, report_to='none',
@@ -255,21 +302,23 @@ def finetune(
 )->History:
     "Fine-tune `model_dir` on conversations; leaves out/adapter and a plain merged model with its chat template in `out`."
     t0, model_dir, out, device, t = time.perf_counter(), Path(model_dir), Path(out), pick_device(device), get_template(template)
-    check_folder(model_dir)
+    _check(locals())
     rows = new_rows(model_dir, new) if train == 'lora+new' else None
     if train == 'lora+new' and not rows: print(f'{model_dir.name} has no new rows: training LoRA alone'); train = 'lora'
     tok = load_tokenizer(model_dir)
     pad = pad_id(tok)
+    if tok.pad_token_id == tok.eos_token_id: print(f'{model_dir.name} pads with its end mark; {tok.convert_ids_to_tokens(pad)} is used instead, and written to the new folder')
     tok.pad_token = tok.convert_ids_to_tokens(pad)
-    data = examples(chats if isinstance(chats, list) and chats and not isinstance(chats[0], (str, Path)) else read_chats(chats), tok, t, system, block, too_long)
-    if isinstance(extra_texts, (str, Path)): extra_texts = list(need('llama_zh_nb.corpus').read_texts(extra_texts))
-    if isinstance(questions, (str, Path)): questions = [json.loads(l) for l in Path(questions).read_text(encoding='utf-8-sig').splitlines() if l.strip()]
+    chats, questions, extra_texts = _read(chats, questions, extra_texts)
+    data = examples(chats, tok, t, system, block, too_long)
+    if data.lost(): print(data.lost())
     if extra_texts: data = with_texts(data, list(extra_texts), tok, block)
-    packed = Packed(data, block, max_steps and max_steps*batch*accum, epochs, text_share if extra_texts else None, pack, seed, batch*accum)
+    packed = Packed(data, block, max_steps and max_steps*batch*accum, epochs, text_share if extra_texts else None, en_share, pack, seed, batch*accum)
     steps = len(packed)//(batch*accum)
+    if steps == 1: warmup = 0.  # else the only step would be taken at rate 0
     settings = dict(base=fingerprint(model_dir), tokenizer=tokenizer_hash(model_dir), data=data.report, rows_hash=_hash(packed), template=t.jinja(), system=system, train=train, rows=rows,
                     lora=[lora_r, lora_alpha, lora_dropout], block=block, batch=batch, accum=accum, lr=lr, embed_lr=embed_lr, steps=steps, warmup=warmup, schedule=schedule,
-                    weight_decay=weight_decay, clip=clip, prompt_weight=prompt_weight, text_share=text_share, pack=pack, seed=seed, dtype=str(dtype))
+                    weight_decay=weight_decay, clip=clip, prompt_weight=prompt_weight, text_share=text_share, en_share=en_share, too_long=too_long, pack=pack, seed=seed, dtype=str(dtype))
     model = prepare(load_base(model_dir, train, device, dtype, load_in_4bit, attn, gradient_checkpointing), train, rows, lora_r, lora_alpha, lora_dropout, seed)
     base = chat_trainer(tok, _probe(tok, questions, t, system) if questions else None, eval_every, trl)
     if trl: kw = dict(args_class=need('trl', 'train').SFTConfig, dataset_kwargs=dict(skip_prepare_dataset=True), max_length=None, gradient_checkpointing=False) | (dict(bf16=False) if device == 'cpu' else {}) | kw
@@ -280,11 +329,12 @@ def finetune(
                 settings=settings, resume=resume, seed=seed, device=device, dtype=dtype, report_to=report_to, desc=label or 'sft', base=base, **kw)
     save_trained(model, out, model_dir, train)
     _finish(out, t, tok)
-    h.info |= settings | dict(label=label or out.name, template=t.name, filled=packed.filled, trained=trainable(model)[0], parameters=trainable(model)[1], wall=round(time.perf_counter()-t0, 1))
+    h.info |= settings | dict(label=label or out.name, template=t.name, filled=packed.filled, mix=packed.mix, chats=chats.to_dict() if isinstance(chats, Chats) else dict(chats=len(chats)), trained=trainable(model)[0], parameters=trainable(model)[1], wall=round(time.perf_counter()-t0, 1))
     h.save(out/'history.json')
+    need('llama_zh_nb.cards').leave_card(out, model_dir, dict(chats=[f[0] for f in getattr(chats, 'files', ()) if Path(f[0]).exists()] or None))
     return h
 
-# %% ../nbs/06_sft.ipynb #36161ccb
+# %% ../nbs/06_sft.ipynb #65c19717
 def _hash(packed):
     "What decides the run besides its numbers: ids and masks in training order."
     import hashlib
@@ -296,5 +346,6 @@ def _finish(out, t, tok):
     "The template, and a pad token, in the folder's tokenizer and configs."
     write_template(out, t)
     for name, key in (('tokenizer_config.json', 'pad_token'), ('special_tokens_map.json', 'pad_token')):
-        if (out/name).exists() and not read_json(out/name).get(key): write_json(out/name, read_json(out/name) | {key: tok.pad_token})
-    if (out/'generation_config.json').exists(): write_json(out/'generation_config.json', read_json(out/'generation_config.json') | dict(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+        if (out/name).exists() and read_json(out/name).get(key) in (None, tok.eos_token): write_json(out/name, read_json(out/name) | {key: tok.pad_token})
+    for f in ('generation_config.json', 'config.json'):
+        if (out/f).exists() and (f[0] == 'g' or read_json(out/f).get('pad_token_id') == tok.eos_token_id): write_json(out/f, read_json(out/f) | dict(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))

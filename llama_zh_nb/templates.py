@@ -102,9 +102,12 @@ LONG_ANSWER = '请你提供专业、有逻辑、内容真实、有价值的详�
 # %% ../nbs/06_chat_templates.ipynb #78dc958f
 _STANFORD = ('Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n'
              '### Instruction:\n{user}\n\n### Response: ')
+_META = ('You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. Your answers should not include any harmful, unethical, '
+         'racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any '
+         "sense, or is not factually coherent, explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false information.")
 _TEMPLATES = {t.name: t for t in (_ALPACA2,
     replace(_ALPACA2, name='alpaca2-tight', answer='{answer}', aliases=()),
-    replace(_ALPACA2, name='llama2-chat', answer=' {answer} ', default_system=None, aliases=('llama2', 'llama-2', 'linksoul')),
+    replace(_ALPACA2, name='llama2-chat', answer=' {answer} ', default_system=_META, aliases=('llama2', 'llama-2', 'linksoul')),
     Template('human-assistant', user='Human: {user}\n', system='System: {system}\n', head='Assistant:', answer=' {answer}\n', split=True, aliases=('atom', 'literary')),
     Template('zhu', user='\nhuman:\n{user}\n', system='\nsystem:\n{system}\n', head='\nassistant:\n', answer='{answer}\n', split=True, aliases=('chinese-llama2',)),
     Template('alpaca1', user=_STANFORD.replace('{user}', '{system}{user}'), system='{system}\n', own_text=True, markers=('### Instruction:', '### Response:'), aliases=('stanford', 'alpaca')))}

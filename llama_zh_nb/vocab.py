@@ -14,9 +14,10 @@ from .exact import (CONTROL, NORMAL, TOKENIZER_FILES, dead_pieces, load_hf, load
 from .audit import are_files, audit, compare, show_tokens
 
 # %% auto #0
-__all__ = ['HAN', 'han_only', 'count_units', 'text_stream', 'frequent_chars', 'bpe_train', 'train_pieces', 'published_merge',
-           'lowest_score', 'append_pieces', 'Merged', 'model_from', 'merge', 'merge_command', 'load_hf', 'load_sp',
-           'read_model', 'save_tokenizer', 'copy_tokenizer', 'disagreements', 'audit', 'compare', 'show_tokens']
+__all__ = ['HAN', 'han_only', 'count_units', 'text_stream', 'only_chars', 'frequent_chars', 'bpe_train', 'train_pieces',
+           'published_merge', 'lowest_score', 'append_pieces', 'Merged', 'model_from', 'merge', 'merge_command',
+           'load_hf', 'load_sp', 'read_model', 'save_tokenizer', 'copy_tokenizer', 'disagreements', 'audit', 'compare',
+           'show_tokens']
 
 # %% ../nbs/03_vocab.ipynb #2b4af6ff
 _all_ = ['load_hf', 'load_sp', 'read_model', 'save_tokenizer', 'copy_tokenizer', 'disagreements', 'audit', 'compare', 'show_tokens']
@@ -85,6 +86,13 @@ _TRAIN = dict(model_type='bpe', character_coverage=1., input_format='tsv', hard_
               max_sentence_length=10**6, num_threads=2, minloglevel=2)
 
 # %% ../nbs/03_vocab.ipynb #9755f619
+def only_chars(units, chars):
+    "Units cut where a character stood that is not one of `chars`"
+    keep, out = re.compile('[' + re.escape(''.join(chars)) + ']+'), Counter()
+    for u, n in units.items():
+        for part in keep.findall(u): out[part] += n
+    return out
+
 def frequent_chars(units,   # unit -> count
                    most:int # how many
                   ) -> Counter:   # units cut where a rarer character stood
@@ -93,10 +101,7 @@ def frequent_chars(units,   # unit -> count
     for u, n in units.items():
         for c in u: freq[c] += n
     if len(freq) <= most: return units
-    keep, out = re.compile('[' + ''.join(c for c, _ in sorted(freq.items(), key=lambda x: (-x[1], x[0]))[:most]) + ']+'), Counter()
-    for u, n in units.items():
-        for part in keep.findall(u): out[part] += n
-    return out
+    return only_chars(units, [c for c, _ in sorted(freq.items(), key=lambda x: (-x[1], x[0]))[:most]])
 
 # %% ../nbs/03_vocab.ipynb #8ee1d7c0
 def bpe_train(units,             # unit -> count
@@ -220,12 +225,12 @@ def model_from(raw):
     return pb.ModelProto.FromString(raw)
 
 # %% ../nbs/03_vocab.ipynb #8decd15b
-def _trained(corpus, room, segment, words, base, models, weight):
+def _trained(corpus, room, segment, words, base, models, weight, marks):
     "Candidates from the corpus: its characters, then what BPE joins, in that order"
     if room < 1: return []
     if segment == 'none':
         from llama_zh_nb.choose import choose_pieces
-        return choose_pieces(base, corpus, room, models, weight)
+        return choose_pieces(base, corpus, room, models, weight, punct=marks == 'edges')
     have = sum(han_only(p.piece) for p in base.pieces)
     m = model_from(bpe_train(count_units(text_stream(corpus), segment, words), 259 + 2*have + room + room//8 + 50))
     live, old = sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score), {p.piece for p in base.pieces}
@@ -239,6 +244,7 @@ def merge(base_model,          # the base's tokenizer.model or folder, SentenceP
           compat:str=None,     # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte, faults included
           corpus=None,         # texts or files to train pieces on, before those of `add`
           segment:str='none',  # for the corpus: 'none' for what saves most ([03_vocab_choose](03_vocab_choose.ipynb)), 'words' for pieces within words
+          marks:str='edges',   # with 'none' segments: 'edges' for punctuation at the edges of pieces, 'none' for Han characters only
           weight:list=None,    # for the corpus: how much each file counts, instead of balanced
           words=(),            # for the corpus: words to keep whole
           pad:str='<pad>',     # name of the pad piece, added as a control piece if the base lacks it
@@ -246,6 +252,7 @@ def merge(base_model,          # the base's tokenizer.model or folder, SentenceP
           max_length:int=None, # `model_max_length`
          ) -> Merged:
     "Extend a base vocabulary: old ids stay, old text keeps its encoding, every new piece is reachable"
+    if marks not in ('edges', 'none'): raise LlamaZhError(f"marks={marks!r}: expected 'edges' or 'none'.")
     base, out_dir, note = read_model(base_model, bpe=True), Path(out_dir), ''
     models = [read_model(a) for a in ([add] if isinstance(add, (str, Path)) else add or [])]
     n, names = len(base.pieces), {p.piece for p in base.pieces}
@@ -254,7 +261,7 @@ def merge(base_model,          # the base's tokenizer.model or folder, SentenceP
     if compat: m, pad, dead, added = _compat(base, models, compat, pad if pad != '<pad>' else None), None, [], None
     else:
         room = None if size is None else size - n - pad_new
-        seen, cands = set(names), list(_trained(corpus, 20_000 if room is None else room, segment, words, base, models, weight)) if corpus is not None else []
+        seen, cands = set(names), list(_trained(corpus, 20_000 if room is None else room, segment, words, base, models, weight, marks)) if corpus is not None else []
         seen |= set(cands)
         cands += [p for new in models for p in _candidates(new, seen, han_only)]
         pieces, dead = _alive(base, cands, len(cands) if room is None else room, pad)
@@ -271,6 +278,7 @@ def merge_command(base:str=None,      # the base's tokenizer.model or folder
                   out:str=None,       # folder to write
                   compat:str=None,    # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte
                   segment:str='none', # 'none', or 'words' for pieces within words
+                  marks:str='edges',  # 'edges': punctuation may stand at the edges of pieces; 'none': Han characters only
                   weight:list=None,   # how much each corpus file counts
                   pad:str='<pad>',    # name of the pad piece
                   max_length:int=None) -> Merged:
@@ -280,4 +288,4 @@ def merge_command(base:str=None,      # the base's tokenizer.model or folder
     if not corpus and not add: raise LlamaZhError('nothing to add: give --corpus FILES, or --add a SentencePiece model.')
     try: weight = [float(w) for w in weight] if weight else None
     except ValueError: raise LlamaZhError(f'--weight {" ".join(weight)}: expected one number for each corpus file.') from None
-    return merge(base, add or [], out, size, compat, [Path(c) for c in corpus] if corpus else None, segment, weight, pad=pad, max_length=max_length)
+    return merge(base, add or [], out, size, compat, [Path(c) for c in corpus] if corpus else None, segment, marks, weight, pad=pad, max_length=max_length)

@@ -6,12 +6,13 @@
 __all__ = ['Sizes', 'sizes', 'check_sizes', 'Report', 'verify', 'fetch_hub', 'fetch_modelscope', 'copy_file', 'acquire']
 
 # %% ../nbs/01_weights.ipynb #09008199
-import math, os, re, shutil
+import errno, math, os, re, shutil
 from html import escape
 from pathlib import Path
+from urllib.parse import urlparse
 from .core import LlamaZhError, need, writing, sha256, read_json, write_json, what_is
 from .tensors import SafeFile, open_weights, write_shards, nbytes
-from .convert import EMBED, HEAD, MetaFiles, add_tokenizer, check_sums, convert_meta, llama_config, llama_shapes, packaged, to_meta
+from .convert import EMBED, HEAD, MetaFiles, add_tokenizer, check_sums, convert_meta, llama_config, llama_shapes, not_over, packaged, to_meta
 
 # %% ../nbs/01_weights.ipynb #e699ab60
 _known = {'9e556afd44213b6b': "Llama and Llama-2's, 32,000 pieces", 'e2676d4ca29ca175': "Chinese-LLaMA's, 49,953 pieces", '2d967e855b1213a4': "Chinese-Alpaca's, 49,954 pieces",
@@ -153,6 +154,8 @@ def _hub_error(e, repo):
     if 'RepositoryNotFoundError' in kinds: return f'there is no model {repo!r} on the Hub (HTTP {code}), or it is private: check the spelling; for a private one set HF_TOKEN'
     if code in (401, 403): return f'the Hub refuses {repo} (HTTP {code}): your token is wrong or lacks the right to read; make one at https://huggingface.co/settings/tokens and set HF_TOKEN'
     if code: return f'the Hub answers HTTP {code} for {repo}: try again later, or name a mirror in HF_ENDPOINT'
+    if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): return f'no space left for {repo} in the cache of the Hub: make room, or set HF_HOME to a folder on a larger disk; what has come is kept'
+    if 'Consistency check failed' in str(e) or kinds & {'IncompleteRead', 'ChunkedEncodingError', 'RemoteProtocolError', 'ReadError', 'ReadTimeout'}: return f'the download of {repo} broke off: run the same command again, it goes on from there'
     if kinds & {'OfflineModeIsEnabled', 'LocalEntryNotFoundError', 'ConnectionError', 'ConnectError', 'TimeoutException', 'RequestException', 'HTTPError', 'TransportError'}:
         return (f'{repo} is not on this machine, and the Hub cannot be reached: connect and unset HF_HUB_OFFLINE, name a mirror in HF_ENDPOINT (such as https://hf-mirror.com), '
                 'or give a local folder')
@@ -175,6 +178,30 @@ def _cached(hub, repo, rev):
         except Exception: continue
         if any(Path(p).glob(f'*{kind[0]}')): return Path(p)
 
+# %% ../nbs/01_weights.ipynb #85ea5f09
+def _continue(repo, name, rev, token, endpoint):
+    "One large file into the Hub's cache, on from where an earlier try stopped"
+    hub, (http_get, WeakFileLock, build_hf_headers) = need('huggingface_hub'), _hub_parts()
+    url, headers = hub.hf_hub_url(repo, name, revision=rev, endpoint=endpoint), build_hf_headers(token=token)
+    m = hub.get_hf_file_metadata(url, token=token)
+    if not m.etag or not m.size or os.name == 'nt': return   # without links the cache looks otherwise: left to the client
+    if urlparse(m.location).netloc != urlparse(url).netloc: headers.pop('authorization', None)   # a signed address elsewhere does not get the token
+    blob = Path(need('huggingface_hub.constants').HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"/'blobs'/m.etag
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    part = blob.with_name(f'{m.etag}.part')
+    with WeakFileLock(f'{part}.lock'):
+        if blob.exists(): return
+        with open(part, 'ab') as f: http_get(m.location, f, resume_size=f.tell(), headers=headers, expected_size=m.size, displayed_filename=name)
+        if re.fullmatch('[0-9a-f]{64}', m.etag) and sha256(part) != m.etag:
+            part.unlink()
+            raise LlamaZhError(f'{repo}: {name} came damaged (its sha256 is not the one the Hub names); run the same command again')
+        os.replace(part, blob)
+
+def _hub_parts():
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    return http_get, WeakFileLock, build_hf_headers
+
 # %% ../nbs/01_weights.ipynb #c2454a45
 def fetch_hub(
     repo,       # 'owner/name', or 'owner/name@revision'
@@ -185,6 +212,8 @@ def fetch_hub(
     kw = dict(token=token, endpoint=os.environ.get('HF_ENDPOINT') or None)
     try:
         files = hub.HfApi(**kw).list_repo_files(repo, revision=rev or None)
+        for f in _pick(files):
+            if f.endswith(('.safetensors', '.bin', '.pth')): _continue(repo, f, rev or None, **kw)
         return Path(hub.snapshot_download(repo, revision=rev or None, allow_patterns=_pick(files), **kw))
     except Exception as e:
         if not (text := _hub_error(e, repo)): raise
@@ -194,12 +223,12 @@ def fetch_hub(
 
 # %% ../nbs/01_weights.ipynb #5a51079f
 def fetch_modelscope(
-    repo, # 'owner/name'
+    repo, # 'owner/name', or 'owner/name@revision'
 )->Path:
     "Fetch from ModelScope through its own client"
-    ms = need('modelscope')
-    try: return Path(ms.snapshot_download(repo))
-    except Exception as e: raise LlamaZhError(f'ModelScope cannot give {repo!r} ({(str(e) or type(e).__name__).splitlines()[0][:200]}): check the name and the network, or give a local folder') from None
+    ms, (repo, _, rev) = need('modelscope'), repo.partition('@')
+    try: return Path(ms.snapshot_download(repo, **(dict(revision=rev) if rev else {})))
+    except Exception as e: raise LlamaZhError(f'ModelScope cannot give {repo!r} ({(str(e) or type(e).__name__).splitlines()[0][:200]}): check the name and the network; for a model that asks for it, log in with  modelscope login; or give a local folder') from None
 
 # %% ../nbs/01_weights.ipynb #5d210811
 def _locate(source, token):
@@ -250,6 +279,7 @@ def acquire(
 )->Path:
     "Bring a base model into `out` as a checked Hugging Face folder"
     src, out = _locate(source, token), Path(out)
+    not_over(out, src)
     if not ((src/'config.json').exists() or (src/'params.json').exists()): _weights_of(src)  # says what is there instead
     with writing(out) as tmp:
         if (src/'config.json').exists():

@@ -54,7 +54,7 @@ def in_memory(w, base, big, total, side):
 def test_equals_memory(tmp_path, toks, tied, shard_bytes, pad_to, code):
     base, big = toks
     src, w = make(tmp_path/'m', base, tied, shard_bytes, code=code)
-    out = resize(src, big, tmp_path/'out', pad_to=pad_to)
+    out = resize(src, big, tmp_path/'out', init='subword-mean', pad_to=pad_to)
     n = len(load_sp(big))
     total, got = -(-n//pad_to)*pad_to, open_weights(out)
     assert list(got) == list(w)
@@ -92,7 +92,7 @@ def test_rows_and_pieces_of_other_sizes(tmp_path, toks):
     base, big = toks
     n, m = len(load_sp(base)), len(load_sp(big))
     src, w = make(tmp_path/'padded', base, rows=-(-n//64)*64)      # padding rows of the base mean nothing: they get new ones
-    got = open_weights(resize(src, big, tmp_path/'o1'))
+    got = open_weights(resize(src, big, tmp_path/'o1', init='subword-mean'))
     assert torch.equal(got[EMBED].get(EMBED), in_memory(w, base, big, -(-m//64)*64, EMBED))
     small = open_weights(resize(tmp_path/'o1', base, tmp_path/'o2', pad_to=1))
     assert all(torch.equal(small[k].get(k), w[k][:n] if k in (EMBED, HEAD) else w[k]) for k in w) and read_json(tmp_path/'o2/config.json')['vocab_size'] == n
@@ -112,6 +112,18 @@ def test_inits(tmp_path, toks):
     s = Spelling(base, big)
     for init in INITS:
         for side in (EMBED, HEAD): assert all(len(ids) == len(x) and min(x, default=1) > 0 for ids, x in mixtures(s, init, side))
+
+@pytest.mark.parametrize('tied', [False, True])
+def test_full_length(tmp_path, toks, tied):
+    "Weights as rare-heavy; the input side stretched to the length of an average old row, the output side untouched"
+    base, big = toks
+    src, w = make(tmp_path/'m', base, tied)
+    n, m = len(load_sp(base)), len(load_sp(big))
+    a, b = (open_weights(resize(src, big, tmp_path/i, init=i)) for i in ('rare-heavy', 'full-length'))
+    old, x, y = w[EMBED].double(), a[EMBED].get(EMBED, slice(n + 1, m)).double(), b[EMBED].get(EMBED, slice(n + 1, m)).double()
+    assert torch.allclose(y.norm(dim=1), old.norm(dim=1).mean().expand(len(y)), rtol=1e-5) and torch.allclose(torch.cosine_similarity(x, y), torch.ones(len(y), dtype=torch.double), atol=1e-6)
+    assert torch.equal(b[EMBED].get(EMBED, slice(n, n + 1)), a[EMBED].get(EMBED, slice(n, n + 1)))      # <pad> has no spelling: the mean
+    if not tied: assert torch.equal(a[HEAD].get(HEAD), b[HEAD].get(HEAD))
 
 def test_spelling_has_no_dummy_prefix(toks):
     base, big = toks
@@ -174,10 +186,16 @@ e.resize({str(src)!r}, {str(toks[1])!r}, {str(tmp_path/'out')!r})'''
 def test_real_vocabularies(tmp_path, shared):
     t = shared/'data/tokenizers'
     src, w = make(tmp_path/'m', t/'llama2_32000.model', n=1)
-    out = resize(src, t/'chinese_llama2_55296.model', tmp_path/'resized')
+    out = resize(src, t/'chinese_llama2_55296.model', tmp_path/'resized', init='subword-mean')
     c, f = read_json(out/'config.json'), open_weights(out)[HEAD]
     assert c['vocab_size'] == 55296 and torch.equal(f.get(HEAD, slice(0, 32000)), w[HEAD])
     ids = dict(Spelling(src, t/'chinese_llama2_55296.model'))['越来越']
     i = load_sp(out).piece_to_id('越来越')
     assert len(ids) > 2 and torch.equal(f.get(HEAD)[i], w[HEAD][ids].double().mean(0).float())
     _refused(tmp_path, ('does not extend',), out, t/'literary_alpaca2_merged.model')
+
+def test_nothing_replaces_what_it_is_made_from(tmp_path, toks):
+    src, w = make(tmp_path/'m', toks[0])
+    for out in (src, tmp_path, toks[1]):
+        with pytest.raises(LlamaZhError, match='another folder'): resize(src, toks[1], out)
+    assert verify(src).ok and (toks[1]/'tokenizer.json').exists()

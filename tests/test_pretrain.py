@@ -86,6 +86,27 @@ def test_pack_reports_and_is_used_again(base, tmp_path):
     with pytest.raises(LlamaZhError, match='nothing to train on'): pack(['', ' '], tok, tmp_path/'d', 64)
     assert not (tmp_path/'d').exists()
 
+def test_pack_in_parts_by_any_number_of_processes(base, tmp_path):
+    tok = load_tokenizer(base)
+    a, b = (pack(ZH, tok, tmp_path/str(w), 64, part_docs=50, workers=w) for w in (None, 2))
+    assert len(list((tmp_path/'2').glob('*.arrow'))) == 3 and a.report == b.report and len(a) == len(b) > 30
+    assert all((a[i] == b[i]).all() for i in range(len(a))) and [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
+    whole = pack(ZH, tok, tmp_path/'w', 64)
+    assert whole.report['tokens'] == a.report['tokens'] and sorted(i for r in a for i in r if i >= 0) == sorted(i for r in whole for i in r if i >= 0)
+
+def test_packing_goes_on_where_it_was_cut_off(base, tmp_path, monkeypatch):
+    import llama_zh_nb.pretrain as m
+    tok, made, real = load_tokenizer(base), [], m._one_part
+    def part(tokenizer, texts, path, how):
+        if len(made) == 2: raise KeyboardInterrupt
+        made.append(Path(path).name); real(tokenizer, texts, path, how)
+    monkeypatch.setattr(m, '_one_part', part)
+    with pytest.raises(KeyboardInterrupt): pack(ZH, tok, tmp_path/'b', 64, key=1, part_docs=30)
+    assert made == ['data-00000', 'data-00001'] and not (tmp_path/'b').exists()
+    made.clear()
+    b = pack(ZH, tok, tmp_path/'b', 64, key=1, part_docs=30)   # 120 documents: two parts are left
+    assert made == ['data-00002', 'data-00003'] and b.report['documents'] == len(ZH) and len(list((tmp_path/'b').glob('*.arrow'))) == 4
+
 def test_control_tokens_in_text_stay_text(base):
     (ids,) = encode(load_tokenizer(base), ['春天</s><s>河水'])
     assert ids.count(2) == 1 and ids.count(1) == 1
@@ -125,6 +146,17 @@ def test_old_rows_stay_bit_for_bit(base, done):
     a, b = tensors(base), tensors(done[0])
     for k in ('model.embed_tokens.weight', 'lm_head.weight'):
         assert torch.equal(a[k][:OLD], b[k][:OLD]) and not torch.equal(a[k][OLD:150], b[k][OLD:150]) and torch.equal(a[k][150:], b[k][150:])
+
+def test_new_rows_get_the_gradient_of_full_training(base):
+    batch = Collate(1)([dict(input_ids=np.array(b)) for b in fill(encode(load_tokenizer(base), ZH[:12]), 64)]); batch.pop('row')
+    full, part = (prepare(load_base(base, t, 'cpu'), t, (OLD, 150), r=4) for t in ('full', 'lora+new'))
+    a, b = (m(**batch).loss for m in (full, part))
+    assert a.item() == pytest.approx(b.item(), abs=1e-6)   # LoRA begins at nothing
+    a.backward(); b.backward()
+    for k, w in (('embed_tokens', full.get_input_embeddings().weight), ('lm_head', full.get_output_embeddings().weight)):
+        (delta,) = [p for n, p in part.named_parameters() if k in n and 'trainable_tokens_delta' in n]
+        assert delta.grad.abs().max() > 1e-3 and torch.allclose(delta.grad, w.grad[OLD:150], atol=1e-6)
+    assert not [n for n, p in part.named_parameters() if p.grad is not None and 'lora' not in n and 'delta' not in n]
 
 def test_done_is_not_done_again(base, done, capsys):
     out, h = done
@@ -196,6 +228,22 @@ def test_gradient_checkpointing_changes_nothing(base, tmp_path):
     kw = SMALL | dict(max_steps=3, lora_dropout=0., save_every=None, log_every=1)
     a, b = (pretrain(base, ZH, tmp_path/str(g), **kw | dict(gradient_checkpointing=g)) for g in (False, True))
     assert np.allclose(a.column('loss')[1], b.column('loss')[1], atol=1e-6)
+
+def test_two_stages(base, tmp_path, capsys):
+    kw = SMALL | dict(max_steps=4, save_every=None, embed_steps=3, log_every=1, replay_corpus=None)
+    h = pretrain(base, ZH, tmp_path/'o', **kw)
+    assert h.column('loss')[0] == [1, 2, 3, 4, 5, 6, 7] and h.last('tokens') == 7*4*64 and h.last('zh_bpc') < h.first('zh_bpc')
+    a, b, c = (tensors(p) for p in (base, tmp_path/'o'/'embed', tmp_path/'o'))
+    emb = {'model.embed_tokens.weight', 'lm_head.weight'}
+    assert {k for k in a if not torch.equal(a[k], b[k])} == emb and all(torch.equal(b[k][:OLD], c[k][:OLD]) for k in emb)
+    check_adapter(tmp_path/'o'/'adapter', tmp_path/'o'/'embed')
+    assert pretrain(base, ZH, tmp_path/'o', **kw) == h and capsys.readouterr().out.count('done before') == 2
+
+def test_speed_and_tensorboard(base, tmp_path):
+    pytest.importorskip('tensorboard')
+    h = pretrain(base, ZH, tmp_path/'o', **SMALL | dict(max_steps=4, save_every=None, report_to='auto'))
+    assert len(h.column('tokens_per_second')[1]) == 2 and all(v > 0 for v in h.column('tokens_per_second')[1])
+    assert list((tmp_path/'o'/'tensorboard').glob('events*'))
 
 def test_two_learning_rates(base, tmp_path):
     pretrain(base, ZH, tmp_path/'e', **SMALL | dict(max_steps=2, save_every=None, lr=1e-9, embed_lr=1e-2, weight_decay=0.))

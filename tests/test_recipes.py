@@ -4,12 +4,35 @@ from dataclasses import asdict, fields
 import pytest
 from llama_zh_nb.core import LlamaZhError
 from llama_zh_nb.recipes import *
-from llama_zh_nb.recipes import PRESETS, _coerce
+from llama_zh_nb.recipes import PRESETS
+from llama_zh_nb.templates import get_template
 
 def test_every_preset_is_valid():
+    want = 'mini llama2-7b-16gb llama2-7b-24gb llama2-7b-80gb llama2-13b-80gb llama2-7b-8x80gb-full llama2-70b-multinode alpaca2-7b zhu-7b literary-7b linksoul-7b'
+    assert set(want.split()) <= set(PRESETS)
+    for p in PRESETS: assert get_recipe(p).name == p and get_template(get_recipe(p).template)
+
+@pytest.mark.parametrize('name,kw', [
+    ('alpaca2-7b', dict(lora_r=64, lora_alpha=128, lora_dropout=.05, lr=2e-4, warmup=.05, weight_decay=.01, batch=1, accum=8, block=512, vocab_size=55296, train='lora+embed', sft_lr=1e-4, sft_warmup=.03, engine='zero2')),
+    ('zhu-7b', dict(lora_r=24, lora_alpha=32, lora_dropout=.1, lr=1e-4, batch=2, accum=128, vocab_size=49953, init='random', pad_to=1)),
+    ('literary-7b', dict(lora_r=64, lr=2e-5, accum=16, block=4096, load_in_4bit=True, sft_lr=1e-4, vocab_size=74674, template='literary')),
+    ('linksoul-7b', dict(train='full', sft_train='full', sft_lr=2e-5, sft_warmup=.03, sft_batch=4, accum=1, sft_block=4096, vocab_size=32000, gpus=8))])
+def test_published_settings(name, kw):
+    r = get_recipe(name)
+    assert {k: getattr(r, k) for k in kw} == kw
+
+def test_new_fields_change_nothing_on_mini():
+    r = get_recipe('mini')
+    assert (r.mix_documents, r.cut, r.drop_rest, r.attn, r.engine, r.gpus, r.embed_steps, r.liger, r.workers) == (False, False, False, 'sdpa', None, 1, 0, False, None)
+    assert r.sft_warmup == r.warmup and get_recipe('mini', warmup=.1).sft_warmup == .1 and get_recipe('mini', warmup=.1, sft_warmup=.02).sft_warmup == .02
+
+def test_every_preset_as_yaml_and_back(tmp_path):
+    yaml = pytest.importorskip('yaml')
     for p in PRESETS:
         r = get_recipe(p)
-        assert r.name == p and estimate(get_recipe(p, base='meta-llama/Llama-2-7b-hf'))['memory: sum'] > 0
+        (tmp_path/f'{p}.yaml').write_text(to_yaml(r), encoding='utf-8')
+        assert get_recipe(tmp_path/f'{p}.yaml') == r
+        assert set(yaml.safe_load(to_yaml(r))) == {f.name for f in fields(Recipe)} and all(' # ' in line for line in to_yaml(r).splitlines())
 
 def test_a_recipe_survives_json():
     for p in PRESETS:
@@ -21,7 +44,7 @@ def test_every_field_is_documented():
     assert set(explain()) == {f.name for f in fields(Recipe)}
 
 @pytest.mark.parametrize('kw,msg', [(dict(lr='x'), 'a number'), (dict(learning_rate=1), 'unknown recipe field'), (dict(batchs=1), "did you mean 'batch'"),
-                                    (dict(bits=5), 'use one of'), (dict(block='1.5'), 'whole number'), (dict(seed=None), 'cannot be empty')])
+                                    (dict(bits=5), 'use one of'), (dict(engine='zero4'), 'use one of'), (dict(gpu=2), "did you mean 'gpus'"), (dict(block='1.5'), 'whole number'), (dict(seed=None), 'cannot be empty')])
 def test_bad_fields(kw, msg):
     with pytest.raises(LlamaZhError, match=msg): get_recipe('mini', **kw)
 

@@ -123,5 +123,5 @@ def test_lock_covers_the_requirements():
     lock = dict(l.split('==') for l in read('constraints.txt').splitlines() if '==' in l and not l.startswith('#'))
     lock = {canonicalize_name(k): v.split(';')[0].strip() for k, v in lock.items()}
     for key, val in cfg['DEFAULT'].items():
-        if not key.endswith('requirements'): continue
+        if not key.endswith('requirements') or key.startswith('scale'): continue   # GPU programs: not installed here, so not in the lock
         for r in map(Requirement, val.split()): assert r.specifier.contains(lock.get(canonicalize_name(r.name), '0')), f'{key}: {r}'

@@ -61,6 +61,50 @@ def test_parquet_gb18030_folder(tmp_path):
 def test_files_that_are_no_chats(tmp_path, name, text, why):
     with pytest.raises(LlamaZhError, match=why): read_chats(write(tmp_path, name, text))
 
+def test_folder_by_content(tmp_path):
+    "In a folder the content decides; what is no chat is named, and does not stop the rest."
+    import gzip
+    row = '{"instruction": "q", "output": "%s"}\n'
+    write(tmp_path, 'lines.txt', row % 'a'); write(tmp_path, 'README.md', '# no chats'); write(tmp_path, 'words.csv', 'en,zh\nriver,河\n')
+    (tmp_path/'b.jsonl.gz').write_bytes(gzip.compress((row % 'b').encode()))
+    (tmp_path/'.cache').mkdir(); write(tmp_path, '.cache/c.json', row % 'c')
+    c = read_chats(tmp_path)
+    assert sorted(x['messages'][1]['content'] for x in c) == ['a', 'b']
+    assert [Path(f).name for f, _, _ in c.bad] == ['words.csv'] and any('README.md' in k for k in c.notes)
+    with pytest.raises(LlamaZhError, match='holds no chats'): read_chats(tmp_path/'words.csv')
+    (tmp_path/'bad.gz').write_bytes(b'\x1f\x8bxx')
+    with pytest.raises(LlamaZhError, match='gzip'): read_chats(tmp_path/'bad.gz')
+
+def test_a_byte_that_is_no_text_spoils_its_row_only(tmp_path):
+    rows = [json.dumps(dict(instruction=f'这是第{i}个问题', output='这是回答'), ensure_ascii=False).encode() for i in range(300)]
+    rows[7] = rows[7].replace('答'.encode(), b'\xff')
+    (tmp_path/'a.jsonl').write_bytes(b'\n'.join(rows))
+    c = read_chats(tmp_path/'a.jsonl')
+    assert len(c) == 299 and [(l, 'no text in the encoding' in w) for _, l, w in c.bad] == [(8, True)]
+
+def test_data_sets(tmp_path, monkeypatch):
+    "A folder that `datasets` saved; a data set of the Hub by its name; a name that leads nowhere."
+    import datasets
+    ds = datasets.Dataset.from_list([dict(messages=talk('问', '答'))])
+    ds.save_to_disk(tmp_path/'one'); datasets.DatasetDict(train=ds, test=ds).save_to_disk(tmp_path/'two')
+    for n in ('one', 'two'): assert read_chats(tmp_path/n)[0]['messages'] == talk('问', '答')
+    asked = []
+    def load(name, split=None):
+        asked.append((name, split))
+        if name == 'a/gone': raise FileNotFoundError('no such data set')
+        return ds if split else datasets.DatasetDict(test=ds)
+    monkeypatch.setattr(datasets, 'load_dataset', load)
+    c = read_chats('owner/some-chats:test')
+    assert c[0]['messages'] == talk('问', '答') and c[0]['source'] == 'owner/some-chats:test:1' and asked == [('owner/some-chats', 'test')]
+    with pytest.raises(LlamaZhError, match="no split 'train', but test; write owner/some-chats:test"): read_chats('owner/some-chats')
+    with pytest.raises(LlamaZhError, match='no chats at a/gone.*no such data set'): read_chats('a/gone')
+    with pytest.raises(LlamaZhError, match='no such file'): read_chats('nowhere/file.json')
+    assert len(asked) == 3
+
+def test_languages_are_counted():
+    c = read_chats([dict(prompt='翻译：长江', response='the Yangtze'), dict(prompt='q', response='长江 long'), dict(prompt='多少?', response='3')])
+    assert c.languages == dict(en=1, zh=2) and 'Chinese 2, English 1' in repr(c) and c.to_dict()['languages'] == c.languages
+
 def test_wrong_paths(tmp_path):
     for p in (tmp_path, tmp_path/'x.json', str(tmp_path/'*.json')):
         with pytest.raises(LlamaZhError, match='no chats at'): read_chats(p)
@@ -243,14 +287,101 @@ def test_pad_is_never_the_end(tok, folder):
     from llama_zh_nb.sft import pad_id
     t = AutoTokenizer.from_pretrained(folder)
     t.pad_token = t.eos_token
+    assert pad_id(t) == t.unk_token_id == 0  # a folder that pads with its end mark: the unknown token takes its place
+    t.unk_token = None
     with pytest.raises(LlamaZhError, match='never learns to stop'): pad_id(t)
+
+def test_folder_that_pads_with_its_end_mark(folder, tmp_path, capsys):
+    "Such folders are common: the trained one pads otherwise, and its end mark is learnt."
+    import shutil
+    from transformers import AutoTokenizer
+    from llama_zh_nb.sft import finetune
+    d = tmp_path/'m'; shutil.copytree(folder, d)
+    for f in ('tokenizer_config.json', 'special_tokens_map.json'): (d/f).write_text(json.dumps(json.loads((d/f).read_text()) | dict(pad_token='</s>')))
+    (d/'config.json').write_text(json.dumps(json.loads((d/'config.json').read_text()) | dict(pad_token_id=2)))
+    finetune(d, CHATS, tmp_path/'out', **KW | dict(max_steps=2))
+    assert 'pads with its end mark' in capsys.readouterr().out
+    t = AutoTokenizer.from_pretrained(tmp_path/'out')
+    assert t.pad_token_id == 0 and t.eos_token_id == 2 and load(tmp_path/'out').config.pad_token_id == 0
 
 def test_packing_order(tok):
     from llama_zh_nb.sft import examples, with_texts, Packed
     d = with_texts(examples(CHATS, tok), ['The river is long. '*9]*30, tok, 128)
     p, q = (Packed(d, 128, epochs=3, share=.25, seed=s) for s in (0, 0))
     assert p.rows == q.rows != Packed(d, 128, epochs=3, share=.25, seed=1).rows and p.filled > .75
-    n = lambda text: sum(len(d[i].ids) for r in p.rows for i in r if d.is_text[i] == text)
+    n = lambda text: sum(len(d[i].ids) for r in p.rows for i in r if (d.kinds[i] == 'text') == text)
     assert abs(n(True)/(n(True) + n(False)) - .25) < .05
     assert len(Packed(d, 128, rows=10)) == 10 and len(Packed(d, 128, epochs=.5, multiple=4)) % 4 == 0
     assert sorted(i for r in Packed(d, 128).rows for i in r) == list(range(len(d)))
+
+def test_a_plain_base_learns_without_new_rows(folder, tmp_path, capsys):
+    "Fine-tuning of a Llama as it came, no new vocabulary: LoRA alone, no row of the embeddings moves, the end mark is learnt."
+    import shutil, torch
+    from llama_zh_nb.sft import finetune
+    d = tmp_path/'plain'; shutil.copytree(folder, d, ignore=shutil.ignore_patterns('resize.json'))
+    h = finetune(d, CHATS, tmp_path/'chat', **KW | dict(max_steps=12))
+    assert 'no new rows: training LoRA alone' in capsys.readouterr().out and h.info['train'] == 'lora'
+    old, new = load(d).state_dict(), load(tmp_path/'chat').state_dict()
+    for k in old: assert torch.equal(old[k], new[k]) == (not k.endswith('proj.weight')), k
+    assert h.last('loss') < h.first('loss')
+
+def test_packaged_mini_learns_as_it_is(tmp_path, root):
+    "The same with the packaged base and its vocabulary, from files in two languages."
+    from llama_zh_nb.sft import finetune
+    from llama_zh_nb.weights import acquire
+    base = acquire('mini', tmp_path/'base')
+    zh = write(tmp_path, 'zh.json', json.dumps([dict(instruction=f'{i}加{i}?', output=f'等于{2*i}。') for i in range(30)], ensure_ascii=False))
+    en = write(tmp_path, 'en.csv', 'instruction,output\n' + ''.join(f'What is {i} and {i}?,It is {2*i}.\n' for i in range(30)))
+    h = finetune(base, [zh, en], tmp_path/'chat', **KW | dict(max_steps=2, en_share=.3))
+    assert h.info['chats']['languages'] == dict(zh=30, en=30) and h.last('loss') < h.first('loss')
+    assert abs(h.info['mix']['en']/sum(h.info['mix'].values()) - .3) < .1 and (tmp_path/'chat/chat_template.jinja').exists()
+
+def test_mix_of_languages(tok):
+    from llama_zh_nb.sft import examples, with_texts, Packed
+    chats = [dict(messages=talk('q', 'It is far, the river is long.'))]*10 + [dict(messages=talk('长江?', '长江很长。'))]*30
+    d = with_texts(examples(chats, tok), ['The river is long. '*9]*30, tok, 128)
+    assert (d.report['chinese'], d.report['english']) == (30, 10)
+    def share(**kw):
+        p = Packed(d, 128, epochs=4, **kw)
+        assert sum(p.mix.values()) == sum(len(d[i].ids) for r in p.rows for i in r)
+        return p.mix['en']/(p.mix['en'] + p.mix['zh']), p.mix['text']/sum(p.mix.values())
+    for want in (.1, .5, .7): assert abs(share(en_share=want, share=.2)[0] - want) < .04 and abs(share(en_share=want, share=.2)[1] - .2) < .05
+    assert share(en_share=0., share=0.) == (0, 0)
+    one = examples(chats[:10], tok)
+    with pytest.raises(LlamaZhError, match='all English'): Packed(one, 128, en_share=.5)
+    with pytest.raises(LlamaZhError, match='from 0 to below 1'): Packed(d, 128, en_share=1)
+
+def test_truncation_is_counted_by_kind(tok):
+    from llama_zh_nb.sft import examples
+    chats = [dict(messages=talk('q', 'a', 'r', 'far '*60, 'u', 'b')), dict(messages=talk('q', 'far '*100)), dict(messages=talk('q', 'a'))]
+    n = lambda p: [examples(chats, tok, block=48, too_long=p).report[k] for k in ('chats', 'shortened', 'answers_lost', 'answers_cut', 'left_out')]
+    assert n('turns') == [2, 1, 2, 0, 1] and n('drop') == [1, 0, 0, 0, 2] and n('cut')[3:] == [2, 0]
+    d = examples(chats, tok, block=48)
+    assert [k for _, k in d.lengths][1] == 0 and 'chat 2' in d.lost() and '1 chats are shortened, by 2 answers' in d.lost()
+    assert 'in the middle of an answer' in examples(chats, tok, block=48, too_long='cut').lost() and examples(chats[2:], tok).lost() == ''
+
+@pytest.mark.parametrize('kw,says', [
+    (dict(batch=0), 'batch is 0'), (dict(max_steps=0), 'max_steps is 0'), (dict(max_steps=-1), 'max_steps is -1'), (dict(max_steps=None, epochs=0), 'epochs is 0'), (dict(accum=-2), 'accum is -2'),
+    (dict(lr=-1.), 'lr is -1'), (dict(prompt_weight=2), 'prompt_weight is 2'), (dict(train='lorra'), "'lorra': expected one of lora"), (dict(too_long='x'), "'x': expected one of turns"),
+    (dict(attn='x'), "'x': expected one of sdpa"), (dict(text_share=.2), 'extra_texts with it'), (dict(block=10**6), 'positions of hf end'), (dict(template='chatml'), 'unknown chat template'),
+    (dict(questions='nofile'), 'no questions could be read'), (dict(questions=[dict(q='x')]), 'question 1 has no'), (dict(en_share=.5, chats=[dict(messages=talk('q', 'it is a'))]), 'all English')])
+def test_wrong_values_are_refused_first(folder, tmp_path, kw, says):
+    from llama_zh_nb.sft import finetune
+    with pytest.raises(LlamaZhError, match=says): finetune(folder, kw.pop('chats', CHATS), tmp_path/'o', **KW | kw)
+    assert not (tmp_path/'o').exists()
+
+def test_the_model_itself_is_never_overwritten(folder):
+    from llama_zh_nb.sft import finetune
+    with pytest.raises(LlamaZhError, match='is the model itself'): finetune(folder, CHATS, folder/'..'/folder.name, **KW)
+
+def test_one_step_learns_something(folder, tmp_path):
+    from llama_zh_nb.sft import finetune
+    finetune(folder, CHATS, tmp_path/'o', **KW | dict(max_steps=1))
+
+def test_what_was_read_is_said_and_kept(folder, tmp_path, capsys):
+    from llama_zh_nb.sft import finetune
+    f = write(tmp_path, 'a.jsonl', '{"prompt": "q", "response": "a"}\n{broken\n{"prompt": "q", "response": ""}\n' + json.dumps(dict(prompt='q', response='far '*300)))
+    h = finetune(folder, f, tmp_path/'o', **KW | dict(max_steps=1))
+    said = capsys.readouterr().out
+    assert 'a.jsonl, line 2: not valid JSON' in said and 'line 3: nothing to learn' in said and '1 chats are left out (a.jsonl:4' in said
+    assert [b[1] for b in json.loads((tmp_path/'o/history.json').read_text())['info']['chats']['bad']] == [2, 3] and h.info['data']['left_out_rows'][0].startswith('a.jsonl:4')

@@ -1,4 +1,6 @@
 "Chat layouts: golden strings and ids, text that cannot become control, and the same ids from `apply_chat_template`."
+import json
+from pathlib import Path
 import pytest
 from llama_zh_nb.core import LlamaZhError
 from llama_zh_nb.templates import _TEMPLATES, add_template, check_messages, encode_chats, find_template, get_template, write_template
@@ -60,6 +62,97 @@ def test_golden_ids_llama2(shared, tmp_path):
     assert e.ids == [1, 12968, 29901, 15043, 13, 2, 1, 4007, 22137, 29901, 15043, 13, 2]
     assert e.mask == [0]*10 + [1, 1, 1]
     assert get_template('zhu').encode(tok, chat('Hello', 'Hello')).ids == [1, 29871, 13, 26029, 29901, 13, 10994, 13, 2, 1, 29871, 13, 465, 22137, 29901, 13, 10994, 13, 2]
+
+# ---- golden ids: by SentencePiece itself from the layouts that the projects published, without the code under test
+
+GOLDEN = Path(__file__).with_name('golden_templates.json')  # ids with Llama-2's vocabulary (sha256 9e556afd...), for somebody without SentencePiece to compare with
+SYSTEM, TURNS = 'Be brief. 请简短回答。', ('长江有多长？', 'It is 6300 km long.', 'Why so long?\n为什么？', '因为它流得远。')
+STANFORD = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n### Instruction:\n%s\n\n### Response: '
+
+def published(sp, name, texts, system=None):
+    "Ids of a dialogue; one that ends with a question ends with what stands before its answer."
+    ids = lambda text: sp.encode(text)                       # a text of its own, with its dummy prefix
+    goes_on = lambda text: sp.encode('\n' + text)[len(sp.encode('\n')):]
+    out, turns = [], [texts[i:i+2] for i in range(0, len(texts), 2)]
+    if name in ('human-assistant', 'zhu'):                   # every turn between its own <s> and </s>, one text each
+        user, bot, sys = {'human-assistant': ('Human: %s\n', 'Assistant:', 'System: %s\n'), 'zhu': ('\nhuman:\n%s\n', '\nassistant:\n', '\nsystem:\n%s\n')}[name]
+        if system: out += [1, *ids(sys % system), 2]
+        for q, *a in turns:
+            out += [1, *ids(user % q), 2, 1]
+            out += [*ids(bot + (' ' if name == 'human-assistant' else '') + a[0] + '\n'), 2] if a else ids(bot)
+        return out
+    for k, (q, *a) in enumerate(turns):
+        if name == 'alpaca1': out += [1, *ids(STANFORD % ((f'{system}\n' if system and not k else '') + q))]; out += [*ids(a[0]), 2] if a else []; continue
+        prompt = '[INST] ' + (f'<<SYS>>\n{system}\n<</SYS>>\n\n' if system and not k else '') + q + ' [/INST]'
+        if name == 'llama2-chat': out += [1, *(ids(f'{prompt} {a[0]} ') + [2] if a else ids(prompt))]   # Meta's: the whole turn is one text
+        if name == 'alpaca2': out += [1, *ids(prompt)] + ([*ids(a[0]), 2] if a else [])                  # its training: prompt and answer are tokenized apart
+        if name == 'alpaca2-tight': out += [1, *ids(prompt)] + ([*goes_on(a[0]), 2] if a else [])
+    return out
+
+CASES = {f'{what}{", system" if system else ""}': (TURNS[:n], system) for system in (None, SYSTEM) for what, n in (('question', 1), ('one turn', 2), ('two questions', 3), ('two turns', 4))}
+
+def _sp(path):
+    import sentencepiece as spm
+    return spm.SentencePieceProcessor(model_file=str(path))
+
+def _same(tok, sp, name, case):
+    texts, system = CASES[case]
+    e = get_template(name).encode(tok, chat(*texts, system=system), add_generation_prompt=len(texts) % 2 == 1)
+    want = published(sp, name, texts, system)
+    assert e.ids == want, tok.convert_ids_to_tokens(e.ids)
+    learnt = sp.decode([i for i, m in zip(e.ids, e.mask) if m and i != 2]).split()
+    assert ''.join(learnt) == ''.join(''.join(texts[1::2]).split())
+    assert sum(m for i, m in zip(e.ids, e.mask) if i == 2) == len(texts)//2 and not any(m for i, m in zip(e.ids, e.mask) if i == 1)
+    return want
+
+@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('name', NAMES)
+def test_golden_ids(name, case, mini_tok):
+    "The packaged vocabulary: every layout, one and more turns, with and without system."
+    _same(*mini_tok, name, case)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_golden_ids_of_llama2(name, llama2_tok):
+    golden = json.loads(GOLDEN.read_text(encoding='utf-8'))[name]
+    assert golden.keys() == CASES.keys()
+    for case in CASES: assert _same(*llama2_tok, name, case) == golden[case]
+
+def _pair(model, out):
+    from transformers import AutoTokenizer
+    from llama_zh_nb.exact import save_tokenizer
+    return AutoTokenizer.from_pretrained(save_tokenizer(model, out)), _sp(model)
+
+@pytest.fixture(scope='module')
+def mini_tok(tmp_path_factory, root): return _pair(root/'llama_zh_nb/data/mini/tokenizer.model', tmp_path_factory.mktemp('mini')/'t')
+@pytest.fixture(scope='module')
+def llama2_tok(tmp_path_factory, shared): return _pair(shared/'data/tokenizers/llama2_32000.model', tmp_path_factory.mktemp('l2')/'t')
+
+@pytest.mark.parametrize('name', NAMES)
+def test_one_template_in_every_room(mini_tok, name, monkeypatch, tmp_path):
+    "Training, calibration, measuring, LangChain's chat model and the saved folder all read the same ids."
+    from llama_zh_nb import measure, rag
+    from llama_zh_nb.quantize import calibration
+    from llama_zh_nb.sft import examples
+    from langchain_core.messages import HumanMessage, SystemMessage
+    from transformers import AutoTokenizer
+    tok, sp = mini_tok
+    talk, ask = chat(*TURNS[:2], system=SYSTEM), chat(TURNS[0], system=SYSTEM)
+    want, prompt = published(sp, name, TURNS[:2], SYSTEM), published(sp, name, TURNS[:1], SYSTEM)
+    assert examples([dict(messages=talk)], tok, name)[0].ids == want and want[:len(prompt)] == prompt
+    assert calibration(tok, [dict(messages=talk)], name) == [want]
+    monkeypatch.setattr(measure, 'greedy', lambda model, tok, ids, *a, **kw: ids)
+    assert measure.ask(None, tok, [TURNS[0]], name, SYSTEM) == [prompt]
+    assert rag.ChatLlama(model=None, tokenizer=tok, template=name).encode([SystemMessage(SYSTEM), HumanMessage(TURNS[0])]) == prompt
+    tok.save_pretrained(tmp_path)
+    saved = AutoTokenizer.from_pretrained(write_template(tmp_path, name))
+    assert saved.apply_chat_template(ask, add_generation_prompt=True)['input_ids'] == prompt
+
+def test_metas_system_text():
+    t = get_template('linksoul').render(chat('q'), True, system=True)
+    assert t.startswith('<s>[INST] <<SYS>>\nYou are a helpful, respectful and honest assistant.') and t.endswith("please don't share false information.\n<</SYS>>\n\nq [/INST]")
+    try: from transformers.models.llama.tokenization_llama import DEFAULT_SYSTEM_PROMPT
+    except ImportError: return
+    assert get_template('llama2').default_system == DEFAULT_SYSTEM_PROMPT
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('system', [None, '规矩 rules'])

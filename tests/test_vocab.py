@@ -122,6 +122,25 @@ def test_command_and_weights(tokenizers, tmp_path):
     for kw, says in ((dict(weight=['1']), '1 weights for 2'), (dict(weight=['x', '1']), 'one number'), (dict(corpus=[str(tmp_path/'no.txt')]), 'no.txt'), (dict(base=None), '--base'), (dict(corpus=None), 'nothing to add')):
         with pytest.raises(LlamaZhError, match=says): merge_command(**(dict(base=base, corpus=corpus, size=32_010, out=str(tmp_path/'p')) | kw))
 
+def test_marks_can_be_left_out(tokenizers, tmp_path):
+    base, corpus = tokenizers/'llama2_32000.model', ['他来了，但是我们走了。']*50
+    with_marks, without = (read_model(merge(base, [], tmp_path/k, size=32_030, corpus=corpus, marks=k).path).pieces[32_001:] for k in ('edges', 'none'))
+    assert any('，' in p.piece for p in with_marks) and all(han_only(p.piece) for p in without)
+    with pytest.raises(LlamaZhError, match='edges'): merge(base, [], tmp_path/'x', corpus=corpus, marks='middle')
+
+def test_common_characters_come_with_a_large_vocabulary(tokenizers):
+    "Traditional characters and simplified ones that the corpus never mentions; a small vocabulary takes only what its corpus holds"
+    from llama_zh_nb.choose import choose_pieces, common_chars
+    base, corpus, common = read_model(tokenizers/'llama2_32000.model'), ['河水东流，两岸多柳。']*9, set(common_chars())
+    large, small = (set(choose_pieces(base, corpus, room)) for room in (23_295, 2000))
+    small -= set('河水东流两岸多柳')
+    assert common <= large | {p.piece for p in base.pieces} and {'國', '籲'} - large <= {p.piece for p in base.pieces} and not common & small
+
+def test_text_in_unknown_fields_is_read(tokenizers, tmp_path):
+    (tmp_path/'a.jsonl').write_text('{"trad": "\\u6cb3水東流", "simp": "河水东流"}\n'*50, encoding='utf-8')
+    out = merge(tokenizers/'llama2_32000.model', [], tmp_path/'o', size=32_006, corpus=[tmp_path/'a.jsonl'])
+    assert any('河水' in p.piece for p in read_model(out.path).pieces[32_001:])
+
 def test_marks_stand_at_edges_only(merged):
     import re
     for p in read_model(merged.path).pieces[32_001:]:
@@ -179,7 +198,7 @@ def test_all_of_it(tokenizers, shared, tmp_path):
     assert out.size == 55_296 and peak_rss() < 2*2**30
     every = [t for f in sorted((shared/'data').glob('text_*/*')) + sorted((shared/'data'/'sft').glob('*')) for t in f.read_text(encoding='utf-8', errors='replace').split('\n')]
     assert disagreements(out.path, out.path, every) == []
-    a = audit(out.path, base=tokenizers/'llama2_32000.model', texts={f.stem: f for f in files})
+    a = audit(out.path, base=tokenizers/'llama2_32000.model', texts={f.stem: f.read_text(encoding='utf-8').split('\n') for f in files})
     assert a.ok and a.size == 55_296
     cmrc = json.loads((shared/'data'/'eval'/'cmrc2018'/'cmrc2018_trial.json').read_text())
     c = compare(dict(published=tokenizers/'chinese_llama2_55296.model', ours=out), {'cmrc': [p['context'] for d in cmrc['data'] for p in d['paragraphs']]})

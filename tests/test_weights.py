@@ -194,6 +194,59 @@ def test_verify_files(hf):
     assert f.name in verify(hf).problems[0] and 'missing' in verify(hf).problems[0]
     assert '✗' in verify(hf)._repr_html_()
 
+def _index(hf, change):
+    j = read_json(hf/'model.safetensors.index.json')
+    change(j['weight_map'])
+    write_json(hf/'model.safetensors.index.json', j)
+
+def _problem(folder, *words):
+    rep = verify(folder)
+    assert not rep.ok and all(w in ' '.join(rep.problems) for w in words), rep.problems
+    return rep
+
+def test_verify_index_against_files(hf):
+    up, gone = 'model.layers.1.mlp.up_proj.weight', 'model.layers.0.mlp.up_proj.weight'
+    _index(hf, lambda m: m.update({up: m[EMBED]}))
+    _problem(hf, 'index.json', up, 'not there')
+
+def test_verify_tensors_missing_and_strange(hf):
+    gone = 'model.layers.0.mlp.up_proj.weight'
+    _index(hf, lambda m: m.pop(gone))
+    _problem(hf, f'{gone} is missing', f'{gone} in model-', 'not in the index')
+    write_json(hf/'config.json', read_json(hf/'config.json') | dict(num_hidden_layers=1))
+    _problem(hf, 'model.layers.1.self_attn.q_proj.weight is not a part of this model')
+
+@pytest.mark.parametrize('dtype,ok', [(torch.int8, False), (torch.float64, True), (torch.bfloat16, True)])
+def test_verify_dtype(hf, dtype, ok):
+    "Whole numbers are named as wrong, other kinds of numbers only as a mixture"
+    name = 'model.layers.1.mlp.up_proj.weight'
+    f = open_weights(hf)[name]
+    t = {k: f.get(k).clone() for k in f.keys()}
+    t[name] = (t[name]*30).to(dtype)
+    code = {torch.int8: 'I8', torch.float64: 'F64', torch.bfloat16: 'BF16'}[dtype]
+    write_safetensors(hf/'new', {k: (code if k == name else 'F32', tuple(v.shape)) for k, v in t.items()}, t.get)
+    os.replace(hf/'new', f.path)
+    if ok: assert [(s, f'1 in {code}' in d) for w, s, d in verify(hf).rows if w == 'dtype'] == [('note', True)]
+    else: _problem(hf, '1 in I8', 'quantized')
+
+def test_verify_more_pieces_than_rows(hf, shared):
+    from llama_zh_nb.exact import save_tokenizer
+    save_tokenizer(shared/'data/tokenizers/llama2_32000.model', hf)
+    _problem(hf, 'tokenizer pieces 32,000', 'rows 384', 'more pieces than the model has rows')
+
+def test_verify_meta_folder_and_its_sums(tmp_path, hf):
+    meta = to_meta(hf, tmp_path/'m', shards=2)
+    assert verify(meta).ok
+    f = meta/'consolidated.01.pth'
+    blob = bytearray(f.read_bytes()); blob[-5000] ^= 1; f.write_bytes(blob)
+    _problem(meta, 'md5', 'consolidated.01.pth has md5')
+    (meta/'tokenizer.model').unlink()
+    _problem(meta, 'tokenizer.model is listed in checklist.chk, but missing')
+
+def test_verify_nothing_there(tmp_path, spm):
+    (tmp_path/'empty').mkdir()
+    for d, word in ((tmp_path/'empty', 'nothing'), (tmp_path/'none', 'neither config.json'), (spm, 'neither')): _problem(d, word)
+
 def test_size_check_names_every_number(hf, shared):
     with pytest.raises(LlamaZhError) as e: check_sizes(hf, shared/'data/tokenizers/llama2_32000.model')
     assert all(w in str(e.value) for w in ('vocab_size 384', 'rows 384', '32,000', "Llama-2's")), str(e.value)
@@ -231,15 +284,19 @@ def test_acquire_refuses(tmp_path, hf, spm):
     _refused(tmp_path, lambda: acquire(hf, tmp_path/'out'), 'no tokenizer.model')
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    "As much of the Hub as a download needs; `folder` is what it serves, names decide what it refuses."
-    folder, seen = None, []
+    "As much of the Hub as a download needs; `folder` is what it serves, names decide what it refuses, files in `cut` break off in the middle."
+    folder, seen, cut = None, [], set()
     def log_message(self, *a): pass
     def do_HEAD(self): self.do_GET(False)
     def do_GET(self, body=True):
-        self.seen.append((self.path, self.headers.get('Authorization')))
+        self.seen.append((self.path, self.headers.get('Authorization'), self.headers.get('Range')))
+        if 'gated401' in self.path: return self.reply(401, b'{}', {'X-Error-Code': 'GatedRepo'}, body)
         if 'gated' in self.path: return self.reply(403, b'{}', {'X-Error-Code': 'GatedRepo'}, body)
         if 'nobody' in self.path: return self.reply(404, b'{}', {'X-Error-Code': 'RepoNotFound'}, body)
+        if 'norev' in self.path: return self.reply(404, b'{}', {'X-Error-Code': 'RevisionNotFound'}, body)
         if 'locked' in self.path: return self.reply(401, b'{}', {}, body)
+        if 'badtoken' in self.path: return self.reply(401, b'{}', {'X-Error-Message': 'Invalid credentials in Authorization header'}, body)
+        if 'forbidden' in self.path: return self.reply(403, b'{}', {}, body)
         if 'broken' in self.path: return self.reply(500, b'{}', {}, body)
         files, sha = sorted(p.name for p in self.folder.iterdir()), 'a'*40
         if self.path.startswith('/api/') and '/tree/' in self.path:
@@ -247,17 +304,22 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if self.path.startswith('/api/'):
             return self.reply(200, json.dumps(dict(id='some/model', sha=sha, siblings=[dict(rfilename=f) for f in files], private=False, tags=[], downloads=0)).encode(), {}, body)
         name = self.path.split('/')[-1].split('?')[0]
-        self.reply(200, (self.folder/name).read_bytes(), {'ETag': f'"{name}"', 'X-Repo-Commit': sha}, body)
-    def reply(self, code, data, headers, body):
+        data, extra = (self.folder/name).read_bytes(), {'ETag': f'"{name}"', 'X-Repo-Commit': sha}
+        start = int((self.headers.get('Range') or 'bytes=0-')[6:].split('-')[0])
+        if name in self.cut and body and start: return self.reply(503, b'', {}, body)
+        if start: return self.reply(206, data[start:], extra | {'Content-Range': f'bytes {start}-{len(data)-1}/{len(data)}'}, body)
+        self.reply(200, data, extra, body, len(data)//2 if name in self.cut else None)
+    def reply(self, code, data, headers, body, most=None):
         self.send_response(code)
         for k, v in (headers | {'Content-Length': str(len(data)), 'Content-Type': 'application/json'}).items(): self.send_header(k, v)
         self.end_headers()
-        if body: self.wfile.write(data)
+        if body: self.wfile.write(data[:most])
+        if most: self.close_connection = True
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch, hf):
-    import huggingface_hub as h
-    Hub.folder, Hub.seen = hf, []
+    import huggingface_hub as h, huggingface_hub.constants
+    Hub.folder, Hub.seen, Hub.cut = hf, [], set()
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for k, v in dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_TOKEN='hf_secret').items(): monkeypatch.setenv(k, v)
@@ -270,7 +332,12 @@ def hub(tmp_path, monkeypatch, hf):
 @pytest.mark.parametrize('repo,words', [
     ('meta/gated-llama', ('gated', 'licence', 'https://huggingface.co/meta/gated-llama', 'HF_TOKEN')),
     ('nobody/nothing', ("no model 'nobody/nothing'", 'spelling')),
+    ('meta/gated401', ('gated', 'HTTP 401', 'licence', 'HF_TOKEN')),
     ('some/locked', ('401', 'HF_TOKEN')),
+    ('some/badtoken', ('HTTP 401', 'token is wrong', 'HF_TOKEN')),
+    ('some/forbidden', ('HTTP 403', 'right to read', 'HF_TOKEN')),
+    ('some/norev@v9', ('not this revision', 'commits')),
+    ('some/broken', ('HTTP 500', 'later', 'HF_ENDPOINT')),
 ])
 def test_hub_refusals(tmp_path, hub, repo, words):
     _refused(tmp_path, lambda: acquire(repo, tmp_path/'out'), *words)
@@ -281,10 +348,30 @@ def test_hub_download_from_a_mirror(tmp_path, hub, hf):
     out = acquire('some/model', tmp_path/'out')
     a, b = open_weights(hf), open_weights(out)
     assert all(torch.equal(a[k].get(k), b[k].get(k)) for k in a)
-    asked = {p.split('/')[-1] for p, _ in Hub.seen}
-    assert 'config.json' in asked and not asked & {'pytorch_model.bin', 'optimizer.pt'} and all(t == 'Bearer hf_secret' for _, t in Hub.seen)
+    asked = {p.split('/')[-1] for p, *_ in Hub.seen}
+    assert 'config.json' in asked and not asked & {'pytorch_model.bin', 'optimizer.pt'} and all(t == 'Bearer hf_secret' for _, t, _ in Hub.seen)
     hub.shutdown(); hub.server_close()
     assert verify(acquire('some/model', tmp_path/'again')).ok      # from the cache, nobody answers any more
+
+def test_a_broken_download_goes_on_where_it_stopped(tmp_path, hub, hf, monkeypatch):
+    import time, huggingface_hub as h, huggingface_hub.constants
+    monkeypatch.setattr(time, 'sleep', lambda s: None)      # the client waits before it tries again,
+    monkeypatch.setattr(h.constants, 'DOWNLOAD_CHUNK_SIZE', 1000)      # and writes pieces of 10 MB
+    name = max(hf.glob('*.safetensors'), key=lambda p: p.stat().st_size).name
+    Hub.cut = {name}
+    _refused(tmp_path, lambda: acquire('some/model', tmp_path/'out'), 'some/model')
+    Hub.cut, Hub.seen = set(), []
+    out = acquire('some/model', tmp_path/'out')
+    assert f'bytes={(hf/name).stat().st_size//2000*1000}-' in [r for p, _, r in Hub.seen if name in p] and not [r for p, _, r in Hub.seen if name not in p and r]
+    a, b = open_weights(hf), open_weights(out)
+    assert all(torch.equal(a[k].get(k), b[k].get(k)) for k in a)
+
+def test_errors_in_the_middle_of_a_download(tmp_path, hub, monkeypatch):
+    import errno, huggingface_hub as h
+    for e, words in ((OSError(errno.ENOSPC, 'No space left'), ('no space left', 'HF_HOME')), (OSError('Consistency check failed: file should be of size 9'), ('broke off', 'same command'))):
+        def fail(*a, **k): raise e
+        monkeypatch.setattr(h, 'snapshot_download', fail)
+        _refused(tmp_path, lambda: acquire('some/model', tmp_path/'out'), *words)
 
 def test_hub_unreachable(tmp_path, hub):
     hub.shutdown(); hub.server_close()
@@ -296,12 +383,12 @@ def test_hub_offline(tmp_path):
 def test_modelscope(tmp_path, hf, monkeypatch):
     import sys, types
     ms = types.ModuleType('modelscope')
-    ms.snapshot_download = lambda repo: str(hf) if repo == 'some/model' else 1/0
+    ms.snapshot_download = lambda repo, revision='master': str(hf) if repo == 'some/model' and revision in ('master', 'v2') else 1/0
     monkeypatch.setitem(sys.modules, 'modelscope', ms)
-    assert verify(acquire('modelscope:some/model', tmp_path/'ok')).ok
+    assert verify(acquire('modelscope:some/model', tmp_path/'ok')).ok and verify(acquire('modelscope:some/model@v2', tmp_path/'ok2')).ok
     _refused(tmp_path, lambda: acquire('modelscope:no/model', tmp_path/'out'), 'ModelScope')
     monkeypatch.setitem(sys.modules, 'modelscope', None)
-    _refused(tmp_path, lambda: acquire('modelscope:some/model', tmp_path/'out'), 'pip install')
+    _refused(tmp_path, lambda: acquire('modelscope:some/model', tmp_path/'out'), 'pip install', 'modelscope')
 
 def test_real_small_model(shared, tmp_path):
     src = shared/'data/models/stories260K_hf'
@@ -319,3 +406,12 @@ def test_no_file_stays_open_or_mapped(tmp_path):
     write_safetensors(tmp_path/'b', {k: t.spec(k) for k in t.keys()}, t.get)
     s = SafeFile(tmp_path/'b')
     assert torch.equal(s.get('w3', slice(10, 20)), t.get('w3')[10:20]) and len(b''.join(s.raw('w3', slice(2, 5)))) == 12
+
+def test_nothing_replaces_what_it_is_made_from(tmp_path, hf):
+    for call in (lambda: acquire(hf, hf), lambda: acquire(hf, tmp_path), lambda: convert_meta(tmp_path/'meta', tmp_path/'meta'), lambda: convert_meta(tmp_path/'meta', tmp_path)): _refused(tmp_path, call, 'another folder')
+    assert verify(hf).ok and verify(tmp_path/'meta').ok
+
+def test_convert_says_what_it_got(tmp_path, hf):
+    _refused(tmp_path, lambda: convert_meta(hf, tmp_path/'out'), 'a Hugging Face folder already', 'weights get')
+    _refused(tmp_path, lambda: convert_meta(tmp_path/'none', tmp_path/'out'), 'no params.json')
+    _refused(tmp_path, lambda: convert_meta(tmp_path/'meta', tmp_path/'out', dtype='int3'), 'int3')

@@ -1,0 +1,162 @@
+"""Many processes, the same run: two equal one, engines are what they say, sharded checkpoints go on elsewhere. Two CPU processes, gloo."""
+import importlib.util, json, os, subprocess, sys
+from pathlib import Path
+import pytest
+import numpy as np
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('peft'); pytest.importorskip('accelerate')
+
+from llama_zh_nb import scale
+from llama_zh_nb.core import LlamaZhError
+from llama_zh_nb.fit import History
+from test_pretrain import EN, HELD, ZH, make, tensors
+
+HERE = Path(__file__).parent
+KW = dict(lora_r=4, lora_alpha=8, lora_dropout=0., block=64, batch=2, global_batch=4, lr=5e-3, max_steps=12, eval_every=4, save_every=4, log_every=1, device='cpu')
+CHILD = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import test_pretrain as t, llama_zh_nb.pretrain as p
+die = int(os.environ.get('DIE', 0))
+class Dies(p.Collate):
+    n = 0
+    def __call__(self, rows):
+        Dies.n += 1
+        if Dies.n == die: os._exit(9)
+        return super().__call__(rows)
+if die: p.Collate = Dies
+p.pretrain(sys.argv[1], t.ZH, sys.argv[2], replay_corpus=t.EN, heldout=t.HELD, **json.loads(sys.argv[3]))
+"""
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec('deepspeed'), reason='deepspeed is not installed: pip install llama-zh-nb[scale]')
+
+def env(**kw): return os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', LLAMA_ZH_PROGRESS='0', DS_ACCELERATOR='cpu', PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])) | kw
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory): return make(tmp_path_factory.mktemp('scale')/'base')
+
+@pytest.fixture(scope='module')
+def start(base, tmp_path_factory):
+    "start(n, out, die=0, **arguments of pretrain): n processes of torchrun"
+    script = tmp_path_factory.mktemp('child')/'child.py'
+    script.write_text(CHILD.format(tests=str(HERE)))
+    def f(n, out, die=0, ok=True, **kw):
+        p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(n), '--master_port', str(20000 + os.getpid() % 20000), str(script), str(base), str(out), json.dumps(KW | kw)],
+                           capture_output=True, text=True, timeout=240, env=env(DIE=str(die)))
+        assert (p.returncode == 0) == (ok and not die), p.stdout[-1000:] + p.stderr[-4000:]
+        return p.stdout + p.stderr
+    return f
+
+@pytest.fixture(scope='module')
+def one(base, tmp_path_factory):
+    "One process without any launcher"
+    from llama_zh_nb.pretrain import pretrain
+    os.environ['LLAMA_ZH_PROGRESS'] = '0'
+    out = tmp_path_factory.mktemp('one')/'o'
+    return out, pretrain(base, ZH, out, replay_corpus=EN, heldout=HELD, **KW)
+
+def same(a, b, tol=1e-5):
+    "Losses, held-out bits and weights of two folders"
+    h, g = History.load(a/'history.json'), History.load(b/'history.json')
+    for k in ('loss', 'zh_bpc', 'en_bpb', 'lr', 'tokens'):
+        assert h.column(k)[0] == g.column(k)[0] and np.allclose(h.column(k)[1], g.column(k)[1], atol=tol, rtol=0), k
+    x, y = tensors(a), tensors(b)
+    assert set(x) == set(y) and max((x[k]-y[k]).abs().max() for k in x) < tol
+
+def test_two_processes_equal_one(one, start, tmp_path):
+    out = start(2, tmp_path/'o')
+    same(one[0], tmp_path/'o')
+    assert (tmp_path/'o'/'adapter'/'adapter_model.safetensors').exists() and not (tmp_path/'o'/'checkpoints').exists()
+    assert 'Traceback' not in out
+
+def test_fsdp2_splits_dies_and_goes_on_with_one_process(one, start, tmp_path):
+    start(2, tmp_path/'o', die=11, engine='fsdp2')
+    marks = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path/'o'/'checkpoints').glob('*/complete.json')}
+    assert set(marks) == {'checkpoint-4', 'checkpoint-8'} and marks['checkpoint-8']['engine'] == 'fsdp2' and marks['checkpoint-8']['processes'] == 2
+    assert list((tmp_path/'o'/'checkpoints'/'checkpoint-8').rglob('__1_0.distcp'))   # the second process wrote a part of its own
+    assert 'resuming from checkpoint-8' in start(1, tmp_path/'o', engine='fsdp2')
+    same(one[0], tmp_path/'o')
+
+@pytest.mark.slow
+@pytest.mark.parametrize('engine,train', [('ddp', 'full'), ('fsdp2', 'full'), ('fsdp2', 'embed')])
+def test_other_parts_are_trained_alike(base, start, tmp_path, engine, train):
+    from llama_zh_nb.pretrain import pretrain
+    pretrain(base, ZH, tmp_path/'one', replay_corpus=EN, heldout=HELD, **KW | dict(train=train, max_steps=4))
+    start(2, tmp_path/'two', engine=engine, train=train, max_steps=4)
+    same(tmp_path/'one', tmp_path/'two')
+
+@pytest.mark.slow
+def test_ddp_dies_and_goes_on_with_one_process(one, start, tmp_path):
+    start(2, tmp_path/'o', die=11)
+    start(1, tmp_path/'o')
+    same(one[0], tmp_path/'o')
+
+@needs_deepspeed
+@pytest.mark.parametrize('engine', ['zero2', pytest.param('zero3', marks=pytest.mark.slow)])
+def test_deepspeed_equals_one_process_and_resumes(one, start, tmp_path, engine):
+    start(2, tmp_path/'o', die=11, engine=engine)
+    assert 'written by 2 processes' in start(1, tmp_path/'o', engine=engine, ok=False)
+    assert 'resuming from checkpoint-8' in start(2, tmp_path/'o', engine=engine)
+    same(one[0], tmp_path/'o')
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize('engine,train', [('zero2-offload', 'lora+new'), ('zero3-offload', 'lora+new'), ('zero2', 'full'), ('zero3', 'full'), ('zero3', 'embed')])
+def test_deepspeed_offload_and_full(base, start, tmp_path, engine, train):
+    from llama_zh_nb.pretrain import pretrain
+    pretrain(base, ZH, tmp_path/'one', replay_corpus=EN, heldout=HELD, **KW | dict(train=train, max_steps=4, save_every=None))
+    start(2, tmp_path/'two', engine=engine, train=train, max_steps=4, save_every=None)
+    same(tmp_path/'one', tmp_path/'two')
+
+# ---- recipes and launchers
+
+@pytest.fixture(scope='module')
+def recipe(base, tmp_path_factory):
+    "A run folder with what the earlier stages leave, and a recipe that names it"
+    import shutil
+    run = tmp_path_factory.mktemp('runs')/'r'
+    shutil.copytree(base, run/'resized')
+    for d, ts in (('corpus', ZH), ('corpus_en', EN)):
+        (run/d).mkdir()
+        for part, t in (('train', ts[:-8]), ('valid', ts[-8:])): (run/d/f'{part}.jsonl').write_text(''.join(json.dumps(dict(text=x)) + '\n' for x in t), encoding='utf-8')
+    f = run.parent/'r.yaml'
+    f.write_text(f'out: {run}\ndevice: cpu\nblock: 64\nbatch: 2\naccum: 1\nlora_r: 4\nlora_alpha: 8\nlora_dropout: 0.\nlr: 5e-3\nmax_steps: 4\neval_every: 2\n')
+    return f, run
+
+def test_accelerate_launch_takes_a_recipe(recipe):
+    f, run = recipe
+    yaml = HERE.parent/'configs'/'ddp.yaml'
+    p = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(yaml), '--num_processes', '2', '--main_process_port', str(20001 + os.getpid() % 20000),
+                        '-m', 'llama_zh_nb.pretrain', str(f), '--lr', '4e-3', '--global-batch', '4'], capture_output=True, text=True, timeout=240, env=env())
+    assert p.returncode == 0, p.stderr[-4000:]
+    h = History.load(run/'pretrained'/'history.json')
+    assert h.info['lr'] == 4e-3 and h.info['batch'] == 4 and h.last('tokens') == 4*4*64 and p.stdout.count('History: 4 steps') == 1
+    assert json.loads((run/'run.json').read_text())['stages']['pretrain']['metrics']['steps'] == 4
+
+def test_the_module_refuses_what_makes_no_sense(recipe, tmp_path, capsys, monkeypatch):
+    from llama_zh_nb.pretrain import main
+    f, run = recipe
+    assert main([str(f), '--engine', 'fsdp2']) == 1 and 'torchrun' in capsys.readouterr().err
+    assert main([str(f), '--leaning-rate', '1']) == 1 and "unknown recipe field 'leaning_rate'" in capsys.readouterr().err
+    assert main([str(f), '--corpus-dir', str(tmp_path/'no')]) == 1 and 'is not there' in capsys.readouterr().err
+    assert main([str(f), '--engine', 'zero9']) == 1 and 'one of ddp, fsdp2' in capsys.readouterr().err
+    assert main([str(f), '--global-batch', '3']) == 1 and 'no multiple' in capsys.readouterr().err
+
+def test_configs_are_what_the_module_says(root):
+    import yaml
+    made = scale.configs()
+    assert {p.name for p in (root/'configs').iterdir()} == set(made)
+    for name, d in made.items(): assert (json.loads if name.endswith('json') else yaml.safe_load)((root/'configs'/name).read_text()) == d, name
+
+@pytest.mark.parametrize('says,engine', [(dict(ACCELERATE_USE_FSDP='true'), 'fsdp2'), (dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='3', ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE='cpu'), 'zero3-offload'),
+                                         (dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_CONFIG_FILE='x/zero2.json'), 'x/zero2.json'), ({}, 'ddp')])
+def test_what_accelerate_was_told(monkeypatch, says, engine):
+    for k in ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED'): monkeypatch.delenv(k, raising=False)
+    for k, v in dict(says, RANK='0').items(): monkeypatch.setenv(k, v)
+    assert scale.pick_engine() == engine
+
+def test_an_engine_that_fell_back_is_noticed(monkeypatch):
+    class T: model_wrapped, args = torch.nn.Linear(2, 2), type('A', (), dict(world_size=1))
+    with pytest.raises(LlamaZhError, match='held by Linear'): scale.check_engine(T, 'fsdp2')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(LlamaZhError, match='same rows'): scale.check_engine(T, 'ddp')
