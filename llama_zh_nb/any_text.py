@@ -235,7 +235,7 @@ def _whole(text):
 # %% ../nbs/02_any_text.ipynb #c0ffee02
 def json_strings(
     path, # a JSON or JSON lines file
-): # yields its lines, \\u escapes read; nothing for other files
+): # yields its lines, \u escapes read; nothing for other files
     "All there is in a JSON file without a field that is known to hold text"
     path = Path(path)
     if not path.is_file() or path.suffix.lower() not in ('.json', '.jsonl', '.txt'): return

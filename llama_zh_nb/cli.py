@@ -98,6 +98,9 @@ COMMANDS = {
     'quantize':          ('quantize.quantize',      'GPTQ with 4, 8, 3 or 2 bits'),
     'rag index':         ('indexing.build_index',      'documents to an index'),
     'rag ask':           ('cli.rag_ask',            'answer from an index, with sources'),
+    'chat':              ('chat.chat',              'talk to a model in the terminal'),
+    'draft':             ('decoding.make_draft',    'a small draft model for faster answers'),
+    'rope':              ('long_context.write_rope', 'a folder that reads longer texts'),
     'report':            ('report.report',          "a run's story as one HTML page"),
     'estimate':          ('estimate.estimate',      'memory by part, time and disk of a recipe, and where it fits'),
 }
