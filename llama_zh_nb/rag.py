@@ -278,7 +278,8 @@ def _human(text): return need('langchain_core.messages').HumanMessage(text)
 def judge_rag(
     bot:Assistant,
     questions:list,   # with "answer" or "value", see `measure.score`
-    n:int=6,          # samples shown
+    n:int=6,          # samples shown of the right ones, and of the wrong
+    show=(),          # questions whose answers go into `samples`, with their passages
 )->tuple: # (metrics for run.json, `Scores`, list of `Answer`)
     "Answer `questions` from documents, and count"
     ms = need('llama_zh_nb.measure')
@@ -289,6 +290,8 @@ def judge_rag(
     right, wrong = shown(True), shown(False)
     out = dict(accuracy=s.by(), by_relation=s.by('relation') if questions and 'relation' in questions[0] else {}, refused=sum(a.refused for a in answers),
                threshold=bot.threshold, chunks=len(bot.index), right=right, failures=wrong)
+    if show: out['samples'] = [dict(q=q['question'], a=a.text, kind=q.get('kind', ''), expected=q.get('answer', ''), sources=[x.text for x in a.sources])
+                               for q, a in zip(show, bot.ask_all([q['question'] for q in show]))]
     gold = [q for q in questions if q.get('source') or q.get('value')]
     if gold and isinstance(bot.index, ZhRetriever):
         e = eval_retrieval(bot.index, gold)

@@ -181,9 +181,7 @@ def look_rag(run):
     if known and r.threshold is None: rag.pick_threshold(rag.open_index(run/'index'), known)
     model = need('llama_zh_nb.measure').load(run/_last(run), r.device, r.dtype)
     bot = rag.Assistant(rag.open_index(run/'index', k=r.k, threshold=r.threshold), model, k=r.k, template=r.template, system=r.system, max_new_tokens=64)
-    out = rag.judge_rag(bot, qs)[0] if qs else dict(chunks=len(bot.index))
-    ss = _samples(run)
-    out['samples'] = [dict(q=q['question'], a=a.text, kind=q['kind'], expected=q.get('answer', ''), sources=[x.text for x in a.sources]) for q,a in zip(ss, bot.ask_all([q['question'] for q in ss]))]
+    out = rag.judge_rag(bot, qs, show=_samples(run))[0] if qs else dict(chunks=len(bot.index))
     del bot, model
     _free()
     return out

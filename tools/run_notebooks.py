@@ -72,11 +72,12 @@ def run_one(path, dest, i, n, timeout):
     return secs, mb
 
 def save_back(path, dest):
-    "Put the executed outputs back into nbs/, keeping those of the cells that were not run; warnings that name this machine's files stay out."
+    "Put the executed outputs back into nbs/, keeping those of the cells that were not run; progress bars, and warnings that name this machine's files or come from libraries, stay out."
     import nbformat
     nb = nbformat.read(dest, as_version=4)
+    noise = lambda o: o.get('name') == 'stderr' and (sys.prefix in o.text or re.match(r'\[transformers\]|W\d{4} |\s*(\x1b\[A)?\s*$|.*\r', o.text))
     for c in nb.cells:
-        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if not (o.get('name') == 'stderr' and sys.prefix in o.text)]
+        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if not noise(o)]
     nbformat.write(nb, path)
     subprocess.run([str(Path(sys.executable).parent/'nbdev_clean'), '--fname', str(path)], cwd=ROOT, check=True)
 
