@@ -59,6 +59,7 @@ def about(
 )->list: # a row for each file: name, documents, characters, sha256
     "Counts and hashes of training data"
     if isinstance(data, (str, Path)): data = [data]
+    need('llama_zh_nb.audit').are_files(data or [])   # refuses the name of a file that is not there
     rows, loose = [], 0
     for d in data or []:
         p = Path(d) if isinstance(d, (str, Path)) and len(str(d)) < 1000 and os.path.exists(d) else None
@@ -132,6 +133,7 @@ def write_card(
 )->Path: # README.md
     "Write the model card of a trained folder"
     folder, info, rows = Path(folder), {}, []
+    if not (folder/'config.json').exists() and not (folder/'adapter_config.json').exists(): raise LlamaZhError(f'{folder} is no model folder (no config.json in it): give the folder that training made')
     if (folder/'history.json').exists(): h = read_json(folder/'history.json'); info, rows = h['info'], h['rows']
     src, name = origin(base or folder, base_name, licence), name or folder.resolve().name
     m = _metrics(rows)

@@ -314,6 +314,7 @@ def chat(
     dtype:str=None,         # None: bfloat16 on a GPU, float32 on a CPU
 ):
     "Talk to a model in the terminal; lines may also come through a pipe"
+    if max_new_tokens < 1: raise LlamaZhError(f'max_new_tokens is {max_new_tokens}: an answer needs 1 or more')
     tty = sys.stdin.isatty()
     for s in (sys.stdin, sys.stdout, sys.stderr):     # a broken byte or a character that the terminal lacks is no reason to end
         if hasattr(s, 'reconfigure'): s.reconfigure(errors='replace', **({} if tty or s is not sys.stdin else dict(encoding='utf-8')))

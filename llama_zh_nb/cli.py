@@ -161,6 +161,7 @@ def _estimate(argv):
         p.add_argument('--probe', action='store_true', help='measure the speed of this machine, some seconds')
     a = vars(_recipe_parser('llama-zh estimate', 'Memory by part, time and disk of a recipe, and where it fits.', extra).parse_args(argv))
     kw = {k: a.pop(k) for k in ('gpu', 'tokens', 'chars', 'tflops', 'probe')}
+    if low := [k for k in ('tokens', 'chars', 'tflops') if kw[k] is not None and kw[k] <= 0]: raise LlamaZhError(f'--{low[0]} is {kw[low[0]]}: expected more than 0')
     if a.pop('fits'): print('\n'.join(_load('estimate.fits')(kw['gpu'] or 't4')))
     else: print(_load('estimate.estimate')(_recipe(a), **kw))
     return 0
@@ -179,10 +180,11 @@ def rag_ask(
     index,          # folder made by `rag index`
     question,       # what to ask
     model:str=None, # model folder; None: only show the passages
-    k:int=3,        # passages
+    k:int=3,        # passages, at least 1
 ):
     "Answer a question from an index, with numbered sources"
     rag = importlib.import_module('llama_zh_nb.rag')
+    if k < 1: raise LlamaZhError(f'k is {k}: at least 1 passage is needed')
     return rag.Assistant(rag.open_index(index), model, k=k).ask(' '.join(question) if isinstance(question, list) else question)
 
 # %% ../nbs/32_cli.ipynb #d0623cc1

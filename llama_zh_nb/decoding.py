@@ -65,6 +65,7 @@ def make_draft(
 )->list: # one dict for each step: loss, same (share of tokens chosen alike)
     "A small draft model for `model_dir`: its first layers, trained to imitate it"
     torch, sft, ms, tp = need('torch', 'train'), need('llama_zh_nb.sft'), need('llama_zh_nb.measure'), need('llama_zh_nb.templates')
+    if min(steps, batch, block) < 1: raise LlamaZhError(f'steps {steps}, batch {batch}, block {block}: each must be 1 or more')
     conf = read_json(Path(model_dir)/'config.json')
     if conf.get('quantization_config'): raise LlamaZhError(f'{model_dir} is quantized: make the draft from the folder that was quantized; it serves both')
     model, tok = ms.load(model_dir, device, dtype)

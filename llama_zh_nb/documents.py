@@ -224,6 +224,7 @@ def token_counter(
     if isinstance(tokenizer, (str, Path)):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # of packages that are imported for the first time
+            if not Path(tokenizer).is_dir(): raise LlamaZhError(f'{tokenizer} is no folder with a tokenizer: give a model or tokenizer folder')
             tokenizer = need('transformers', 'train').AutoTokenizer.from_pretrained(tokenizer)
     if not hasattr(tokenizer, 'convert_tokens_to_ids'): return lambda texts: [tokenizer(t) for t in texts]
     encode = need('llama_zh_nb.measure').encode_texts
@@ -311,6 +312,7 @@ class ZhTextSplitter(TextSplitter):
     "LangChain splitter around `chunks`"
     def __init__(self, tokenizer=None, # see `token_counter`
                  chunk_tokens:int=256, overlap:int=0):
+        if not 0 <= overlap < chunk_tokens: raise LlamaZhError(f'chunks of {chunk_tokens} tokens with an overlap of {overlap}: a chunk needs 1 token or more, and the overlap must be shorter')
         super().__init__(chunk_size=chunk_tokens, chunk_overlap=overlap)
         self.tokenizer, self.chunk_tokens, self.overlap = token_counter(tokenizer), chunk_tokens, overlap
     def chunks(self, text):

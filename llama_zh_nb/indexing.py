@@ -78,7 +78,7 @@ class Lexicon:
     def rarity(self, term):
         "BM25's inverse document frequency; of an unknown term the highest there is"
         d = int(self.df[self.vocab[term]]) if term in self.vocab else 0
-        return math.log(1 + (self.n - d + .5)/(d + .5))
+        return math.log(1 + (max(self.n, 50) - d + .5)/(d + .5))   # among a handful of texts nothing would look rare
 
     def scores(self, question):
         "One score in [0, 1) for each text; higher is better"

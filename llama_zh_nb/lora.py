@@ -80,6 +80,7 @@ def load_base(
 ):
     "The model, ready to be prepared for training"
     tf, device = need('transformers','train'), pick_device(device)
+    if (Path(folder)/'config.json').exists() and read_json(Path(folder)/'config.json').get('quantization_config'): raise LlamaZhError(f'{folder} is quantized: train the folder that was quantized, then quantize again')
     if train not in trains: raise LlamaZhError(f'unknown train={train!r}: choose one of ' + ', '.join(trains))
     kw = dict(attn_implementation=attn, dtype=_load_dtype(train, device, dtype))
     if load_in_4bit: kw |= _four_bits(train, device, kw['dtype'])

@@ -215,7 +215,7 @@ def _tiles(s):
 
 def _lead(s):
     n, p, base = s('vocab', 'added'), s('pretrain', 'tokens'), (s.j.get('recipe') or {}).get('base', '')
-    bits = [f'从底座 <b>{esc(Path(str(base)).name or base)}</b> 出发']
+    bits = [f'从底座 <b>{esc(Path(str(base)).name or base)}</b> 出发' if base else '从底座出发']
     if n: bits.append(f'词表添了 {n:,} 个汉字词片')
     if p: bits.append(f'读了 {p:,} 个词元的中文与英文')
     if s('sft', 'chats'): bits.append(f"学了 {s('sft', 'chats'):,} 段对话")
