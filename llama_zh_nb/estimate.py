@@ -222,7 +222,7 @@ def probe(
     return one + max(two-one, 0)*(s.layers-1)
 
 # %% ../nbs/00_estimate.ipynb #825b32b6
-GPUS = { # name: (GiB, TFLOP/s, GB/s), from NVIDIA's data sheets (T4, L4, A10, L40S, A100, H100, H200) and architecture white papers (GA102: 3090, Ada: 4090)
+GPUS = { # name: (GiB, TFLOP/s, GB/s), as NVIDIA states them; a100-80gb, h100, h200, l40s and rtx4090 were compared with published tables, the others were not: check yours
     't4': (16, 65, 320), 'l4': (24, 121, 300), 'a10': (24, 125, 600), 'rtx3090': (24, 71, 936), 'rtx4090': (24, 165, 1008), 'l40s': (48, 362, 864),
     'a100-40gb': (40, 312, 1555), 'a100-80gb': (80, 312, 2039), 'h100': (80, 989, 3350), 'h200': (141, 989, 4800)}
 USABLE, SUSTAINED = .9, .4   # of the memory: CUDA, libraries and fragments take the rest; of the peak speed. Both are assumptions
