@@ -166,7 +166,7 @@ class ZhRetriever(BaseRetriever):
     folder:Any               # index folder
     k:int = 4                # chunks given by `invoke`
     search:str = 'lexical'   # 'lexical' (BM25) or 'dense' (vectors)
-    threshold:float = 0.     # a best chunk scored below means "nothing fits"
+    threshold:float = 0.     # a best chunk scored below means "nothing fits", unless it stands out: see `fits`
     info:dict = {}           # what index.json says
     chunks:Any = None        # list of Document
     lexicon:Any = None

@@ -88,7 +88,7 @@ class Recipe:
     chunk_tokens:int = 200            # longest chunk
     chunk_overlap:int = 0             # tokens that two neighbours share
     k:int = 3                         # passages given to the model
-    threshold:float = None            # a best passage scored below this means "nothing fits"; None: measured for the index
+    threshold:float = None            # a best passage scored below this, unless it stands out, means "nothing fits"; None: measured for the index
 
     def __post_init__(self):
         if self.sft_warmup is None: self.sft_warmup = self.warmup
