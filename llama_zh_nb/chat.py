@@ -7,9 +7,10 @@ __all__ = ['PRESETS', 'COMMANDS', 'sampling', 'generation_config', 'reach', 'roo
            'Terminal', 'chat']
 
 # %% ../nbs/09_chat.ipynb #f4479ff9
-import difflib, functools, html, math, re, sys, types
+import difflib, html, math, re, sys
 from pathlib import Path
 from .core import LlamaZhError, need, read_json, write_json
+from .stream import Pieces, token_stream
 from .templates import check_messages, find_template, get_template
 
 # %% ../nbs/09_chat.ipynb #2c19cefb
@@ -151,13 +152,12 @@ def _extras(self, messages):
 
 def _stream(self, text):
     "Yield the answer to `text` in whole characters; the turn is kept, also if it is stopped"
-    rag, (kept, self.note), shown, self.finish = need('llama_zh_nb.rag', 'rag'), self._prompt(text), '', 'stopped'
-    ids, pieces, stop = self._ids(kept), rag.Pieces(self.tok, self.stop), self.template.stop_ids(self.tok)
+    (kept, self.note), shown, self.finish = self._prompt(text), '', 'stopped'
+    ids, pieces, stop = self._ids(kept), Pieces(self.tok, self.stop), self.template.stop_ids(self.tok)
     limit = min(self.max_new_tokens, reach(self.model.config) - len(ids))
     config = generation_config(self.tok, self.settings, limit, stop, guidance_scale=self.guidance if self.guidance != 1 else None)
-    model = types.SimpleNamespace(device=self.model.device, generate=functools.partial(self.model.generate, **self._extras(kept)))
     need('torch', 'train').manual_seed(self.seed + len(self.turns)//2)
-    tokens, n = rag._token_stream(model, ids, config), 0
+    tokens, n = token_stream(self.model, ids, config, **self._extras(kept)), 0
     try:
         for i in tokens:
             n += 1

@@ -5,7 +5,8 @@ from llama_zh_nb import indexing
 from llama_zh_nb.core import LlamaZhError
 from llama_zh_nb.documents import Document, DocumentLoader, ZhTextSplitter, chunks, load_documents, sentences, split_text, token_counter
 from llama_zh_nb.indexing import DEFAULT_THRESHOLD, HashedEmbeddings, Lexicon, build_index, eval_retrieval, open_index, pick_threshold
-from llama_zh_nb.rag import Answer, Assistant, ChatLlama, Pieces, Source, load_chat, pack
+from llama_zh_nb.rag import Answer, Assistant, ChatLlama, Source, load_chat, pack
+from llama_zh_nb.stream import Pieces
 
 TOWN = '''# 青石镇
 
