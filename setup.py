@@ -9,8 +9,8 @@ cfg = ConfigParser(delimiters=['='], interpolation=None)
 cfg.read(here/'settings.ini', encoding='utf-8')
 s = cfg['DEFAULT']
 
-extras = {o: s[f'{o}_requirements'].split() for o in 'train quant rag serve eval scale dev'.split()}
-extras['all'] = sorted({r for o in extras if o not in ('dev', 'scale') for r in extras[o]})
+extras = {o: s[f'{o}_requirements'].split() for o in 'train quant rag serve eval deploy milvus scale dev'.split()}
+extras['all'] = sorted({r for o in extras if o not in ('dev', 'scale', 'milvus') for r in extras[o]})
 
 def readme():
     "README.md with links that also lead somewhere outside the repository."

@@ -2,7 +2,7 @@
 
     python benchmarks/train_gpu.py                                   # Llama-2-7B's shape, 55,296 rows, bfloat16, blocks of 1,024 and 4,096
     python benchmarks/train_gpu.py --lengths 1024 --batch 8 --json benchmarks/results/train_gpu_a100.json
-    python benchmarks/train_gpu.py --tiny                            # a small shape, on a CPU too: that the script runs
+    python benchmarks/train_gpu.py --shape tiny --device cpu         # a small shape, on a CPU too: that the script runs
 
 Random weights, random tokens with a new document every 400 or so. Tokens per second from the steps after the first three; model FLOPs by `fit.train_flops` (forward and backward, nothing for what checkpointing
 repeats); utilisation against the dense bfloat16 peak of the card; peak memory as torch allocated it. `ours` keeps documents apart, `ours, mixed` runs them together as `plain` does. Where a way does not fit into memory
@@ -86,15 +86,21 @@ def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('--lengths', type=int, nargs='+'); a.add_argument('--tokens', type=int, default=8192, help='in a forward pass: batch = tokens / length'); a.add_argument('--batch', type=int)
     a.add_argument('--accum', type=int, default=1); a.add_argument('--steps', type=int, default=15); a.add_argument('--r', type=int, default=64); a.add_argument('--checkpointing', action='store_true')
-    a.add_argument('--attn', help="'sdpa' or 'flash_attention_2'; default: the latter where it is installed"); a.add_argument('--ways', nargs='+', default=WAYS, choices=WAYS); a.add_argument('--tiny', action='store_true')
+    a.add_argument('--attn', help="'sdpa' or 'flash_attention_2'; default: the latter where it is installed"); a.add_argument('--ways', nargs='+', default=WAYS, choices=WAYS); a.add_argument('--shape', choices=('7b', 'tiny'), default='7b'); a.add_argument('--tiny', action='store_true', help='as --shape tiny')
+    a.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto'); a.add_argument('--peak', type=float, help='dense bfloat16 peak of the card in TFLOP/s, where the script does not know it')
     a.add_argument('--json', help='default: benchmarks/results/train_gpu_DEVICE.json; none with --tiny'); a.add_argument('--child', help=argparse.SUPPRESS)
     a = a.parse_args()
     if a.child: return child(json.loads(a.child))
+    a.tiny = a.tiny or a.shape == 'tiny'
+    if min(a.steps, a.tokens, a.r, a.accum, 1 if a.batch is None else a.batch, *(a.lengths or [1])) < 1: raise SystemExit('lengths, tokens, batch, accum, steps and r are whole numbers above 0')
+    if a.steps < 5: raise SystemExit('--steps: at least 5, the first three are not measured')
+    if max(a.lengths or [1]) > SHAPES['tiny' if a.tiny else 'full']['max_position_embeddings']: raise SystemExit('--lengths: longer than the shape has positions')
     import importlib.util, torch, transformers, peft
-    cuda = torch.cuda.is_available()
-    if not cuda and not a.tiny: raise SystemExit('this needs a CUDA GPU with 40 GB or more; --tiny runs a small shape on a CPU')
+    if a.device == 'cuda' and not torch.cuda.is_available(): raise SystemExit('--device cuda: torch sees no CUDA GPU here')
+    cuda = torch.cuda.is_available() and a.device != 'cpu'
+    if not cuda and not a.tiny: raise SystemExit('this needs a CUDA GPU with 40 GB or more; --shape tiny runs a small shape on a CPU')
     name = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
-    peak = next((v for k, v in PEAK.items() if k in name), None) if cuda else None
+    peak = a.peak*1e12 if a.peak else next((v for k, v in PEAK.items() if k in name), None) if cuda else None
     attn = a.attn or ('flash_attention_2' if cuda and importlib.util.find_spec('flash_attn') else 'sdpa')
     shape, lengths = 'tiny' if a.tiny else 'full', a.lengths or ([64, 128] if a.tiny else [1024, 4096])
     c = dict(shape=shape, cuda=cuda, attn=attn, accum=a.accum, steps=a.steps if not a.tiny else min(a.steps, 8), r=a.r if not a.tiny else 8, old=32000 if not a.tiny else 320, checkpointing=a.checkpointing)

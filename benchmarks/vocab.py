@@ -2,42 +2,57 @@
 
     python benchmarks/vocab.py --base llama2/tokenizer.model --published other/tokenizer.model --corpus zh/*.txt --heldout more/*.txt --json out.json
 
-Without --heldout every fifth file of the corpus is left out and measured on. With --folds N the files are dealt into N parts in turn, and each part is measured
-with a vocabulary that was chosen without it; files whose names begin with one of --together (books by one author) are one source and stay together."""
+Without --heldout every fifth file of the corpus is left out and measured on. With --folds N the sources are dealt into N parts in turn, and each part is measured with
+a vocabulary that was chosen without it, first from the corpus alone, then, where --add names models, with these. Each file is a source of its own, but files whose names begin with
+one of --together are one source (books by one author: `author`; one text in two files: `one+other`) and are left out together."""
 import argparse, json, tempfile, time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from llama_zh_nb.any_text import json_strings
 from llama_zh_nb.audit import audit, fertility
 from llama_zh_nb.core import peak_rss
-from llama_zh_nb.choose import _strings
 from llama_zh_nb.vocab import merge, read_model, text_stream
 
-def by_genre(files): return {f.stem: list(text_stream(f)) or list(_strings(f)) for f in files}      # a JSON file of unknown fields is read as it stands
+def by_genre(files): return {f.stem + ('.jsonl' if f.suffix == '.jsonl' else ''): list(text_stream(f)) or list(json_strings(f)) for f in files}   # a JSON file of unknown fields is read as it stands
+
+def one_fold(base, add, published, size, train, held, out):
+    "Characters per token, published and ours, on files that the choice of pieces never saw"
+    ours, texts = merge(base, add, out, size=size, corpus=train), by_genre(held)
+    pub, our = fertility(published, texts), fertility(ours.path, texts)
+    return {k: dict(published=pub[k], ours=our[k], ratio=our[k]/pub[k]) for k in our}
+
+def summary(rows):
+    ratio = [r['ratio'] for r in rows.values()]
+    return dict(worst=min(ratio), mean=sum(ratio)/len(ratio))
 
 def folds(a, files, size, tmp):
-    "Ratio of characters per token to the published vocabulary's, file by file, each chosen without its source"
-    source = lambda f: next((t for t in a.together if f.stem.startswith(t)), f.stem)
-    sources, ratio = sorted({source(f) for f in files}), {}
-    for i in range(a.folds):
-        out = {s for j, s in enumerate(sources) if j % a.folds == i}
-        held = [f for f in files if source(f) in out]
-        ours = merge(a.base, a.add, tmp/f'fold{i}', size=size, corpus=[f for f in files if f not in held])
-        texts = by_genre(held)
-        pub, our = fertility(a.published, texts), fertility(ours.path, texts)
-        for k in our: ratio[k] = our[k]/pub[k]; print(f'without {k:32}{pub[k]:8.3f}{our[k]:8.3f}   x {ratio[k]:.3f}', flush=True)
-    print(f'{"worst, mean":32}{min(ratio.values()):27.3f}, {sum(ratio.values())/len(ratio):.3f}')
-    return ratio
+    "Every source left out once, without and with the models of --add"
+    source = lambda f: next((t for t in a.together if any(f.stem.startswith(s) for s in t.split('+'))), f.stem)
+    sources, out = sorted({source(f) for f in files}), {}
+    with ProcessPoolExecutor(a.jobs) as pool:
+        for name, add in dict(alone=[], add=a.add).items():
+            if name == 'add' and not a.add: continue
+            jobs = []
+            for i in range(a.folds):
+                held = [f for f in files if source(f) in sources[i::a.folds]]
+                jobs.append(pool.submit(one_fold, a.base, add, a.published, size, [f for f in files if f not in held], held, tmp/f'{name}{i}'))
+            rows = {k: r for j in jobs for k, r in j.result().items()}
+            out[name] = dict(files=dict(sorted(rows.items())), **summary(rows))
+    for k in out['alone']['files']: print(f'without {k:32}' + ''.join(f"   {n}: {out[n]['files'][k]['published']:.3f} -> {out[n]['files'][k]['ours']:.3f} x {out[n]['files'][k]['ratio']:.3f}" for n in out))
+    for n in out: print(f"{n}: worst {out[n]['worst']:.3f}, mean {out[n]['mean']:.3f}")
+    return dict(folds=a.folds, together=a.together, added=[Path(m).name for m in a.add], size=size, **out)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--base', required=True); p.add_argument('--published', required=True); p.add_argument('--corpus', nargs='+', required=True)
     p.add_argument('--heldout', nargs='+'); p.add_argument('--add', nargs='*', default=[]); p.add_argument('--size', type=int); p.add_argument('--json')
-    p.add_argument('--folds', type=int, default=0); p.add_argument('--together', nargs='*', default=[])
+    p.add_argument('--folds', type=int, default=0); p.add_argument('--together', nargs='*', default=[]); p.add_argument('--jobs', type=int, default=2)
     a = p.parse_args()
     files = sorted(map(Path, a.corpus))
     size, tmp = a.size or len(read_model(a.published).pieces), Path(tempfile.mkdtemp())
     if a.folds:
-        ratio = folds(a, files, size, tmp)
-        if a.json: Path(a.json).write_text(json.dumps(dict(ratio=ratio, worst=min(ratio.values()), mean=sum(ratio.values())/len(ratio)), ensure_ascii=False, indent=1))
+        out = folds(a, files, size, tmp)
+        if a.json: Path(a.json).write_text(json.dumps(out, ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
         return
     held = [Path(f) for f in a.heldout] if a.heldout else files[2::5]
     train = [f for f in files if f not in held]
@@ -53,6 +68,6 @@ def main():
     for k in our: print(f'{k:32}{pub[k]:8.3f}{our[k]:8.3f}   x {our[k]/pub[k]:.3f}')
     ratio = [our[k]/pub[k] for k in our]
     print(f'{"worst, mean":32}{min(ratio):27.3f}, {sum(ratio)/len(ratio):.3f}\n{seconds:.0f} s, peak {peak/2**20:,.0f} MiB, {sum(f.stat().st_size for f in train)/1e6:.0f} MB of text')
-    if a.json: Path(a.json).write_text(json.dumps(out | dict(seconds=seconds, peak=peak, worst=min(ratio), mean=sum(ratio)/len(ratio)), ensure_ascii=False, indent=1))
+    if a.json: Path(a.json).write_text(json.dumps(out | dict(seconds=seconds, peak=peak, worst=min(ratio), mean=sum(ratio)/len(ratio)), ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
 
 if __name__ == '__main__': main()

@@ -14,7 +14,7 @@ from .exact import NORMAL, read_model
 from .vocab import HAN, _cutter, bpe_train, count_units, han_only, model_from, only_chars, text_stream
 
 # %% auto #0
-__all__ = ['edge_marks', 'habits', 'balance', 'dictionary', 'model_words', 'mix', 'common_chars', 'choose_pieces']
+__all__ = ['edge_marks', 'habits', 'balance', 'dictionary', 'model_words', 'model_share', 'mix', 'common_chars', 'choose_pieces']
 
 # %% ../nbs/03_vocab_choose.ipynb #3b031123
 _MARKS = '，。、；：？！“”‘’（）《》〈〉【】「」『』…—·～'
@@ -43,14 +43,19 @@ def balance(sizes,    # characters by file
     return [s**(expo - 1) * b**1.5 * (least + (1 - least)*m) for s, m, b in zip(sizes, new, breadths)]
 
 # %% ../nbs/03_vocab_choose.ipynb #51a81991
+def _mass(units): return sum(len(u)*n for u, n in units.items())
+
+def _words(path, frequency):
+    "Words of two and more Han characters in one of jieba's lists, as shares of all their characters"
+    with need('jieba', '').get_module_res(*path) as f: rows = (line.split() for line in f.read().decode('utf-8').split('\n'))
+    out = {r[0]: frequency(float(r[1])) for r in rows if len(r) > 1 and len(r[0]) > 1 and han_only(r[0])}
+    k = 1/_mass(out)
+    return Counter({w: n*k for w, n in out.items()})
+
 def dictionary() -> Counter:
-    "jieba's words of two and more Han characters, with their frequencies"
-    jieba, out = need('jieba', ''), Counter()
-    with jieba.get_module_res('dict.txt') as f:
-        for line in f:
-            w, n, *_ = line.decode('utf-8').split(' ')
-            if len(w) > 1 and han_only(w): out[w] = int(n)
-    return out
+    "How often jieba's words may be met: half by their counts, half by the documents that hold them"
+    count, documents = _words(['dict.txt'], float), _words(['analyse', 'idf.txt'], lambda idf: math.exp(-idf))
+    return Counter({w: (count[w] + documents[w])/2 for w in {**count, **documents}})
 
 # %% ../nbs/03_vocab_choose.ipynb #6b761ca4
 def model_words(m) -> Counter:
@@ -62,9 +67,13 @@ def model_words(m) -> Counter:
         if len(w) > 1 and han_only(w): out[w] += math.exp(p.score) if uni else 1/(i + 50)
     return out
 
-# %% ../nbs/03_vocab_choose.ipynb #e6963502
-def _mass(units): return sum(len(u)*n for u, n in units.items())
+# %% ../nbs/03_vocab_choose.ipynb #a5d1c0e3
+def model_share(words, # what `model_words` found
+               ) -> float:
+    "What a model counts beside the corpus, which counts 1: .4 with 10,000 words and more"
+    return .4*min(1, len(words)/10_000)
 
+# %% ../nbs/03_vocab_choose.ipynb #e6963502
 def mix(parts,   # list of (unit -> count)
         weights, # what one occurrence counts in each
         priors=(), # list of (word -> frequency, share of all the parts together)
@@ -102,7 +111,7 @@ def choose_pieces(base,          # the base as `ModelProto`
                   room:int,      # new pieces wanted
                   models=(),     # other models, as `ModelProto`, whose pieces are a prior
                   weight=None,   # what each file counts in all; default: balanced
-                  prior=None,    # share of the dictionary beside the corpus; default .7, or 0 where the base reads Chinese already
+                  prior=None,    # share of the dictionary beside the corpus; default .5, .35 beside models, or 0 where the base reads Chinese already or the corpus is small
                   punct=True,    # allow marks at the edges?
                   chars=None,    # share of new pieces that may be single characters; default .28 if all common ones find room in it, else .23
                   longest=10,    # characters in a piece
@@ -117,8 +126,9 @@ def choose_pieces(base,          # the base as `ModelProto`
     sizes = [_mass(p) for p in parts]
     ws = [w/s for w, s in zip(weight, sizes)] if weight[0] is not None else balance(sizes, *zip(*map(habits, parts)))
     reads = sum(len(p) > 1 and han_only(p) for p in have)         # words of Chinese that the base has already
-    if prior is None: prior = .7 if reads < 1000 and sum(sizes) > 1e6 else 0
-    units = mix(parts, ws, ([(dictionary(), prior)] if prior else []) + [(model_words(m), .3/len(models)) for m in models])
+    told = [w for m in models if (w := model_words(m))]
+    if prior is None: prior = (.35 if told else .5) if reads < 1000 and sum(sizes) > 1e6 else 0
+    units = mix(parts, ws, ([(dictionary(), prior)] if prior else []) + [(w, model_share(w)) for w in told])
     sure = [c for c in common_chars() if c not in have] if reads < 1000 else []
     if len(sure) > room*(chars or .28): sure = []       # a small vocabulary takes what its corpus holds
     return _from_units(units, room, have, marks, sure, int(room*(chars or (.28 if sure else .23))), longest)

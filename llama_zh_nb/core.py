@@ -194,6 +194,8 @@ def md5(
 # %% ../nbs/00_core.ipynb #48e69d0e
 def peak_rss()->int: # bytes
     "The largest resident memory this process has had"
+    try: return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))   # `ru_maxrss` would begin with the parent's
+    except (OSError, StopIteration): pass
     try: import resource
     except ImportError: return 0   # Windows
     n = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SHAPES', 'GPUS', 'USABLE', 'SUSTAINED', 'Shape', 'shape_of', 'skeleton', 'trained_params', 'trace', 'layer_bytes',
            'cast_bytes', 'peak', 'step_flops', 'probe', 'find_gpu', 'step_of', 'disk_bytes', 'Estimate', 'on_gpu',
-           'memory', 'needs', 'fits', 'estimate', 'plot_memory']
+           'memory', 'needs', 'fits', 'estimate']
 
 # %% ../nbs/00_estimate.ipynb #4f2a651b
-import contextlib, gc, time, weakref
+import contextlib, gc, os, time, weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 from .core import LlamaZhError, need, read_json, pick_device
@@ -45,8 +45,7 @@ def shape_of(
         return Shape(c['num_hidden_layers'], h, c['intermediate_size'], c['vocab_size'], n, c.get('num_key_value_heads') or n, c.get('head_dim') or h//n)
     if (folder/'params.json').is_file():
         c = read_json(folder/'params.json'); n, h, mult = c['n_heads'], c['dim'], c.get('multiple_of', 256)
-        f = int((c.get('ffn_dim_multiplier') or 1)*int(8*h/3))
-        v = c.get('vocab_size', 0)
+        f, v = int((c.get('ffn_dim_multiplier') or 1)*int(8*h/3)), c.get('vocab_size', 0)
         return Shape(c['n_layers'], h, mult*-(-f//mult), v if v > 0 else 32000, n, c.get('n_kv_heads') or n, h//n)
     raise LlamaZhError(f'cannot tell the shape of {base!r}: it is neither a folder with config.json or params.json, nor one of {", ".join(SHAPES)}')
 
@@ -153,6 +152,16 @@ def cast_bytes(s:Shape, train, rows, new=0, r=8, half=False)->tuple: # bytes: of
     layers = 2*(s.lora(r) if train.startswith('lora') else s.linear) if half else 0
     return layers, head*w + (2*s.hidden*new*2 if half else 0) if train == 'lora+new' else 2*head if half and train != 'lora' else 0
 
+_NF4 = .5 + 1/64 + 4/(64*256)   # bytes of a 4-bit weight: its share of a scale of 8 bits for 64, and of that scale's own for 256
+_STAY = ('frozen weights', 'new rows', 'LoRA', 'other trained weights', 'optimizer', 'gathered')
+
+def _share(engine, n):
+    "What part of weights, gradients and optimizer lies on each of `n` GPUs"
+    off, e = str(engine).endswith('-offload'), str(engine).removesuffix('-offload')
+    if e in ('zero3','fsdp2'): return dict(weights=0 if off else 1/n, gradients=1/n, optimizer=0 if off else 1/n)
+    if e == 'zero2': return dict(weights=1, gradients=1/n, optimizer=0 if off else 1/n)
+    return dict(weights=1, gradients=1 if n == 1 else 2, optimizer=1)   # DDP sends gradients from buckets of their own
+
 # %% ../nbs/00_estimate.ipynb #9f7efdfe
 def peak(
     s:Shape, train='lora+new', new=0, rows=None, r=8, dropout=0., batch=1, block=512, half=False, checkpointing=False, packed=True, # as `trace`
@@ -166,8 +175,7 @@ def peak(
     n, (casts, ends) = sum(p.values()), cast_bytes(s, train, rows, new, r, half)
     layer, wide = T*layer_bytes(s, train, block, r, dropout, half, gpu, packed), not half or train in ('full','embed','lora+embed')
     kept = T*s.hidden*s.layers*(4 if wide else w) if checkpointing else s.layers*layer
-    kept += T*(s.hidden*(4+w) + 2*s.dim*w + 24)
-    share = _share(engine, gpus)
+    kept, share = kept + T*(s.hidden*(4+w) + 2*s.dim*w + 24), _share(engine, gpus)
     casts = (casts if share['weights'] == 1 else 0) + in_4bit*s.hidden*s.inter*w   # a split model is gathered in 16 bits; of 4-bit weights one matrix at a time is unpacked
     logits, again = T*rows*4, layer + casts/s.layers + T*s.inter*(6 if not half else 14 if dropout else 10)
     frozen = 0 if train == 'full' else s.linear*(_NF4 if in_4bit else fw) + s.norms*fw + (0 if train == 'embed' else 2*head*fw)
@@ -180,24 +188,13 @@ def peak(
     parts |= {'activations': max(kept, (kept + again)*checkpointing), 'copies of weights': late + ends, 'logits': 3*logits}
     return dict(parts=parts, moments=moments, peak=sum(v for k,v in parts.items() if k in _STAY) + max(moments.values()))
 
-_NF4 = .5 + 1/64 + 4/(64*256)   # bytes of a 4-bit weight: its share of a scale of 8 bits for 64, and of that scale's own for 256
-_STAY = ('frozen weights', 'new rows', 'LoRA', 'other trained weights', 'optimizer', 'gathered')
-
-def _share(engine, n):
-    "What part of weights, gradients and optimizer lies on each of `n` GPUs"
-    off, e = str(engine).endswith('-offload'), str(engine).removesuffix('-offload')
-    if e in ('zero3','fsdp2'): return dict(weights=0 if off else 1/n, gradients=1/n, optimizer=0 if off else 1/n)
-    if e == 'zero2': return dict(weights=1, gradients=1/n, optimizer=0 if off else 1/n)
-    return dict(weights=1, gradients=1 if n == 1 else 2, optimizer=1)   # DDP sends gradients from buckets of their own
-
 # %% ../nbs/00_estimate.ipynb #e9ba9228
 def step_flops(s:Shape, train, new=0, rows=None, r=8, block=512, checkpointing=False)->float:
     "Floating-point operations of training on one token"
     rows, lora = rows or s.vocab, train.startswith('lora')
     att, head = 12*s.layers*s.heads*s.dim*block/2, s.hidden*rows
-    body = s.linear*(6 if train == 'full' else 4) + (6*s.lora(r) if lora else 0) + att
     again = (2*s.linear + 2*s.lora(r)*lora + att/3) if checkpointing else 0
-    return body + again + head*(4 if train == 'lora' else 6)
+    return s.linear*(6 if train == 'full' else 4) + 6*s.lora(r)*lora + att + again + head*(4 if train == 'lora' else 6)
 
 # %% ../nbs/00_estimate.ipynb #26ea0c62
 def probe(
@@ -274,21 +271,57 @@ def on_gpu(r, gpu=None):
 
 def memory(r:Recipe, sft=False, gpu=None)->dict: # see `peak`
     "Memory of the recipe's step on each device"
-    g, more = on_gpu(r, gpu), {k: getattr(r, k) for k in ('engine','gpus')}
-    return peak(**step_of(r, sft, g), gpu=g, in_4bit=r.load_in_4bit, accum=r.accum, **more)
+    return peak(**step_of(r, sft, on_gpu(r, gpu)), gpu=on_gpu(r, gpu), in_4bit=r.load_in_4bit, accum=r.accum, engine=r.engine, gpus=r.gpus)
 
 def needs(r, gpu=None):
     "The larger of pretraining's and fine-tuning's peak"
     return max(memory(r, k, gpu)['peak'] for k in (False, True))
 
+# %% ../nbs/00_estimate.ipynb #6b1d0c06
+_FROM = dict(batch=1, block=2, accum=1, gpus=1, machines=1, lora_r=1, vocab_size=1, pad_to=1, sft_batch=1, sft_block=2, max_steps=1, sft_max_steps=1, group_size=1, threads=1, lr=0, sft_lr=0, lora_alpha=1, lora_dropout=0, replay=0)
+
+def _check(r, **given):
+    "Numbers that mean nothing are refused, before they become hours or bytes"
+    for k, low in _FROM.items():
+        v, share = getattr(r, k, None), k in ('replay', 'lora_dropout')
+        if v is not None and not low <= v < (1 if share else float('inf')): raise LlamaZhError(f'recipe field {k} is {v}: expected {low} or more' + ', and less than 1'*share)
+    for k, v in (given | dict(epochs=r.epochs, sft_epochs=r.sft_epochs)).items():
+        if v is not None and not 0 < v < float('inf'): raise LlamaZhError(f'{k} is {v}: expected more than 0')
+
 def fits(
-    gpu, # a name of `GPUS`
+    gpu, # a name of `GPUS`, or 'cpu': the memory of this machine
     recipes=None, # names or recipes; None: all presets
 )->list: # names
     "Which recipes fit on such GPUs"
-    room = GPUS[find_gpu(gpu)][0]*2**30*USABLE
     rs = [get_recipe(r) if isinstance(r, str) else r for r in recipes or PRESETS]
+    if str(gpu).lower() == 'cpu':   # no 4-bit kernels there, and one process
+        room, rs = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')*USABLE, [r for r in rs if not r.load_in_4bit and r.gpus == 1]
+    else: room = GPUS[find_gpu(gpu)][0]*2**30*USABLE
     return [r.name for r in rs if needs(r, gpu) <= room]
+
+# %% ../nbs/00_estimate.ipynb #6b1d0c0a
+def _amount(r, tokens, chars, per):
+    "Tokens of the corpus (0: not known), tokens that are trained on, and in words where they come from"
+    n, each = tokens or chars and int(chars/per) or 0, (getattr(r, 'global_batch', None) or r.batch*r.accum*r.gpus)*r.block
+    if r.max_steps and not n: return n, r.max_steps*each, f'{r.max_steps:,} steps of {each:,} tokens, as the recipe says'
+    seen = int((n or 1e6)*r.epochs/(1 - r.replay*bool(r.replay_corpus)))
+    if not n: return n, seen, 'no corpus was given: ONE MILLION TOKENS ARE ASSUMED (say --tokens or --chars); time grows with them'
+    return n, seen, f'{n:,} tokens of the corpus' + (f' ({chars:,} characters at {per:g} a token)' if not tokens else '') + f', {r.epochs:g} times through, with {r.replay*bool(r.replay_corpus):.0%} replay'
+
+def _seconds(r, s, tokens, gpu, tflops, measure):
+    "Time of pretraining and how it was found"
+    if measure:
+        one = need('llama_zh_nb.estimate').probe(**s | dict(half=on_gpu(r) and s['half'] and pick_device(r.device).startswith('cuda')), device=r.device)
+        return one*tokens/(r.batch*r.block*r.gpus), f'steps timed on this machine now ({one:.2g} s each, {r.batch*r.block/one:,.0f} tokens a second); measuring and saving during the run come on top'
+    speed, how = (tflops, f'the given {tflops:g} TFLOP/s') if tflops else (GPUS[gpu][1]*SUSTAINED, f'{SUSTAINED:.0%} of the peak of {gpu} (an assumption)') if gpu else (100, '100 TFLOP/s (an assumption)') if on_gpu(r) else (.05, '0.05 TFLOP/s (an assumption; --probe measures this machine)')
+    flops = step_flops(s['s'], s['train'], s['new'], s['rows'], r.lora_r, r.block, r.gradient_checkpointing)
+    return tokens*flops/(speed*1e12*r.gpus), f'{flops/1e9:,.3g} GFLOP for a token at {how}' + (f' on each of {r.gpus} GPUs' if r.gpus > 1 else '')
+
+def _note(r, gpu, g, cards, m, how, amount):
+    at = max(m['moments'], key=m['moments'].get)
+    out = f'The peak is at the {at.replace("a layer again", "recomputation of a layer")}; parts that live at other moments are not added to it. Time: {amount}; {how}.'
+    if not g: return out + ' Memory of the tensors alone: Python and its libraries take some hundred MiB more.' + ' 4-bit training (load_in_4bit) needs a GPU.'*r.load_in_4bit
+    return out + f' Arithmetic, not measured on a GPU; {1-USABLE:.0%} of its memory is left for CUDA and fragments.' + (f' Memory is that of each of {r.gpus} GPUs.' if r.gpus > 1 else '') + (f' On {gpu} it {"fits" if gpu in cards else "does NOT fit: smaller batch or block, gradient_checkpointing, load_in_4bit, or more GPUs"}.' if gpu else '')
 
 # %% ../nbs/00_estimate.ipynb #ed511d58
 def estimate(
@@ -301,49 +334,17 @@ def estimate(
     probe:bool=False,      # measure the speed of this machine, a few seconds
 )->Estimate:
     "Memory by part, time, disk, and where the recipe fits"
+    _check(recipe, tokens=tokens, chars=chars, chars_per_token=chars_per_token, tflops=tflops)
     r, m, sft = recipe, memory(recipe, gpu=gpu), memory(recipe, True, gpu)
     most, g, s = max(m['peak'], sft['peak']), on_gpu(recipe, gpu), step_of(recipe)
     cards = [k for k,v in GPUS.items() if most <= v[0]*2**30*USABLE]
     gpu = find_gpu(gpu) if gpu and g else next(iter(sorted(cards, key=lambda k: GPUS[k][:2])), None) if g else None
     per = chars_per_token or (1.5 if r.vocab_size > s['s'].vocab else .7)
-    n = tokens or chars and int(chars/per) or 0
-    seen = r.max_steps*r.batch*r.accum*r.block*r.gpus if r.max_steps and not n else int((n or 1e6)*r.epochs/(1 - r.replay*bool(r.replay_corpus)))
+    n, seen, amount = _amount(r, tokens, chars, per)
     seconds, how = _seconds(r, s, seen, gpu, tflops, probe)
     disk = disk_bytes(r, n or seen, chars or int((n or 0)*per))
     e = Estimate({'parameters': s['s'].params(s['rows']), 'trained parameters': sum(trained_params(s['s'], s['train'], s['new'], s['rows'], r.lora_r).values()),
                   **{f'memory: {k}': v for k,v in m['parts'].items()}, 'memory: peak of pretraining': m['peak'], 'memory: peak of fine-tuning': sft['peak'],
                   **{f'disk: {k}': v for k,v in disk.items() if v}, 'disk: sum': sum(disk.values()), 'tokens': seen, 'time of pretraining, about': seconds, 'fits on': ', '.join(cards) or 'none of the GPUs known here'})
-    e.note = _note(r, gpu, g, cards, m, how)
+    e.note = _note(r, gpu, g, cards, m, how, amount)
     return e
-
-def _seconds(r, s, tokens, gpu, tflops, measure):
-    "Time of pretraining and how it was found"
-    if measure:
-        one = need('llama_zh_nb.estimate').probe(**s | dict(half=on_gpu(r) and s['half'] and pick_device(r.device).startswith('cuda')), device=r.device)
-        return one*tokens/(r.batch*r.block*r.gpus), 'a probe of this machine'
-    speed, how = (tflops, 'the given speed') if tflops else (GPUS[gpu][1]*SUSTAINED, f'{SUSTAINED:.0%} of the peak of {gpu}') if gpu else (100, '100 TFLOP/s') if on_gpu(r) else (.05, '0.05 TFLOP/s; probe=True measures')
-    flops = step_flops(s['s'], s['train'], s['new'], s['rows'], r.lora_r, r.block, r.gradient_checkpointing)
-    return tokens*flops/(speed*1e12*r.gpus), how
-
-def _note(r, gpu, g, cards, m, how):
-    at = max(m['moments'], key=m['moments'].get)
-    out = f'The peak is at the {at.replace("a layer again", "recomputation of a layer")}; parts that live at other moments are not added to it. Time from {how}.'
-    if not g: return out + ' Memory of the tensors alone: Python and its libraries take some hundred MiB more.'
-    out += f' Arithmetic, not measured on a GPU; {1-USABLE:.0%} of its memory is left for CUDA and fragments.' + (f' Memory is that of each of {r.gpus} GPUs.' if r.gpus > 1 else '')
-    return out + (f' On {gpu} it {"fits" if gpu in cards else "does NOT fit: smaller batch or block, gradient_checkpointing, load_in_4bit, or more GPUs"}.' if gpu else '')
-
-# %% ../nbs/00_estimate.ipynb #1bb5a105
-def plot_memory(recipes=None): # names, or None for all presets but mini; gives a matplotlib figure
-    "Memory by part of recipes against the sizes of GPUs"
-    plt = need('matplotlib.pyplot', 'train')
-    names = recipes or [p for p in PRESETS if p != 'mini']
-    (fig, ax), left = plt.subplots(figsize=(8, .42*len(names) + 1.4)), [0.]*len(names)
-    ms = [max((memory(get_recipe(n), k, 'h200') for k in (False, True)), key=lambda m: m['peak']) for n in names]
-    parts = [p for p in ms[0]['parts'] if p not in ('gradients','activations','copies of weights','logits')] + ['gradients, activations, logits at the peak']
-    for part in parts:
-        w = [m['parts'].get(part, m['peak'] - sum(m['parts'][p] for p in _STAY))/2**30 for m in ms]
-        ax.barh(names, w, left=left, label=part, height=.7); left = [a+b for a,b in zip(left, w)]
-    for gb in (16, 24, 40, 80): ax.axvline(gb, color='k', lw=.8, ls=':'); ax.text(gb, -.62, f' {gb}', fontsize=8)
-    ax.set(xlabel='GiB on each GPU'); ax.invert_yaxis(); ax.legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
-    fig.tight_layout(); plt.close(fig)
-    return fig

@@ -273,11 +273,12 @@ def _precision(device, dtype):
 # %% ../nbs/05_fit.ipynb #3dde093b
 def _loggers(report_to, folder):
     "Names for the Trainer; TensorBoard's files go beside the checkpoints and stay"
-    there = importlib.util.find_spec('tensorboard') is not None
-    if report_to == 'auto': report_to = 'tensorboard' if there else 'none'
-    names = [report_to] if isinstance(report_to, str) else list(report_to)
+    if report_to == 'auto': report_to = 'tensorboard' if importlib.util.find_spec('tensorboard') else 'none'
+    names, known = [report_to] if isinstance(report_to, str) else list(report_to), need('transformers.integrations.integration_utils', 'train').INTEGRATION_TO_CALLBACK
+    for n in names:
+        if n not in known and n != 'none': raise LlamaZhError(f"report_to is {n!r}: expected 'auto', 'none' or one of {', '.join(sorted(known))}")
+        if n not in ('none', 'azure_ml', 'flyte'): need(n)
     if 'tensorboard' in names:
-        if not there: need('tensorboard')
         os.environ['TENSORBOARD_LOGGING_DIR'] = str(Path(folder).parent/'tensorboard')
     return names
 
@@ -339,7 +340,7 @@ def fit(
     watch.__dict__ |= dict(trainer=t, tokenizer=tokenizer, heldout=heldout, eval_every=eval_every, eval_batch=eval_batch, desc=desc)
     t.add_callback(watch)
     try:
-        with quiet(): t.train(resume_from_checkpoint=str(start) if start else None)
+        with quiet(), need('llama_zh_nb.reshard').resharded(start, kw.get('engine')): t.train(resume_from_checkpoint=str(start) if start else None)
     finally:
         if hasattr(watch, 'bar'): watch.bar.close()
     spent = time.perf_counter() - t.began - t.measuring

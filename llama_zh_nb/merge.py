@@ -46,7 +46,7 @@ def _label(a): return '/'.join(a.absolute().parts[-2:])   # 'chat/adapter': many
 class Plan:
     "Adapters laid over a base, checked, ready to be written"
     def __init__(self, base, adapters, in_4bit=None, tokenizer=None, force=False):
-        self.base, self.adapters, self.notes, self.used = Path(base), [Path(a) for a in adapters], [], []
+        self.base, self.adapters, self.notes, self.used, self.files = Path(base), [Path(a) for a in adapters], [], [], []
         self.config = read_json(self.base/'config.json')
         if self.config.get('quantization_config'): raise LlamaZhError(f'{base} is quantized: an adapter cannot be added to such weights. Give the model before it was quantized, with --in-4bit if the adapter was trained over a 4-bit copy of it')
         self.old = self.weights = open_weights(self.base)
@@ -66,37 +66,43 @@ class Plan:
         if quant is not None: self.weights = lay(self.weights, four_bits(self.weights, quant))
         self.weights = lay(self.weights, ch)
         self._rows(a, tokenizer)
+        self.files.append(file.path)
         kinds = [c.kind for c in ch.values()]
-        self.used.append(dict(adapter=_label(a), sha256=sha256(file.path), changes={k: kinds.count(k) for k in sorted(set(kinds))}, in_4bit=quant is not None))
+        self.used.append(dict(adapter=_label(a), changes={k: kinds.count(k) for k in sorted(set(kinds))}, in_4bit=quant is not None))
 
-    def _owner(self, n, a, conf, force):
-        "Whose adapter is it?"
-        b = a/'belongs_to.json'
-        said = conf.get('base_model_name_or_path') or 'nothing'
-        if Path(said).is_absolute(): said = Path(said).name   # somebody's folder
-        if not b.exists(): self.notes.append(f'{_label(a)} carries no hashes, it says only {said!r}: shapes were compared, whether it is the right base was not')
-        elif force: self.notes.append(f'{_label(a)}: hashes were not compared (force)')
-        elif n and read_json(b)['base'] == fingerprint(self.old): self.notes.append(f'{_label(a)} was trained on the base itself, not on what the adapters before it made of it')
-        else: _belongs(a, self.base, self.weights, self.tokenizer, self.rows)
+# %% ../nbs/05_merge.ipynb #5f0a61c3
+@patch
+def _owner(self:Plan, n, a, conf, force):
+    "Whose adapter is it?"
+    b = a/'belongs_to.json'
+    said = conf.get('base_model_name_or_path') or 'nothing'
+    if Path(said).is_absolute(): said = Path(said).name   # somebody's folder
+    if not b.exists(): self.notes.append(f'{_label(a)} carries no hashes, it says only {said!r}: shapes were compared, whether it is the right base was not')
+    elif force: self.notes.append(f'{_label(a)}: hashes were not compared (force)')
+    elif n and read_json(b)['base'] == fingerprint(self.old): self.notes.append(f'{_label(a)} was trained on the base itself, not on what the adapters before it made of it')
+    else: _belongs(a, self.base, self.weights, self.tokenizer, self.rows)
 
-    def _quant(self, a, in_4bit):
-        "How the weights lay while it was trained; None: in full"
-        d = read_json(a/'belongs_to.json') if (a/'belongs_to.json').exists() else {}
-        if not d and in_4bit is None: self.notes.append(f'{_label(a)}: nothing says whether it was trained over 4-bit weights; if it was (QLoRA), merge with --in-4bit')
-        if not (d.get('in_4bit') if in_4bit is None else in_4bit): return
-        self.notes.append(f'{_label(a)}: trained over 4-bit weights, so added to weights that went to NF4 and back')
-        return d.get('quant') or {}
+@patch
+def _quant(self:Plan, a, in_4bit):
+    "How the weights lay while it was trained; None: in full"
+    d = read_json(a/'belongs_to.json') if (a/'belongs_to.json').exists() else {}
+    if not d and in_4bit is None: self.notes.append(f'{_label(a)}: nothing says whether it was trained over 4-bit weights; if it was (QLoRA), merge with --in-4bit')
+    if not (d.get('in_4bit') if in_4bit is None else in_4bit): return
+    self.notes.append(f'{_label(a)}: trained over 4-bit weights, so added to weights that went to NF4 and back')
+    return d.get('quant') or {}
 
-    def _rows(self, a, tokenizer):
-        "Rows and tokenizer after this adapter"
-        rows = {k: self.weights[k].spec(k)[1][0] for k in (EMBED, HEAD) if k in self.weights}
-        if len(set(rows.values())) > 1: raise LlamaZhError(f'{a}: afterwards embed_tokens would have {rows[EMBED]:,} rows and lm_head {rows[HEAD]:,}: it brings only one of them; the other was not saved')
-        if rows.get(EMBED, self.rows) == self.rows: return
-        self.rows = rows[EMBED]
-        self.tokenizer = Path(tokenizer) if tokenizer else a
-        if not any((self.tokenizer/f).exists() for f in ('tokenizer.model', 'tokenizer.json')) and not self.tokenizer.is_file():
-            raise LlamaZhError(f'{a} has {self.rows:,} rows, the base {self.config["vocab_size"]:,}, but brings no tokenizer.model: name its folder with --tokenizer')
-        self.notes.append(f'{_label(a)} brings {self.rows:,} rows for {self.config["vocab_size"]:,}, and its tokenizer')
+# %% ../nbs/05_merge.ipynb #5f0a61c5
+@patch
+def _rows(self:Plan, a, tokenizer):
+    "Rows and tokenizer after this adapter"
+    rows = {k: self.weights[k].spec(k)[1][0] for k in (EMBED, HEAD) if k in self.weights}
+    if len(set(rows.values())) > 1: raise LlamaZhError(f'{a}: afterwards embed_tokens would have {rows[EMBED]:,} rows and lm_head {rows[HEAD]:,}: it brings only one of them; the other was not saved')
+    if rows.get(EMBED, self.rows) == self.rows: return
+    self.rows = rows[EMBED]
+    self.tokenizer = Path(tokenizer) if tokenizer else a
+    if not any((self.tokenizer/f).exists() for f in ('tokenizer.model', 'tokenizer.json')) and not self.tokenizer.is_file():
+        raise LlamaZhError(f'{a} has {self.rows:,} rows, the base {self.config["vocab_size"]:,}, but brings no tokenizer.model: name its folder with --tokenizer')
+    self.notes.append(f'{_label(a)} brings {self.rows:,} rows for {self.config["vocab_size"]:,}, and its tokenizer')
 
 # %% ../nbs/05_merge.ipynb #2c21715d
 def ahead(jobs, pool, n):
@@ -116,6 +122,7 @@ def _keep_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 1 << 28); libc.mallopt(-3, 1 << 25)   # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
+# %% ../nbs/05_merge.ipynb #5f0a61c7
 def as_bytes(t): return t.contiguous().reshape(-1).view(need('torch', 'train').uint8).numpy()
 
 @contextlib.contextmanager
@@ -139,19 +146,7 @@ def reading(weights, order, make=lambda name, t: t):
     finally:
         if n > 1: torch.set_num_threads(was)
 
-# %% ../nbs/05_merge.ipynb #83bd915d
-@patch
-def write(
-    self:Plan,
-    out, # an empty folder
-):
-    "Hugging Face's layout: files cut as the base's, config, tokenizer"
-    where = {k: f.path.name for k, f in self.old.items()}
-    where = {k: where[k] for k in sorted(where, key=where.get)}   # file by file
-    with reading(self.weights, {k: (k, portions(self.specs[k][1])) for k in where}) as read: write_files(out, self.specs, read, where)
-    if self.rows != self.config['vocab_size']: self._new_tokenizer(Path(out))
-    copy_rest(self.base, out)
-
+# %% ../nbs/05_merge.ipynb #5f0a61c9
 @patch
 def _new_tokenizer(self:Plan, out):
     "Tokenizer, config and the record of new rows for a vocabulary that came with an adapter"
@@ -165,6 +160,19 @@ def _new_tokenizer(self:Plan, out):
     g = self.base/'generation_config.json'
     write_json(out/'generation_config.json', (read_json(g) if g.exists() else {}) | ids)
     write_json(out/'resize.json', dict(old_rows=old, pieces=n, rows=self.rows, init='adapter'))  # the rows that later training may treat as new
+
+# %% ../nbs/05_merge.ipynb #83bd915d
+@patch
+def write(
+    self:Plan,
+    out, # an empty folder
+):
+    "Hugging Face's layout: files cut as the base's, config, tokenizer"
+    where = {k: f.path.name for k, f in self.old.items()}
+    where = {k: where[k] for k in sorted(where, key=where.get)}   # file by file
+    with reading(self.weights, {k: (k, portions(self.specs[k][1])) for k in where}) as read: write_files(out, self.specs, read, where)
+    if self.rows != self.config['vocab_size']: self._new_tokenizer(Path(out))
+    copy_rest(self.base, out)
 
 # %% ../nbs/05_merge.ipynb #a089fa72
 import io, pickle, struct, zipfile
@@ -208,6 +216,28 @@ def write_torch(
         for i, (k, s) in enumerate(specs.items()): entry(f'data/{i}', nbytes(*s), read(k))
         entry('version', 2, [b'3\n'])
 
+# %% ../nbs/05_merge.ipynb #5f0a61ca
+def _part_shape(shape, ax, n):
+    if ax is not None and shape[ax] % n: raise LlamaZhError(f'{n} shards: {shape[ax]} is not divisible by it; Meta cuts 7B into 1, 13B into 2, 70B into 8')
+    return tuple(s//n if j == ax else s for j, s in enumerate(shape))
+
+def _meta_rows(shape, heads, ax, i, shards):
+    "Row slices of shard i, whole heads together"
+    n, size = shape[0], shape[0]//heads if heads else 1
+    step = max(1, portions(shape)[0].stop//size)*size
+    lo, hi = (n*i//shards, n*(i+1)//shards) if ax == 0 else (0, n)
+    return [slice(at, min(at + step, hi)) for at in range(lo, hi, step)]
+
+# %% ../nbs/05_merge.ipynb #5f0a61cc
+@patch
+def _finish_meta(self:Plan, out):
+    tok = next((p for p in (self.tokenizer, self.tokenizer/'tokenizer.model') if p.is_file()), None)
+    if not tok: raise LlamaZhError(f"{self.tokenizer}: no tokenizer.model, which Meta's layout needs; write Hugging Face's layout instead")
+    write_json(out/'params.json', _params(self.config | dict(vocab_size=self.rows)))
+    shutil.copyfile(tok, out/'tokenizer.model')
+    small = ('params.json', 'tokenizer.model')  # the entries of a .pth carry sums of their own
+    (out/'checklist.chk').write_text(''.join(f"{need('llama_zh_nb.core').md5(out/p)}  {p}\n" for p in small))
+
 # %% ../nbs/05_merge.ipynb #d2538b7d
 @patch
 def write_meta(
@@ -230,26 +260,6 @@ def write_meta(
         with reading(self.weights, order, make) as read: write_torch(out/f'consolidated.{i:02}.pth', specs, read)
     self._finish_meta(out)
 
-def _part_shape(shape, ax, n):
-    if ax is not None and shape[ax] % n: raise LlamaZhError(f'{n} shards: {shape[ax]} is not divisible by it; Meta cuts 7B into 1, 13B into 2, 70B into 8')
-    return tuple(s//n if j == ax else s for j, s in enumerate(shape))
-
-def _meta_rows(shape, heads, ax, i, shards):
-    "Row slices of shard i, whole heads together"
-    n, size = shape[0], shape[0]//heads if heads else 1
-    step = max(1, portions(shape)[0].stop//size)*size
-    lo, hi = (n*i//shards, n*(i+1)//shards) if ax == 0 else (0, n)
-    return [slice(at, min(at + step, hi)) for at in range(lo, hi, step)]
-
-@patch
-def _finish_meta(self:Plan, out):
-    tok = next((p for p in (self.tokenizer, self.tokenizer/'tokenizer.model') if p.is_file()), None)
-    if not tok: raise LlamaZhError(f"{self.tokenizer}: no tokenizer.model, which Meta's layout needs; write Hugging Face's layout instead")
-    write_json(out/'params.json', _params(self.config | dict(vocab_size=self.rows)))
-    shutil.copyfile(tok, out/'tokenizer.model')
-    small = ('params.json', 'tokenizer.model')  # the entries of a .pth carry sums of their own
-    (out/'checklist.chk').write_text(''.join(f"{need('llama_zh_nb.core').md5(out/p)}  {p}\n" for p in small))
-
 # %% ../nbs/05_merge.ipynb #d99c58f4
 class Merged:
     "What `merge_lora` made"
@@ -262,20 +272,38 @@ class Merged:
     def __repr__(self): return '\n'.join(f'{a}: {b}' for a, b in self.rows())
     def _repr_html_(self): return '<table>' + ''.join(f'<tr><td>{a}</td><td style="text-align:left">{b}</td></tr>' for a, b in self.rows()) + '</table>'
 
-def _room(out, base, adapters, need_bytes):
+# %% ../nbs/05_merge.ipynb #5f0a61cd
+def _room(out, base, adapters, need_bytes, overwrite):
     "The target is a place where a model may be put, with room for it"
     out = Path(out).absolute()
     for p in map(lambda p: Path(p).absolute(), (base, *adapters)):
         if p == out or out in p.parents: raise LlamaZhError(f'{out} holds {p.name}, which is needed for this merge: choose another folder')
     if out.is_dir() and any(out.iterdir()) and not any((out/f).exists() for f in ('config.json', 'params.json')): raise LlamaZhError(f'{out} holds other things than a model, and would be replaced: choose another folder')
+    if out.exists() and (out.is_file() or any(out.iterdir())) and not overwrite: raise LlamaZhError(f'{out} exists already: choose another folder, or say --overwrite, and it is replaced once the new one is complete')
     there = next(p for p in out.parents if p.exists())
     if (free := shutil.disk_usage(there).free) < need_bytes: raise LlamaZhError(f'{there}: {free/1e9:,.1f} GB free, but the merged model takes {need_bytes/1e9:,.1f} GB: make room or choose another disk; nothing was written')
+
+@contextlib.contextmanager
+def _one_thread():
+    "Threads that wait for each other over a few thousand numbers lose more than they gain"
+    torch, was = need('torch', 'train'), need('torch', 'train').get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(was)
 
 # %% ../nbs/05_merge.ipynb #c9d1f215
 def _card(folder, base, name, notes):
     "A model card; a merge does not fail for want of one"
     try: need('llama_zh_nb.cards').write_card(folder, base, name=name)
     except LlamaZhError as e: notes.append(f'no model card was written: {e}')
+
+def _asked(adapters, layout, shards):
+    "The adapters as a list; nonsense is refused"
+    if layout not in ('hf', 'meta'): raise LlamaZhError(f"unknown layout {layout!r}: 'hf' or 'meta'")
+    if shards < 1 or shards != 1 and layout != 'meta': raise LlamaZhError(f"shards = {shards}: Meta's layout has 1 or more, Hugging Face's files are cut as the base's")
+    adapters = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
+    if not adapters: raise LlamaZhError('no adapter was named: give the folder of one, or of several in order')
+    return adapters
 
 # %% ../nbs/05_merge.ipynb #1d17c494
 def merge_lora(
@@ -287,17 +315,19 @@ def merge_lora(
     tokenizer=None,  # folder of the tokenizer, for an adapter with more rows that does not bring it
     shards=1,        # with 'meta': model-parallel shards
     force=False,     # also if the hashes say that the adapter belongs to another base
+    overwrite=False, # replace a model that is at `out` already
 )->Merged:
     "Adapters and base to a plain model, a few rows at a time"
-    if layout not in ('hf', 'meta'): raise LlamaZhError(f"unknown layout {layout!r}: 'hf' or 'meta'")
-    adapters = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
-    with Meter() as took:
+    adapters = _asked(adapters, layout, shards)
+    with Meter() as took, ThreadPoolExecutor(1) as beside:
         need('llama_zh_nb.weights').check_sizes(base) if (Path(base)/'tokenizer.model').exists() else need('llama_zh_nb.lora').check_folder(base)
-        plan = Plan(base, adapters, in_4bit, tokenizer, force)
-        _room(out, base, adapters, sum(nbytes(*s) for s in plan.specs.values()))
+        with _one_thread(): plan = Plan(base, adapters, in_4bit, tokenizer, force)
+        _room(out, base, adapters, sum(nbytes(*s) for s in plan.specs.values()), overwrite)
+        sums = [beside.submit(sha256, f) for f in plan.files]
         with writing(out) as t:
             t.mkdir()
             plan.write(t) if layout == 'hf' else plan.write_meta(t, shards)
+            for u, s in zip(plan.used, sums): u['sha256'] = s.result()
             write_json(t/'merged.json', dict(base=fingerprint(plan.old), tokenizer=tokenizer_hash(base), adapters=plan.used, notes=plan.notes))
             if layout == 'hf': _card(t, base, Path(out).name, plan.notes)
     return Merged(out, plan, took.to_dict())

@@ -11,7 +11,7 @@ from pathlib import Path
 from .core import LlamaZhError, need, writing, write_json, read_json
 from . import scale
 from .fit import fit, History, read_back
-from .lora import load_tokenizer, check_folder, new_rows, fingerprint, tokenizer_hash, load_base, prepare, trainable, save_trained
+from .lora import load_tokenizer, check_folder, new_rows, fingerprint, tokenizer_hash, prepare
 
 # %% ../nbs/05_pretrain.ipynb #c2f70e8c
 def documents(
@@ -268,7 +268,7 @@ def _two_stages(a):
     kw, n, out = a.pop('kw'), a.pop('embed_steps'), Path(a['out'])
     a['blocks'] = a['blocks'] or out/'blocks'
     a['corpus'], a['replay_corpus'] = (c if c is None or isinstance(c, (str, Path)) else list(c) for c in (a['corpus'], a['replay_corpus']))
-    one = pretrain(**a | dict(out=out/'embed', train='embed', max_steps=n, gradient_checkpointing=False, load_in_4bit=False), **kw)
+    one = pretrain(**a | dict(out=out/'embed', train='embed', max_steps=n, gradient_checkpointing=False, load_in_4bit=False, push_to_hub=None), **kw)
     two = pretrain(**a | dict(model_dir=out/'embed', skip=n*scale.steps(a['batch'], a['accum'], a['global_batch'])[1]), **kw)
     if 'embed_steps' in two.info: return two
     ends = {k: one.last(k) or 0 for k in ('step', 'tokens', 'flops', 'seconds')}
@@ -299,6 +299,7 @@ def pretrain(
     embed_steps=0,                   # a first stage of so many steps that trains the embeddings alone
     blocks=None, workers=None,       # folder of the packed blocks; processes that tokenize
     skip=0,                          # blocks that an earlier stage has read
+    push_to_hub=None,                # a repository on the Hub, owner/name, that the folder goes to at the end
     resume=True,                     # go on from the last checkpoint; do nothing if finished
     seed=0, device='auto', dtype=None, label=None,
     **kw,                            # see `fit` and `make_trainer`
@@ -309,12 +310,14 @@ def pretrain(
     engine, device = scale.join(engine, device)
     corpus, replay_corpus = (c if c is None or isinstance(c, (str, Path)) else list(c) for c in (corpus, replay_corpus))
     check_folder(model_dir)
+    publish = scale.publisher(push_to_hub, model_dir)
     rows, tok = new_rows(model_dir, new) if train == 'lora+new' else None, load_tokenizer(model_dir)
     if train == 'lora+new' and not rows: scale.say(f'{model_dir.name} has no new rows: training LoRA alone'); train = 'lora'
     accum, total = scale.steps(batch, accum, global_batch)
     with scale.first(): blocks = _sources(model_dir, tok, Path(blocks or out/'blocks'), corpus, replay_corpus, replay, workers, block, cut, drop_rest)
     share = replay if len(blocks) > 1 else 0
     steps = max_steps or max(1, int(epochs*len(blocks[0])/(1-share))//total)
+    if steps == 1: warmup = 0. # else the only step would be taken at rate 0
     settings = dict(base=fingerprint(model_dir), tokenizer=tokenizer_hash(model_dir), blocks=[b.report for b in blocks], replay=share, train=train, rows=rows,
                     lora=[lora_r, lora_alpha, lora_dropout], **scale.same_step(batch, accum, total, global_batch), lr=lr, embed_lr=embed_lr, steps=steps, warmup=warmup, schedule=schedule,
                     weight_decay=weight_decay, clip=clip, seed=seed, mix=mix_documents, dtype=str(dtype), in_4bit=load_in_4bit) | (dict(skip=skip) if skip else {})
@@ -327,19 +330,12 @@ def pretrain(
             heldout=_valid(corpus, replay_corpus) if heldout is None else heldout, eval_every=eval_every, save_every=save_every, log_every=log_every, settings=settings,
             resume=resume, seed=seed, device=device, dtype=dtype, report_to=report_to, desc=label or 'pretrain', engine=engine,
             keep_checkpoints=True, **scale.liger_args(liger, train), **kw)
-    trained = scale.whole(model, engine, model_dir, ready)
-    if scale.is_main():
-        save_trained(trained, out, model_dir, train)
-        h.info |= settings | dict(label=label or out.name, trained=trainable(trained)[0], parameters=trainable(trained)[1], wall=round(time.perf_counter()-began, 1))
-        h.save(out/'history.json'); write_json(out/'train.json', read_back(settings))
-        need('llama_zh_nb.cards').leave_card(out, model_dir, dict(Chinese=corpus, English=replay_corpus))
-        shutil.rmtree(out/'checkpoints', ignore_errors=True) # not before everything else lies there
-    scale.wait()
-    return h
+    mark = lambda: write_json(out/'train.json', read_back(settings)) # so that it is not done again
+    return scale.leave(h, model, engine, model_dir, ready, train, out, settings | dict(label=label or out.name), began, dict(Chinese=corpus, English=replay_corpus), mark, publish)
 
 # %% ../nbs/05_pretrain.ipynb #c08eda7c
 def main(argv=None)->int:
     "`python -m llama_zh_nb.pretrain`; gives the exit code"
-    return scale.train_by_recipe(pretrain, argv, dict(model_dir='resized', corpus='corpus', replay_corpus='corpus_en', out='pretrained'))
+    return need('llama_zh_nb.launch').train_by_recipe(pretrain, argv, dict(model_dir='resized', corpus='corpus', replay_corpus='corpus_en', out='pretrained'))
 
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

@@ -45,6 +45,7 @@ class Recipe:
     block:int = 512                   # tokens in a training block
     batch:int = 1                     # blocks in a step on one device
     accum:int = 8                     # steps that are added up before the weights move
+    global_batch:int = None           # blocks in a step of all GPUs together: `accum` follows from it, and a run goes on with any number of GPUs; None: batch x accum x GPUs
     lr:float = 2e-4                   # highest learning rate; cosine down to 0
     embed_lr:float = None             # learning rate of embedding rows; None: `lr`
     max_steps:int = None              # stop after so many; None: `epochs`
@@ -57,7 +58,7 @@ class Recipe:
     drop_rest:bool = False            # what fills no block is dropped
     eval_every:int = 200              # steps between two measurements on held-out text
     save_every:int = 200              # steps between two checkpoints
-    gradient_checkpointing:bool = False # compute activations twice instead of keeping them
+    gradient_checkpointing:bool = False # activation checkpointing: compute activations twice instead of keeping them
     load_in_4bit:bool = False         # frozen weights in 4 bits while training (QLoRA)
     workers:int = None                # processes that tokenize; None: one
     liger:bool = False                # Liger's kernels, where installed: less memory for the logits
@@ -65,6 +66,7 @@ class Recipe:
     engine:str = None                 # how several GPUs share the model: 'ddp', 'fsdp2', 'zero2', 'zero3', the last three also with '-offload'; None: 'ddp'
     gpus:int = 1                      # GPUs in all, on all machines
     machines:int = 1                  # machines they stand in
+    report_to:str = 'auto'            # where losses are shown: 'tensorboard', 'wandb', 'mlflow', ..., 'none'; 'auto': TensorBoard where it is installed
     control_steps:int = 0             # steps of the control, which keeps the base's vocabulary; 0: no control
     # fine-tuning on chats
     template:str = 'alpaca2'          # prompt format: 'alpaca2', 'llama2-chat', 'human-assistant'
@@ -76,6 +78,7 @@ class Recipe:
     sft_epochs:float = 2.             # as `epochs`
     sft_max_steps:int = None          # as `max_steps`
     sft_batch:int = 1                 # chats in a step
+    sft_global_batch:int = None       # as `global_batch`
     sft_block:int = 512               # longest chat in tokens
     sft_text_share:float = .1         # share of plain documents mixed in, so that the language is not forgotten
     # quantization
@@ -92,6 +95,9 @@ class Recipe:
 
     def __post_init__(self):
         if self.sft_warmup is None: self.sft_warmup = self.warmup
+        for p in ('', 'sft_'):
+            n, b = getattr(self, f'{p}global_batch'), getattr(self, f'{p}batch')
+            if n is not None and (n < 1 or n % b): raise LlamaZhError(f'recipe field {p}global_batch is {n}: a multiple of {p}batch, which is {b}, was expected, and of {p}batch x GPUs when it is run')
 
 # %% ../nbs/00_recipes.ipynb #26cd9fff
 def explain()->dict: # field -> its comment
@@ -183,6 +189,17 @@ def _from_yaml(path):
         at = getattr(e, 'problem_mark', None)
         raise LlamaZhError(f"{path}{f', line {at.line+1}' if at else ''}: not valid YAML ({getattr(e, 'problem', e)})") from None
     if not isinstance(d, dict): raise LlamaZhError(f'{path}: a recipe is a list of `field: value` lines')
+    return _based(d, path)
+
+def _from_python(path):
+    "The dict or `Recipe` called `recipe` that a Python file makes; the file is run"
+    try: d = need('runpy').run_path(str(path)).get('recipe')
+    except Exception as e: raise LlamaZhError(f'{path}: the recipe could not be made ({type(e).__name__}: {e})') from None
+    if hasattr(d, '__dataclass_fields__'): return asdict(d)
+    if not isinstance(d, dict): raise LlamaZhError(f"{path}: expected  recipe = dict(base_recipe='mini', ...)  or  recipe = Recipe(...), found {'nothing called recipe' if d is None else type(d).__name__}")
+    return _based(dict(d), path)
+
+def _based(d, path):
     base = _preset(d.pop('base_recipe')) if 'base_recipe' in d else {}
     return {**_own(base, d), 'name': Path(path).stem, **d}
 
@@ -203,14 +220,14 @@ def _own(d, given):
 
 # %% ../nbs/00_recipes.ipynb #7fa09da9
 def get_recipe(
-    name_or_yaml:str=None,  # a preset's name or a YAML file; None: the environment's LLAMA_ZH_RECIPE, else 'mini'
+    name_or_yaml:str=None,  # a preset's name, a YAML file, or a Python file that makes `recipe`; None: the environment's LLAMA_ZH_RECIPE, else 'mini'
     **overrides,            # any fields
 )->Recipe:
-    "A preset or a YAML file, with `overrides` on top; unknown names and fields are refused"
+    "A preset or a file, with `overrides` on top; unknown names and fields are refused"
     src = str(name_or_yaml or os.environ.get('LLAMA_ZH_RECIPE') or 'mini')
-    if src.endswith(('.yaml','.yml')):
+    if src.endswith(('.yaml','.yml','.py')):
         if not Path(src).is_file(): raise LlamaZhError(f'no such recipe file: {src}')
-        d = _from_yaml(src)
+        d = (_from_python if src.endswith('.py') else _from_yaml)(src)
     else: d = _preset(src)
     for k in (*d, *overrides):
         if k not in _TYPES: raise LlamaZhError(_near(k, list(_TYPES), 'recipe field'))

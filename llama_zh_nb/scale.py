@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ENGINES', 'world', 'rank', 'is_main', 'say', 'wait', 'first', 'ds_config', 'pick_engine', 'is_zero', 'is_fsdp',
            'stage', 'is_sharded', 'join', 'fsdp_on_cpu', 'trainer_args', 'steps', 'same_step', 'liger_args', 'wrapped',
-           'check_engine', 'check_resume', 'load_base', 'shared_bits', 'gather', 'whole', 'call_by_recipe',
-           'train_by_recipe', 'configs', 'write_configs']
+           'check_engine', 'check_resume', 'load_base', 'shared_bits', 'shared_list', 'gather', 'whole', 'publisher',
+           'leave']
 
 # %% ../nbs/13_scale.ipynb #fc870b46
-import argparse, contextlib, inspect, json, os, sys, time
+import contextlib, os, shutil, time
 from pathlib import Path
 from .core import LlamaZhError, need, pick_device, read_json, write_json
 
@@ -65,8 +65,8 @@ def pick_engine(
         if not Path(engine).is_file(): raise LlamaZhError(f'no such DeepSpeed configuration: {engine}')
     elif engine not in ENGINES: raise LlamaZhError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}, or a DeepSpeed JSON file")
     if 'RANK' not in env:
-        raise LlamaZhError(f"engine {engine!r} was asked for, but this is one process on its own. Start it with  torchrun --nproc_per_node N -m llama_zh_nb.pretrain ...  "
-                           "(`accelerate launch --cpu --num_processes N` starts a single process; `accelerate launch --multi_gpu` starts N, also on a CPU)")
+        raise LlamaZhError(f"engine {engine!r} was asked for, but this is one process on its own. Start it with  accelerate launch --config_file configs/{Path(str(engine)).stem}.yaml -m llama_zh_nb.pretrain RECIPE  or  "
+                           "torchrun --nproc_per_node N -m llama_zh_nb.pretrain RECIPE  (llama_zh_nb.sft for chats; `accelerate launch --cpu --num_processes N` would start a single process)")
     return str(engine)
 
 def is_zero(engine): return bool(engine) and (engine.startswith('zero') or engine.endswith('.json'))
@@ -161,19 +161,16 @@ def check_resume(
     mark,   # what a complete checkpoint says of itself: engine and processes
     engine, # that is to go on from it
 ):
-    "Refuse a checkpoint that this engine cannot read; another number of processes is fine but for DeepSpeed"
-    kind = lambda e: stage(e) and 'DeepSpeed' or is_fsdp(e) and 'fsdp2' or 'ddp'
-    was, n = mark.get('engine'), mark.get('processes', 1)
-    if kind(was) != kind(engine) or stage(was) != stage(engine):
-        raise LlamaZhError(f"the checkpoint was written by engine {was or 'none'}: go on with that, or begin anew with resume=False")
-    if is_zero(engine) and n != world():
-        raise LlamaZhError(f'the checkpoint was written by {n} processes, and DeepSpeed goes on only with as many; here are {world()}. Start {n}, or begin anew with resume=False. (fsdp2 and ddp take any number.)')
+    "Refuse a checkpoint that this engine cannot read; another number of processes is fine"
+    kind = lambda e: is_zero(e) and 'DeepSpeed' or is_fsdp(e) and 'fsdp2' or 'ddp'
+    was = mark.get('engine')
+    if kind(was) != kind(engine): raise LlamaZhError(f"the checkpoint was written by engine {was or 'none'}: go on with that, or begin anew with resume=False")
 
 # %% ../nbs/13_scale.ipynb #2925cd8d
 def load_base(folder, engine, train='lora+new', device='cpu', dtype=None, load_in_4bit=False, attn='sdpa', gradient_checkpointing=False):
     "As `lora.load_base`; for an engine that splits the weights, in main memory"
-    if engine in (None, 'ddp'): return need('llama_zh_nb.lora').load_base(folder, train, device, dtype, load_in_4bit, attn, gradient_checkpointing)
-    if load_in_4bit: raise LlamaZhError(f"load_in_4bit goes with one process or engine 'ddp', not {engine!r}: weights in 4 bits are not split up")
+    if engine in (None, 'ddp') or load_in_4bit and stage(engine) == 2: return need('llama_zh_nb.lora').load_base(folder, train, device, dtype, load_in_4bit, attn, gradient_checkpointing)
+    if load_in_4bit: raise LlamaZhError(f"load_in_4bit goes with one process, 'ddp' or 'zero2', not {engine!r}: weights in 4 bits are not split up")
     torch, tf = need('torch', 'train'), need('transformers', 'train')
     dtype = torch.float32 if device == 'cpu' or train in ('full', 'embed') else torch.bfloat16 if dtype in (None, 'auto') else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     with need('llama_zh_nb.fit').quiet(): m = tf.AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation=attn, dtype=dtype)
@@ -184,6 +181,14 @@ def load_base(folder, engine, train='lora+new', device='cpu', dtype=None, load_i
     return m
 
 # %% ../nbs/13_scale.ipynb #1c34004f
+@contextlib.contextmanager
+def _trainable_after():
+    "Weights that were put together in inference mode cannot be trained with"
+    torch = need('torch', 'train')
+    was, torch.inference_mode = torch.inference_mode, torch.no_grad
+    try: yield
+    finally: torch.inference_mode = was
+
 def shared_bits(
     bits, engine, # `measure.bits`; the engine of the run
     model, tokenizer, texts, **kw,
@@ -192,13 +197,27 @@ def shared_bits(
     n, torch = world(), need('torch', 'train')
     if n == 1 and engine is None: return bits(model, tokenizer, texts, **kw)
     if is_sharded(engine):
-        was, torch.inference_mode = torch.inference_mode, torch.no_grad # weights that were put together in inference mode cannot be trained with
-        try: return bits(model, tokenizer, texts, **kw)
-        finally: torch.inference_mode = was
+        with _trainable_after(): return bits(model, tokenizer, texts, **kw)
     b = bits(model, tokenizer, texts[rank()::n], **kw)
     parts = [None]*n
     torch.distributed.all_gather_object(parts, (b.nats, b.chars, b.bytes, b.tokens))
     return type(b)(*map(sum, zip(*parts)))
+
+# %% ../nbs/13_scale.ipynb #9b1e0a21
+def shared_list(
+    f, engine,    # list -> list; the engine of the run
+    model, items,
+)->list:
+    "`f(items)`: each process does its share; where weights are split, all do all"
+    n, dist = world(), need('torch', 'train').distributed
+    if engine is None: return f(items)
+    if is_sharded(engine):
+        if is_fsdp(engine): need('torch.distributed.fsdp').register_fsdp_forward_method(model, 'generate')
+        with _trainable_after(): return f(items)
+    parts, out = [None]*n, [None]*len(items)
+    dist.all_gather_object(parts, f(items[rank()::n]))
+    for k, p in enumerate(parts): out[k::n] = p
+    return out
 
 # %% ../nbs/13_scale.ipynb #a9545b3e
 def gather(
@@ -244,81 +263,36 @@ def whole(
     state = gather(model)
     return _shell(folder, prepare, state) if is_main() else None
 
-# %% ../nbs/13_scale.ipynb #adff2b83
-def _overrides(words):
-    "`--lr 1e-4 --corpus a b` as {field: value}"
-    out, key = {}, None
-    for w in words:
-        if w.startswith('--'): key, eq, v = w[2:].partition('='); key = key.replace('-', '_'); out[key] = [v] if eq else []
-        elif key is None: raise LlamaZhError(f'what is {w!r}? Options have the form  --field value')
-        else: out[key].append(w)
-    return {k: 'true' if not v else v[0] if len(v) == 1 else v for k, v in out.items()}
+# %% ../nbs/13_scale.ipynb #9b1e0a24
+def publisher(
+    repo,      # owner/name, or None
+    base=None, # the folder that will be trained: without a known licence nothing is sent
+): # what to call with the finished folder
+    "Check now that the trained folder can go to the Hub, and give what sends it"
+    if not repo: return lambda folder: None
+    cards = need('llama_zh_nb.cards')
+    if is_main(): cards.check_push(repo, base=base)
+    return lambda folder: cards.push_after(folder, repo)
 
-def _value(v):
-    try: return json.loads(v)
-    except (ValueError, TypeError): return None if v == 'None' else v
-
-# %% ../nbs/13_scale.ipynb #04478c22
-def call_by_recipe(
-    f,       # `pretrain`, or another function that trains
-    argv,    # words of a command line: a recipe, then fields of it or arguments of `f`
-    folders, # {argument of `f`: its folder in the run}
-    made_by='weights corpus vocab embeddings', # the stages that make them
-): # (run folder, arguments of `f`)
-    "What a recipe and the words after it mean for `f`"
-    rs = need('llama_zh_nb.recipes')
-    p = argparse.ArgumentParser(f'python -m {f.__module__}', description='Train by a recipe, in one process or many. Other options are fields of the recipe or arguments of the function: --lr 1e-4 --engine fsdp2')
-    p.add_argument('recipe', help='a preset or a YAML file')
-    name = lambda k: k.replace('_', '-').removesuffix('-dir') + '-dir'
-    for k, d in folders.items(): p.add_argument('--' + name(k), dest=k, help=f'default: {d}/ in the run folder')
-    a, rest = p.parse_known_args(argv)
-    mine, ours, over = inspect.signature(f).parameters, rs.Recipe.__dataclass_fields__, _overrides(rest)
-    r = rs.get_recipe(a.recipe, **{k: v for k, v in over.items() if k in ours or k not in mine})
-    run = rs.run_dir(r)
-    kw = {k: getattr(r, k) for k in mine if k in ours and k not in folders} | {k: _value(v) for k, v in over.items() if k not in ours}
-    if 'heldout' in mine: kw['heldout'] = {k: v[:60] for k, v in rs.heldout(r).items() if v}
-    kw |= {k: getattr(a, k) or run/d for k, d in folders.items()}
-    for k in folders:
-        if k == 'out' or Path(kw[k]).exists(): continue
-        if mine[k].default is mine[k].empty: raise LlamaZhError(f'{kw[k]} is not there: make it with  llama-zh run --recipe {a.recipe} --only {made_by}  or name another with --{name(k)}')
-        kw[k] = None
-    return run, kw
-
-def train_by_recipe(f, argv, folders, **kw)->int:
-    "The `main` of a module that trains; gives the exit code"
-    try:
-        run, kw = call_by_recipe(f, sys.argv[1:] if argv is None else argv, folders, **kw)
-        h = f(**kw)
-        if is_main():
-            need('llama_zh_nb.recipes').record(run, f.__name__, history=list(h), steps=h.last('step'), tokens=h.last('tokens'), tokens_per_second=h.info.get('tokens_per_second'))
-            print(h)
-        return 0
-    except LlamaZhError as e:
-        if not is_main(): time.sleep(3) # the main process speaks first; when it ends, the launcher ends the others
-        print(f'{f.__name__}: {e}' if is_main() else f'{f.__name__}, process {rank()}: {e}', file=sys.stderr, flush=True)
-        return 1
-
-# %% ../nbs/13_scale.ipynb #6000ea58
-def configs()->dict:
-    "What lies in configs/: {file: content}, for `accelerate launch --config_file`"
-    common = dict(compute_environment='LOCAL_MACHINE', num_machines=1, num_processes=8, machine_rank=0, main_training_function='main', mixed_precision='bf16', debug=False)
-    fsdp = dict(fsdp_version=2, fsdp_auto_wrap_policy='TRANSFORMER_BASED_WRAP', fsdp_transformer_layer_cls_to_wrap='LlamaDecoderLayer', fsdp_state_dict_type='SHARDED_STATE_DICT',
-                fsdp_reshard_after_forward=True, fsdp_cpu_ram_efficient_loading=True, fsdp_offload_params=False)
-    out = {'ddp.yaml': dict(common, distributed_type='MULTI_GPU', mixed_precision='no'), 'fsdp2.yaml': dict(common, distributed_type='FSDP', fsdp_config=fsdp),
-           'fsdp2-offload.yaml': dict(common, distributed_type='FSDP', fsdp_config=dict(fsdp, fsdp_offload_params=True)),
-           'fsdp2-2nodes.yaml': dict(common, distributed_type='FSDP', fsdp_config=fsdp, num_machines=2, num_processes=16, main_process_ip='10.0.0.1', main_process_port=29500, rdzv_backend='static', same_network=True)}
-    for n in (2, 3):
-        for off in (False, True):
-            name, file = f'zero{n}' + '-offload'*off, dict(common, distributed_type='DEEPSPEED')
-            del file['mixed_precision'] # in the JSON file
-            out |= {f'{name}.json': ds_config(n, off), f'{name}.yaml': dict(file, deepspeed_config=dict(deepspeed_config_file=f'configs/{name}.json', zero3_init_flag=False))}
-    return out
-
-def write_configs(
-    folder='configs',
-): # Path
-    "Write `configs()` into a folder"
-    folder, yaml = Path(folder), need('yaml')
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, d in configs().items(): (folder/name).write_text(json.dumps(d, indent=1) + '\n' if name.endswith('json') else yaml.safe_dump(d, sort_keys=False))
-    return folder
+# %% ../nbs/13_scale.ipynb #9b1e0a27
+def leave(
+    h, model, engine,      # history; trained model; see `whole` for the rest of the line
+    folder, prepare, train, out,
+    info, began,           # settings and counts for the history; when the run began
+    read,                  # {what: files} that were learnt from, for the card
+    finish=lambda: None,   # writes what else belongs into the folder
+    publish=lambda out: None, # see `publisher`
+): # the history
+    "Adapter, plain model, history and card in `out`, by the main process; every process must call it"
+    lora, trained = need('llama_zh_nb.lora'), whole(model, engine, folder, prepare)
+    if is_main():
+        lora.save_trained(trained, out, folder, train)
+        n, all_ = lora.trainable(trained)
+        h.info |= info | dict(trained=n, parameters=all_, wall=round(time.perf_counter()-began, 1))
+        h.save(out/'history.json')
+        finish()
+        need('llama_zh_nb.cards').leave_card(out, folder, read)
+        shutil.rmtree(out/'checkpoints', ignore_errors=True)
+        publish(out)
+    wait()
+    return h

@@ -40,6 +40,22 @@ def test_the_card_is_what_the_hub_reads(trained):
     assert 'Copyright (c) Meta' in (trained/'NOTICE').read_text()   # the licence asks for it
     assert str(trained.parent) not in text
 
+def test_which_text_a_figure_was_measured_on(trained, tmp_path):
+    d = shutil.copytree(trained, tmp_path/'run'/'chat')
+    h = json.loads((d/'history.json').read_text())
+    card = lambda: write_card(d, licence='llama2', name='thin').read_text(encoding='utf-8')
+    before = card()
+    assert 'Measured during training, on the held-out documents that training was given' in before and 'at the end, on all' not in before and 'held-out Chinese, a part' in before
+    metrics = dict(bpc_zh=1.25, bpb_en=1.125, history=h['rows'], accuracy=dict(asked=dict(right=7, n=9, share=7/9)))
+    (tmp_path/'run'/'run.json').write_text(json.dumps(dict(stages=dict(sft=dict(metrics=metrics)))))
+    text = card()
+    assert 'on all held-out text of the run' in text and '| 1.25 |' in text and '7 of 9' in text and 'Measured during training' in text
+    assert {r.metric_type: r.metric_value for r in check_card(d/'README.md').eval_results} == dict(zh_bpc=1.25, en_bpb=1.125) and 'a part' not in text.split('---')[1]
+    (tmp_path/'run'/'run.json').write_text(json.dumps(dict(stages=dict(sft=dict(metrics=metrics | dict(history=[dict(loss=1)]))))))
+    assert card() == before   # figures of another training are not this one's
+    (d/'history.json').write_text(json.dumps(dict(h, info=h['info'] | dict(heldout=dict(zh=60, en=12)))))
+    assert 'on the first 60 documents (zh), 12 documents (en)' in card()
+
 def test_the_adapter_has_its_own(trained):
     d = check_card(trained/'adapter'/'README.md')
     assert d.library_name == 'peft' and 'PeftModel' in (trained/'adapter'/'README.md').read_text(encoding='utf-8')
@@ -138,6 +154,31 @@ def test_one_plain_message(folder, online):
     with pytest.raises(LlamaZhError, match='no Hugging Face token'): push_to_hub(folder, 'me/thin', yes=True)
     online.setattr(hub.constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(LlamaZhError, match='OFFLINE'): push_to_hub(folder, 'me/thin', yes=True)
+
+@pytest.mark.parametrize('repo', ['thin', 'a/b/c', '/thin', 'me/', 'me/thin model', 'me/thin--b', 'me/' + 'x'*100, 'https://huggingface.co/me/thin', None])
+def test_names_that_are_none(repo, online):
+    with pytest.raises(LlamaZhError, match='is not the name of a repository'): cards.check_push(repo)
+    assert Api.calls == []
+
+def test_asked_before_training(online, tmp_path, capsys):
+    cards.check_push('me/thin')
+    assert Api.calls == [] and 'goes to me/thin (private)' in capsys.readouterr().out
+    with pytest.raises(LlamaZhError, match='licence is not known'): cards.check_push('me/thin', base=make(tmp_path/'b'))
+    online.setattr(Api, 'there', type('R', (), dict(private=False)))
+    with pytest.raises(LlamaZhError, match='exists and is public'): cards.check_push('me/thin')
+    cards.check_push('me/thin', private=False)
+    online.setattr(hub, 'get_token', lambda: None)
+    with pytest.raises(LlamaZhError, match='no Hugging Face token'): cards.check_push('me/thin')
+
+def test_sent_after_training(folder, online, capsys):
+    sent = cards.push_after(folder, 'me/thin')
+    out = capsys.readouterr().out
+    assert 'commit/1' in sent.url and out.index('would go to me/thin (private)') < out.index('sent: ') and 'with --yes' not in out
+    assert [c[0] for c in Api.calls] == ['create', 'commit'] and Api.calls[0][2] is True
+    online.setattr(hub, 'get_token', lambda: None)
+    assert cards.push_after(folder, 'me/thin') is None   # no reason to lose a training
+    out = capsys.readouterr().out
+    assert 'not sent: no Hugging Face token' in out and f'llama-zh push {folder} me/thin --yes' in out
 
 def test_what_is_not_ready_does_not_go(folder):
     with pytest.raises(LlamaZhError, match='owner/name'): upload_plan(folder, 'thin')

@@ -127,11 +127,11 @@ def test_langchain_splitter():
 
 def test_lexicon_round_trip(tmp_path):
     lex = Lexicon.fit(['长江发源于青藏高原', '', 'GPU 7B 模型'])
-    lex.save(tmp_path/'l.npz')
-    for q in ('长江', '7b', '没有的词', ''): assert (Lexicon.load(tmp_path/'l.npz').scores(q) == lex.scores(q)).all()
+    lex.save(tmp_path/'l')
+    for q in ('长江', '7b', '没有的词', ''): assert (Lexicon.load(tmp_path/'l').scores(q) == lex.scores(q)).all()
     assert lex.scores('ＧＰＵ').argmax() == 2 and lex.scores('火星在哪里').max() == 0
-    (tmp_path/'l.npz').write_bytes(b'broken')
-    with pytest.raises(LlamaZhError, match='again'): Lexicon.load(tmp_path/'l.npz')
+    (tmp_path/'l'/'tf.npy').write_bytes(b'broken')
+    with pytest.raises(LlamaZhError, match='again'): Lexicon.load(tmp_path/'l')
 
 def test_index_opens_elsewhere(town):
     code = f"from llama_zh_nb.indexing import open_index; d = open_index({str(town/'index')!r}).find('去县城的船几点开？')[0]; print(d.metadata['score'], d.page_content)"
@@ -156,7 +156,7 @@ def test_failed_build_keeps_the_old_index(town, tmp_path, monkeypatch):
     def stop(*a, **k): raise KeyboardInterrupt
     monkeypatch.setattr(indexing, '_fill', stop)
     with pytest.raises(KeyboardInterrupt): build_index(town/'docs', out)
-    assert open_index(out).find('甲乙')[0].page_content == '甲乙丙丁。' and [p.name for p in tmp_path.iterdir()] == ['index']
+    assert open_index(out).find('甲乙')[0].page_content == '甲乙丙丁。' and sorted(p.name for p in tmp_path.iterdir()) == ['.index.parts', 'index']   # parts are for the next try
 
 def test_damaged_index(town, tmp_path):
     import shutil
@@ -182,7 +182,7 @@ def _squad(path):
 def test_cmrc2018(shared, tmp_path):
     "Character-bigram BM25 reaches R@1 .976 here; the built-in threshold must be near the measured one."
     docs, qs = _squad(shared/'data/eval/cmrc2018/cmrc2018_trial.json')
-    ix = build_index(docs, tmp_path/'i', chunk_tokens=256)
+    ix = build_index(docs, tmp_path/'i', chunk_tokens=256, embedding='none')
     e = eval_retrieval(ix, qs)
     print(e)
     assert e.r(1) > .976 and e.r(5) >= .99 and e.mrr > .98
@@ -271,6 +271,6 @@ def test_other_chat_models_and_prompts(town):
     from langchain_core.language_models.fake_chat_models import FakeListChatModel
     bot = Assistant(town/'index', FakeListChatModel(responses=['票价五元[1]，见[9]。']), prompt='cited')
     a = bot.ask('去县城的船票价多少？')
-    assert a.cited() == ([1, 9], [9]) and '[1] # 青石镇' in bot.message('q', a.sources)
+    assert a.cited() == ([1, 9], [9]) and a.text == '票价五元[1]，见[?]。' and '<资料 编号="1">\n# 青石镇' in bot.message('q', a.sources)
     with pytest.raises(LlamaZhError, match='context'): Assistant(town/'index', None, prompt='{question}')
     with pytest.raises(LlamaZhError): Assistant(town/'nothing', None)

@@ -56,6 +56,22 @@ def test_yaml(tmp_path):
         (tmp_path/'b.yaml').write_text(text)
         with pytest.raises(LlamaZhError, match=msg): get_recipe(tmp_path/'b.yaml')
 
+def test_python(tmp_path):
+    f = tmp_path/'a.py'
+    f.write_text("n = 3\nrecipe = dict(base_recipe='mini', batch=n, global_batch=8*n, report_to='none')")
+    r = get_recipe(f, lr=1e-4)
+    assert (r.name, r.batch, r.global_batch, r.report_to, r.lr, r.segment) == ('a', 3, 24, 'none', 1e-4, 'words')
+    f.write_text("from llama_zh_nb.recipes import Recipe\nrecipe = Recipe(name='b', corpus=['x.txt'])")
+    assert get_recipe(f).name == 'b' and get_recipe(f).corpus == ['x.txt']
+    for text, msg in (('x = 1', 'nothing called recipe'), ('recipe = 3', 'found int'), ('recipe = 1/0', 'ZeroDivisionError'), ("recipe = dict(lrr=1)", 'unknown recipe field')):
+        f.write_text(text)
+        with pytest.raises(LlamaZhError, match=msg): get_recipe(f)
+
+def test_global_batch():
+    assert get_recipe('mini', batch=2, global_batch=6).global_batch == 6 and get_recipe('mini').global_batch is None and get_recipe('mini').report_to == 'auto'
+    for kw in (dict(batch=4, global_batch=6), dict(global_batch=0), dict(sft_batch=4, sft_global_batch=6)):
+        with pytest.raises(LlamaZhError, match='a multiple of (sft_)?batch'): get_recipe('mini', **kw)
+
 def test_environment(monkeypatch, tmp_path):
     monkeypatch.setenv('LLAMA_ZH_RECIPE', 'llama2-7b-16gb'); monkeypatch.setenv('LLAMA_ZH_RUNS', str(tmp_path/'r'))
     r = get_recipe()

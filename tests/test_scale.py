@@ -7,7 +7,7 @@ import numpy as np
 torch = pytest.importorskip('torch')
 pytest.importorskip('peft'); pytest.importorskip('accelerate')
 
-from llama_zh_nb import scale
+from llama_zh_nb import launch, scale
 from llama_zh_nb.core import LlamaZhError
 from llama_zh_nb.fit import History
 from test_pretrain import EN, HELD, ZH, make, tensors
@@ -30,6 +30,31 @@ p.pretrain(sys.argv[1], t.ZH, sys.argv[2], replay_corpus=t.EN, heldout=t.HELD, *
 """
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec('deepspeed'), reason='deepspeed is not installed: pip install llama-zh-nb[scale]')
 
+# ---- the same for chats
+
+CHAT_KW = dict(lora_r=4, lora_alpha=8, lora_dropout=0., block=128, batch=2, global_batch=4, lr=1e-2, max_steps=6, eval_every=3, save_every=3, log_every=1, text_share=.2, device='cpu')
+CHAT_CHILD = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import test_scale as t
+t.chat_run(sys.argv[1], sys.argv[2], int(os.environ.get('DIE', 0)), **json.loads(sys.argv[3]))
+"""
+
+def chat_run(base, out, die=0, **kw):
+    "Fine-tune on chats of very different lengths, so that processes have different numbers of answered tokens; `die` at that batch"
+    import llama_zh_nb.sft as s
+    from test_sft import talk
+    chats = [dict(messages=talk(f'Where is {i}?', 'It is far. '*(1 + i*i % 9))) for i in range(60)]
+    class Dies(s.ChatCollate):
+        n = 0
+        def __call__(self, rows):
+            Dies.n += 1
+            if Dies.n == die: os._exit(9)
+            return super().__call__(rows)
+    was, s.ChatCollate = s.ChatCollate, Dies
+    try: return s.finetune(base, chats, out, extra_texts=['The river is long. '*5]*9, heldout=dict(zh=['长江很长。']*3), questions=[dict(question=f'Where is {i}?', answer='It is far.') for i in range(3)], **CHAT_KW | kw)
+    finally: s.ChatCollate = was
+
 def env(**kw): return os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', LLAMA_ZH_PROGRESS='0', DS_ACCELERATOR='cpu', PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])) | kw
 
 @pytest.fixture(scope='module')
@@ -38,10 +63,10 @@ def base(tmp_path_factory): return make(tmp_path_factory.mktemp('scale')/'base')
 @pytest.fixture(scope='module')
 def start(base, tmp_path_factory):
     "start(n, out, die=0, **arguments of pretrain): n processes of torchrun"
-    script = tmp_path_factory.mktemp('child')/'child.py'
-    script.write_text(CHILD.format(tests=str(HERE)))
-    def f(n, out, die=0, ok=True, **kw):
-        p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(n), '--master_port', str(20000 + os.getpid() % 20000), str(script), str(base), str(out), json.dumps(KW | kw)],
+    def f(n, out, die=0, ok=True, folder=base, child=CHILD, **kw):
+        script = tmp_path_factory.mktemp('child')/'child.py'
+        script.write_text(child.format(tests=str(HERE)))
+        p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(n), '--master_port', str(20000 + os.getpid() % 20000), str(script), str(folder), str(out), json.dumps((KW if child is CHILD else {}) | kw)],
                            capture_output=True, text=True, timeout=240, env=env(DIE=str(die)))
         assert (p.returncode == 0) == (ok and not die), p.stdout[-1000:] + p.stderr[-4000:]
         return p.stdout + p.stderr
@@ -92,12 +117,14 @@ def test_ddp_dies_and_goes_on_with_one_process(one, start, tmp_path):
     same(one[0], tmp_path/'o')
 
 @needs_deepspeed
-@pytest.mark.parametrize('engine', ['zero2', pytest.param('zero3', marks=pytest.mark.slow)])
-def test_deepspeed_equals_one_process_and_resumes(one, start, tmp_path, engine):
-    start(2, tmp_path/'o', die=11, engine=engine)
-    assert 'written by 2 processes' in start(1, tmp_path/'o', engine=engine, ok=False)
-    assert 'resuming from checkpoint-8' in start(2, tmp_path/'o', engine=engine)
-    same(one[0], tmp_path/'o')
+@pytest.mark.parametrize('engine,n,then', [('zero2', 1, 'zero2'), *(pytest.param(*p, marks=pytest.mark.slow) for p in (('zero2', 2, 'zero2'), ('zero3', 1, 'zero3'), ('zero3', 2, 'zero3'), ('zero2', 2, 'zero3'), ('zero3-offload', 1, 'zero2')))])
+def test_deepspeed_dies_and_goes_on_with_any_number_of_processes(base, start, tmp_path, engine, n, then):
+    "Two groups with learning rates of their own, and parameters whose sizes two does not divide, among them"
+    kw = dict(embed_lr=2e-3, weight_decay=.1, lora_r=3)
+    start(1, tmp_path/'one', engine='ddp', **kw)
+    start(2, tmp_path/'o', die=11, engine=engine, **kw)
+    assert 'resuming from checkpoint-8' in start(n, tmp_path/'o', engine=then, **kw)
+    same(tmp_path/'one', tmp_path/'o')
 
 @needs_deepspeed
 @pytest.mark.slow
@@ -107,6 +134,42 @@ def test_deepspeed_offload_and_full(base, start, tmp_path, engine, train):
     pretrain(base, ZH, tmp_path/'one', replay_corpus=EN, heldout=HELD, **KW | dict(train=train, max_steps=4, save_every=None))
     start(2, tmp_path/'two', engine=engine, train=train, max_steps=4, save_every=None)
     same(tmp_path/'one', tmp_path/'two')
+
+# ---- chats
+
+@pytest.fixture(scope='module')
+def chats(tmp_path_factory, start):
+    "chats(n, out, ...): fine-tuning in n processes; chats.one: what one process gives; chats.base"
+    from test_sft import tiny
+    d = tmp_path_factory.mktemp('chats')
+    base = tiny(d)
+    f = lambda n, out, **kw: start(n, out, folder=base, child=CHAT_CHILD, **kw)
+    f.base, f.one = base, d/'one'
+    os.environ['LLAMA_ZH_PROGRESS'] = '0'
+    chat_run(base, f.one)
+    return f
+
+@pytest.mark.parametrize('engine', ['ddp', 'fsdp2'])
+def test_finetuning_in_two_processes_equals_one(chats, tmp_path, engine):
+    "Among others: the loss of a step is divided by the answered tokens of both processes, which differ"
+    chats(2, tmp_path/'o', engine=engine)
+    same(chats.one, tmp_path/'o')
+    a, b = (History.load(d/'history.json') for d in (chats.one, tmp_path/'o'))
+    assert a.column('right') == b.column('right') and len(a.column('right')[0]) == 2
+    assert (tmp_path/'o'/'adapter'/'adapter_model.safetensors').exists() and (tmp_path/'o'/'chat_template.jinja').exists() and not (tmp_path/'o'/'checkpoints').exists()
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize('engine', ['zero2', 'zero3'])
+def test_finetuning_by_deepspeed_equals_one_process(chats, tmp_path, engine):
+    chats(2, tmp_path/'o', engine=engine)
+    same(chats.one, tmp_path/'o')
+
+@pytest.mark.slow
+def test_finetuning_dies_and_goes_on_with_one_process(chats, tmp_path):
+    chats(2, tmp_path/'o', engine='fsdp2', die=6)
+    assert 'resuming from checkpoint-3' in chats(1, tmp_path/'o', engine='fsdp2')
+    same(chats.one, tmp_path/'o')
 
 # ---- recipes and launchers
 
@@ -133,6 +196,46 @@ def test_accelerate_launch_takes_a_recipe(recipe):
     assert h.info['lr'] == 4e-3 and h.info['batch'] == 4 and h.last('tokens') == 4*4*64 and p.stdout.count('History: 4 steps') == 1
     assert json.loads((run/'run.json').read_text())['stages']['pretrain']['metrics']['steps'] == 4
 
+def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
+    "The sft_ fields of the recipe, on the command line without their prefix"
+    from test_sft import tiny
+    from llama_zh_nb.sft import main
+    f, run = recipe
+    assert main([str(f), '--model-dir', str(tmp_path/'no')]) == 1 and '--only weights corpus vocab embeddings pretrain' in capsys.readouterr().err
+    assert main([str(f), '--model-dir', str(tiny(tmp_path))]) == 1 and 'names no chats' in capsys.readouterr().err
+    (tmp_path/'c.json').write_text(json.dumps([dict(instruction=f'Where is {i}?', output='It is far.') for i in range(40)]))
+    words = [str(f), '--sft', str(tmp_path/'c.json'), '--model-dir', str(tmp_path/'hf'), '--lr', '4e-3', '--max-steps', '3', '--block', '128', '--batch', '2', '--global-batch', '4', '--log-every', '1']
+    assert main(words) == 0
+    h = History.load(run/'chat'/'history.json')
+    assert (h.info['lr'], h.info['steps'], h.info['batch'], h.info['weight_decay'], h.info['text_share']) == (4e-3, 3, 4, 0., .1) and (run/'chat'/'config.json').exists()
+    assert json.loads((run/'run.json').read_text())['stages']['sft']['metrics']['steps'] == 3
+    assert main([*words, '--report-to', 'tensorbord']) == 1 and "'auto', 'none' or one of" in capsys.readouterr().err
+
+@pytest.mark.parametrize('train', ['pretrain', 'finetune'])
+def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monkeypatch, train):
+    from llama_zh_nb import cards
+    from llama_zh_nb.pretrain import pretrain
+    sent, asked = [], []
+    def go(out, **kw):
+        if train == 'pretrain': return pretrain(base, ZH, out, **KW | dict(max_steps=1, save_every=None, heldout={}) | kw)
+        from test_sft import tiny
+        return chat_run(tiny(tmp_path), out, max_steps=1, save_every=None, eval_every=None, **kw)
+    with pytest.raises(LlamaZhError, match='nobody'): go(tmp_path/'o', push_to_hub='nobody')
+    assert not (tmp_path/'o').exists()
+    monkeypatch.setattr(cards, 'check_push', lambda repo, base: asked.append((repo, Path(base).exists())))
+    monkeypatch.setattr(cards, 'push_after', lambda folder, repo: sent.append((repo, (Path(folder)/'config.json').exists(), (Path(folder)/'README.md').exists())))
+    go(tmp_path/'o', push_to_hub='me/x')
+    assert asked == [('me/x', True)] and sent == [('me/x', True, True)]
+
+def test_a_preset_for_many_gpus_says_what_to_type():
+    from llama_zh_nb.recipes import get_recipe
+    r = get_recipe('llama2-7b-8x80gb-full', sft='c.json', corpus='my texts')
+    with pytest.raises(LlamaZhError) as e: launch.check_alone(r, source='llama2-7b-8x80gb-full')
+    for say in ("--only weights corpus vocab embeddings", "accelerate launch --config_file configs/fsdp2.yaml -m llama_zh_nb.pretrain llama2-7b-8x80gb-full --corpus 'my texts' --sft c.json", '-m llama_zh_nb.sft', '--engine none'):
+        assert say in str(e.value), say
+    launch.check_alone(r, ['weights', 'corpus']); launch.check_alone(get_recipe('llama2-7b-8x80gb-full', engine='none'))
+    assert '--num_processes 16 --num_machines 2' in launch.commands(get_recipe('llama2-70b-multinode'))[1]
+
 def test_the_module_refuses_what_makes_no_sense(recipe, tmp_path, capsys, monkeypatch):
     from llama_zh_nb.pretrain import main
     f, run = recipe
@@ -140,11 +243,11 @@ def test_the_module_refuses_what_makes_no_sense(recipe, tmp_path, capsys, monkey
     assert main([str(f), '--leaning-rate', '1']) == 1 and "unknown recipe field 'leaning_rate'" in capsys.readouterr().err
     assert main([str(f), '--corpus-dir', str(tmp_path/'no')]) == 1 and 'is not there' in capsys.readouterr().err
     assert main([str(f), '--engine', 'zero9']) == 1 and 'one of ddp, fsdp2' in capsys.readouterr().err
-    assert main([str(f), '--global-batch', '3']) == 1 and 'no multiple' in capsys.readouterr().err
+    assert main([str(f), '--global-batch', '3']) == 1 and 'a multiple of batch' in capsys.readouterr().err
 
 def test_configs_are_what_the_module_says(root):
     import yaml
-    made = scale.configs()
+    made = launch.configs()
     assert {p.name for p in (root/'configs').iterdir()} == set(made)
     for name, d in made.items(): assert (json.loads if name.endswith('json') else yaml.safe_load)((root/'configs'/name).read_text()) == d, name
 
@@ -160,3 +263,16 @@ def test_an_engine_that_fell_back_is_noticed(monkeypatch):
     with pytest.raises(LlamaZhError, match='held by Linear'): scale.check_engine(T, 'fsdp2')
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(LlamaZhError, match='same rows'): scale.check_engine(T, 'ddp')
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_a_small_shape(tmp_path):
+    script = [sys.executable, str(HERE.parent/'benchmarks'/'train_gpu.py'), '--shape', 'tiny', '--device', 'cpu']
+    p = subprocess.run([*script, '--lengths', '64', '--steps', '5', '--peak', '1', '--json', str(tmp_path/'r.json')], capture_output=True, text=True, timeout=240, env=env())
+    assert p.returncode == 0, p.stderr[-2000:]
+    d = json.loads((tmp_path/'r.json').read_text())
+    rows = {r['way']: r for r in d['rows']}
+    assert set(rows) == {'plain', 'ours', 'ours, mixed'} and all(r['tokens_per_second'] > 0 and r['mfu'] > 0 and r['peak_bytes'] > 0 and r['loss'] for r in rows.values())
+    assert rows['ours']['trained'] < rows['plain']['trained'] and d['versions']['torch'] and 'over plain' in p.stdout
+    for bad, says in ((['--steps', '2'], 'at least 5'), (['--batch', '0'], 'above 0'), (['--lengths', '999'], 'positions')):
+        q = subprocess.run([*script, *bad], capture_output=True, text=True, env=env())
+        assert q.returncode and says in q.stderr and 'Traceback' not in q.stderr

@@ -137,13 +137,11 @@ def test_real_files(shared, name, n, bad):
 
 # ---- training, on a tiny random Llama
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A tiny untied Llama with random weights and a tokenizer of its own; its last 20 rows count as new."
+def tiny(d):
+    "A tiny untied Llama with random weights and a tokenizer of its own in `d`/hf; its last 20 rows count as new."
     import sentencepiece as spm, torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from llama_zh_nb.exact import save_tokenizer
-    d = tmp_path_factory.mktemp('model')
     text = 'The river is long.\n[INST] Where is the sea? [/INST] It is far.\n长江很长。黄河在哪里？\n'*20
     spm.SentencePieceTrainer.train(sentence_iterator=iter(text.splitlines()), model_prefix=str(d/'m'), vocab_size=330, model_type='bpe', byte_fallback=True,
         normalization_rule_name='identity', remove_extra_whitespaces=False, pad_id=3, minloglevel=2, hard_vocab_limit=False)
@@ -153,6 +151,9 @@ def folder(tmp_path_factory):
         bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=False)).save_pretrained(d/'hf')
     (d/'hf/resize.json').write_text('{"old_rows": 310}')
     return d/'hf'
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tiny(tmp_path_factory.mktemp('model'))
 
 @pytest.fixture(scope='module')
 def tok(folder):

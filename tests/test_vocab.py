@@ -136,6 +136,17 @@ def test_common_characters_come_with_a_large_vocabulary(tokenizers):
     small -= set('河水东流两岸多柳')
     assert common <= large | {p.piece for p in base.pieces} and {'國', '籲'} - large <= {p.piece for p in base.pieces} and not common & small
 
+def test_models_bring_words_that_the_corpus_lacks(tokenizers):
+    "Each model counts by its Chinese words; one that has none changes nothing"
+    from llama_zh_nb.choose import choose_pieces, model_share, model_words
+    base, corpus = read_model(tokenizers/'llama2_32000.model'), ['河水东流，两岸多柳。']*9
+    one, two, none = (read_model(tokenizers/n) for n in ('chinese_sp_20000.model', 'openllama_cn_4w.model', 'tinyllm_tok4096.model'))
+    assert model_share(model_words(none)) == 0 < model_share(model_words(read_model(tokenizers/'meng_zh.model'))) < model_share(model_words(one)) == model_share(model_words(two))
+    words = set(model_words(one)) & set(model_words(two))
+    alone, with_one, with_two = (set(choose_pieces(base, corpus, 6000, m)[:6000]) for m in ((), (one,), (one, two)))
+    assert len(words & alone) < 10 and len(words & with_one) > 1500 and len(words & with_two) > 1500 and '河水' in with_two
+    assert choose_pieces(base, corpus, 500, [none]) == choose_pieces(base, corpus, 500)
+
 def test_text_in_unknown_fields_is_read(tokenizers, tmp_path):
     (tmp_path/'a.jsonl').write_text('{"trad": "\\u6cb3水東流", "simp": "河水东流"}\n'*50, encoding='utf-8')
     out = merge(tokenizers/'llama2_32000.model', [], tmp_path/'o', size=32_006, corpus=[tmp_path/'a.jsonl'])
