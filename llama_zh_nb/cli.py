@@ -74,6 +74,10 @@ def _typed(f, args):
             except ValueError: raise SystemExit(_usage(f'{n.upper()} must be a number, not {args[n]!r}')) from None
     return args
 
+class _Parser(argparse.ArgumentParser):
+    "Wrong use gets one line; a list of a hundred options helps nobody"
+    def error(self, message): raise SystemExit(_usage(f'{message}. See {self.prog} --help'))
+
 def _usage(msg):
     print(f'llama-zh: {msg}', file=sys.stderr)
     return 2
@@ -129,7 +133,7 @@ def overview(
 # %% ../nbs/32_cli.ipynb #fb0c2a4e
 def _recipe_parser(prog, text, extra):
     from llama_zh_nb.recipes import Recipe, PRESETS
-    p = argparse.ArgumentParser(prog, description=text)
+    p = _Parser(prog, description=text)
     p.add_argument('--recipe', metavar='NAME_OR_YAML', default=None, help=f"a preset ({', '.join(PRESETS)}) or a YAML file; default: the environment's LLAMA_ZH_RECIPE, else mini")
     extra(p)
     add_arguments(p.add_argument_group('fields of the recipe', 'each goes before what the recipe says'), Recipe)
@@ -148,7 +152,7 @@ def _run(argv):
     a = vars(_recipe_parser('llama-zh run', 'The whole path. What is done and unchanged is skipped; an interrupted run goes on.', extra).parse_args(argv))
     only, force, plan = a.pop('only'), a.pop('force'), a.pop('plan')
     m = importlib.import_module('llama_zh_nb.run')
-    if plan: print(m.plan(_recipe(a))); return 0
+    if plan: print(m.plan(_recipe(a), only)); return 0
     m.run(_recipe(a), only, force)
     return 0
 
@@ -191,7 +195,7 @@ def rag_ask(
 def _plain(argv, cmd):
     "Any command that is just a function"
     f = _load(COMMANDS[cmd][0])
-    p = argparse.ArgumentParser(f'llama-zh {cmd}', description=inspect.getdoc(f))
+    p = _Parser(f'llama-zh {cmd}', description=inspect.getdoc(f))
     add_arguments(p, f)
     a = _typed(f, vars(p.parse_args(argv)))
     for (c,n),read in _READ.items():

@@ -177,6 +177,7 @@ def quantize(
     note = dict(bits=bits, group_size=shapes.group_size, left=shapes.left, desc_act=desc_act, damp=damp, template=str(getattr(template, 'name', template)))
     with writing(out) as tmp:
         rows = _gptq(model_dir, (bits, shapes, desc_act, damp), ids, tok, tmp, pick_device(device), seed, verbose)
+        if up := [l['damp'] for l in rows if l['damp'] > 1.01*damp]: print(f'damping raised from {damp:g} to as much as {max(up):g} in {len(up)} of {len(rows)} matrices: their Hessian had no inverse; more calibration text helps', flush=True)
         _finish(model_dir, tmp, shapes)
         write_json(tmp/'quantize.json', note | dict(examples=len(ids), tokens=sum(map(len, ids)), layers=rows))
         _check_saved(model_dir, tmp, shapes.left)

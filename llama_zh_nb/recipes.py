@@ -18,9 +18,10 @@ _all_ = ['record', 'stage', 'read_run', 'update_run']   # run.json: see core
 @dataclass
 class Recipe:
     name:str = 'custom'               # the run's name; its folder is runs/<name>
-    base:str = 'mini'                 # 'mini', a Hugging Face or Meta folder, or a Hub id
+    base:str = 'mini'                 # 'mini', a Hugging Face or Meta folder, or a Hub id; `run:NAME/FOLDER` means a folder of another run
     corpus:list = field(default_factory=list)         # Chinese texts: files, folders or globs; `world:` means the generated world
     replay_corpus:list = field(default_factory=list)  # English texts that are mixed in, so that English is not forgotten
+    replay_lang:str = 'en'            # what is kept of them: 'en', or 'any' where general Chinese is to be kept too, as under a domain
     sft:list = field(default_factory=list)            # chats: Alpaca, ShareGPT, OpenAI messages, text CSV, Parquet
     docs:list = field(default_factory=list)           # the documents that are answered from
     questions:str = None              # JSON lines {"question","answer","kind"} that are asked after each stage
@@ -52,7 +53,7 @@ class Recipe:
     epochs:float = 1.                 # times through the corpus
     warmup:float = .05                # share of the steps in which the rate rises
     weight_decay:float = .01          # AdamW's
-    replay:float = .2                 # share of English blocks
+    replay:float = .2                 # share of blocks from the replay corpus
     mix_documents:bool = False        # the documents of a block see each other, as in earlier projects
     cut:bool = False                  # documents are laid end to end and cut wherever a block ends
     drop_rest:bool = False            # what fills no block is dropped
@@ -149,10 +150,19 @@ PRESETS |= {
                         replay=0., sft_text_share=0., template='llama2-chat', engine='fsdp2', gpus=8),
 }
 
+# %% ../nbs/00_recipes.ipynb #d0a1c002
+_DOMAIN = dict(replay_lang='any', replay=.4, init='full-length')
+PRESETS |= {
+    'mini-herbs': dict(_MINI, **_DOMAIN, base='run:mini/chat', vocab_size=3968, corpus=['herbs:zh'], replay_corpus=['run:mini/world/zh', 'run:mini/world/en'],
+                       sft=['herbs:chats.json', 'run:mini/world/chats.json'], docs=['herbs:docs'], questions='herbs:questions.jsonl', heldout_zh='herbs:heldout_zh.jsonl',
+                       heldout_en='run:mini/world/heldout_en.jsonl') | dict(max_steps=250, sft_max_steps=250, control_steps=0, lr=1e-3, sft_lr=1e-3),
+    'llama2-7b-domain': dict(PRESETS['llama2-7b-24gb'], **_DOMAIN, base='run:llama2-7b-24gb/chat', vocab_size=60416),
+}
+
 # %% ../nbs/00_recipes.ipynb #d7c479a6
 _TYPES = {f.name: f.type for f in fields(Recipe)}
 _TRAIN = ('lora+new','lora+embed','lora','embed','full')
-_CHOICES = dict(segment=('words','none'), train=_TRAIN, sft_train=_TRAIN, bits=(2,3,4,8), attn=('sdpa','eager','flash_attention_2'),
+_CHOICES = dict(replay_lang=('en','any'), segment=('words','none'), train=_TRAIN, sft_train=_TRAIN, bits=(2,3,4,8), attn=('sdpa','eager','flash_attention_2'),
                 engine=('ddp','fsdp2','fsdp2-offload','zero2','zero2-offload','zero3','zero3-offload'))
 _OPTIONAL = {f.name for f in fields(Recipe) if f.default is None}
 
@@ -208,7 +218,7 @@ def _preset(name):
     return dict(PRESETS[name], name=name)
 
 # %% ../nbs/00_recipes.ipynb #6cd563ab
-def _of_world(v): return any(str(o).startswith('world:') for o in (v if isinstance(v, list) else [v]))
+def _of_world(v): return any(str(o).startswith(('world:', 'herbs:', 'run:mini/world/')) for o in (v if isinstance(v, list) else [v]))
 
 def _own(d, given):
     "`d` without those fields of the generated world that make no sense beside what the user gave"
@@ -265,14 +275,22 @@ def resolve(
     recipe:Recipe,
     paths, # one path or a list
 )->list: # of str
-    "The real paths behind a recipe's entries; `world:x` is `<run>/world/x`, generated on first use"
+    "The real paths behind a recipe's entries: `world:x` is `<run>/world/x`, generated on first use, as is `herbs:x`; `run:name/x` is `x` in another run"
     paths = [] if paths is None else [paths] if isinstance(paths, (str,Path)) else list(paths)
-    return [_world(recipe, p[6:]) if p.startswith('world:') else os.path.expanduser(p) for p in map(str, paths)]
+    return [_real(recipe, p) for p in map(str, paths)]
 
-def _world(recipe, rest):
-    w = run_dir(recipe)/'world'
-    if not w.is_dir(): need('llama_zh_nb.world').write_world(w, seed=recipe.seed)
+def _real(recipe, p):
+    kind, _, rest = p.partition(':')
+    if kind == 'run': return _of_run(rest)
+    if kind not in ('world', 'herbs'): return os.path.expanduser(p)
+    w = run_dir(recipe)/kind
+    if not w.is_dir(): (need('llama_zh_nb.world').write_world if kind == 'world' else need('llama_zh_nb.domain').write_herbs)(w, seed=recipe.seed)
     return str(w/rest)
+
+def _of_run(rest):
+    name = rest.split('/')[0]
+    if not (runs_root()/name).is_dir(): raise LlamaZhError(f'run:{rest} is a folder of another run, and there is no {runs_root()/name}: make it first with llama-zh run --recipe {name}')
+    return str(runs_root()/rest)
 
 # %% ../nbs/00_recipes.ipynb #640c38e0
 def heldout(

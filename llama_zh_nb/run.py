@@ -80,7 +80,7 @@ def make_corpus(run):
     rep = build(run.files('corpus'), run/'corpus', seed=r.seed).check()
     m = dict(documents=rep.train, valid=rep.valid, chars=rep.chars, dropped={k: v['count'] for k,v in rep.dropped.items()}, problems=rep.problems)
     if not r.replay_corpus: return m
-    en = build(run.files('replay_corpus'), run/'corpus_en', lang='en', seed=r.seed).check()
+    en = build(run.files('replay_corpus'), run/'corpus_en', lang=r.replay_lang, seed=r.seed).check()
     return m | dict(documents_en=en.train, valid_en=en.valid, chars_en=en.chars)
 
 # %% ../nbs/30_run.ipynb #eb28bba9
@@ -192,7 +192,7 @@ _SFT = 'template system sft_train sft_lr sft_epochs sft_max_steps sft_batch sft_
 
 STAGES = [
     Stage('weights',    'base',      make_weights, sources='base'),
-    Stage('corpus',     'corpus',    make_corpus, fields='seed', sources='corpus replay_corpus'),
+    Stage('corpus',     'corpus',    make_corpus, fields='seed replay_lang', sources='corpus replay_corpus'),
     Stage('vocab',      'tokenizer', make_vocab, look_vocab, 'vocab_size segment', needs='base corpus'),
     Stage('embeddings', 'resized',   make_embeddings, look_embeddings, 'init pad_to seed', needs='base tokenizer'),
     Stage('pretrain',   'pretrained', make_pretrain, lambda run: judge(run, 'pretrained'), _PRE + ' max_steps', needs='resized corpus corpus_en'),
@@ -222,18 +222,28 @@ def check_inputs(
         for p in run.files(f):
             if not Path(p).exists(): raise LlamaZhError(f'{f}: no such file: {p}')
 
-# %% ../nbs/30_run.ipynb #06e824f5
+# %% ../nbs/30_run.ipynb #d0a1c003
 class Plan(list):
     "Rows (stage, folder, what will be done, why)"
     def __repr__(self): return '\n'.join(f'{n:11} {o:11} {w:5} {y}' for n,o,w,y in self)
     def _repr_markdown_(self): return '| stage | folder | | why |\n|---|---|---|---|\n' + '\n'.join(f'| {n} | {o}/ | {w} | {y} |' for n,o,w,y in self)
 
+def _chosen(only, stages):
+    names = [s.name for s in stages] + ['report']
+    only = names if not only else [only] if isinstance(only, str) else list(only)
+    if bad := [o for o in only if o not in names]: raise LlamaZhError(f"no stage {bad[0]!r}: there are {', '.join(names)}")
+    return only
+
+# %% ../nbs/30_run.ipynb #06e824f5
 def plan(
     recipe:Recipe=None, # None: `get_recipe()`
+    only:list=None,     # names of stages; None: all
 )->Plan:
     "What `run` would do now; a stage whose inputs are yet to be made is judged by those that are there"
-    run, rows = Run(recipe or get_recipe()), Plan()
-    for s in STAGES:
+    only, recipe = _chosen(only, STAGES), recipe or get_recipe()
+    check_inputs(recipe)
+    run, rows = Run(recipe), Plan()
+    for s in (s for s in STAGES if s.name in only):
         why = s.unless and s.unless(run.recipe)
         rows.append((s.name, s.out, *(('left out', why) if why else verdict(run, s, inputs(run, s)))))
     return rows
@@ -247,12 +257,6 @@ def _alone(folder):
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: raise LlamaZhError(f'another run is at work in {folder}: wait for it, or choose another folder with --out') from None
         yield
-
-def _chosen(only, stages):
-    names = [s.name for s in stages] + ['report']
-    only = names if not only else [only] if isinstance(only, str) else list(only)
-    if bad := [o for o in only if o not in names]: raise LlamaZhError(f"no stage {bad[0]!r}: there are {', '.join(names)}")
-    return only
 
 def _short(m):
     "A few numbers of a stage for its line on the terminal"
