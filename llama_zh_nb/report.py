@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'Story', 'path_part', 'claims_part', 'vocab_part', 'bits_part', 'curves_part', 'answers_part',
-           'accuracy_part', 'failures_part', 'cost_part', 'fine_print', 'report']
+           'accuracy_part', 'failures_part', 'cost_part', 'fine_print', 'tasks_part', 'report']
 
 # %% ../nbs/31_report.ipynb #e28665ba
 import html, re
@@ -224,7 +224,9 @@ def _lead(s):
     return '，'.join(bits) + '。下面是一路上量到的数字，答对的和答错的都在。'
 
 # %% ../nbs/31_report.ipynb #f2d5a440
-PARTS = (path_part, claims_part, vocab_part, bits_part, curves_part, answers_part, accuracy_part, failures_part, cost_part, fine_print)
+def tasks_part(s): return need('llama_zh_nb.compare').compare_part(s)     # models in columns, where chapter 11 compared them
+
+PARTS = (path_part, claims_part, vocab_part, bits_part, curves_part, answers_part, accuracy_part, tasks_part, failures_part, cost_part, fine_print)
 
 def report(
     run_dir,       # run folder with run.json

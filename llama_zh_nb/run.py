@@ -274,6 +274,7 @@ def run(
     recipe = recipe or get_recipe()
     only = _chosen(only, STAGES)
     check_inputs(recipe)
+    need('llama_zh_nb.launch').check_alone(recipe, only)
     this = Run(recipe)
     if recipe.threads: need('torch', 'train').set_num_threads(recipe.threads)
     warnings.filterwarnings('ignore', category=FutureWarning)   # what libraries will change some day is not the user's affair
@@ -285,6 +286,13 @@ def run(
         for i,s in enumerate(todo, 1): _step(this, s, f'[{i}/{len(todo)}] {s.name:10} ', force)
         if 'report' in only: print('report:', need('llama_zh_nb.report').report(this.dir), flush=True)
     return read_run(this.dir)
+
+_TRAINED = {'pretrain': ('resized', lambda run: {'corpus': run/'corpus', 'replay': run/'corpus_en'}), 'sft': ('pretrained', lambda run: {'chats': run.files('sft')})}
+
+def _card(run, s):
+    "The card once more, now that the whole of the held-out text was measured"
+    base, data = _TRAINED[s.name]
+    need('llama_zh_nb.cards').leave_card(run/s.out, run/base, {k: v for k,v in data(run).items() if isinstance(v, list) or v.exists()})
 
 def _left_out(run, s): return s.unless and s.unless(run.recipe) or read_run(run.dir).get('stages', {}).get(s.name, {}).get('left_out')
 
@@ -298,4 +306,5 @@ def _step(run, s, head, force):
         made_by = next((o for o in STAGES if o.out == n), None)
         if made_by and not (run/n).exists() and not _left_out(run, made_by): raise LlamaZhError(f'{s.name} needs {run/n}, which is not there: run stage {made_by.name} first')
     do(run, s, say)
+    if s.name in _TRAINED and not said[-1].startswith('skipped'): _card(run, s)
     if (t := time.time()-t0) > .5 and not said[-1].startswith('skipped') and read_run(run.dir)['stages'][s.name].get('done'): say(f"{t:.0f} s: {_short(read_run(run.dir)['stages'][s.name]['metrics'])}")
