@@ -39,6 +39,7 @@ def shape_of(
 )->Shape:
     "The shape of a base, from its config alone"
     if base in SHAPES: return SHAPES[base]
+    if str(base).startswith('run:') and (r := need('llama_zh_nb.recipes').get_recipe(base[4:].split('/')[0])): return replace(shape_of(r.base), vocab=r.vocab_size)
     folder = Path(need('llama_zh_nb').__file__).parent/'data'/'mini' if base == 'mini' else Path(base)
     if (folder/'config.json').is_file():
         c = read_json(folder/'config.json'); n, h = c['num_attention_heads'], c['hidden_size']

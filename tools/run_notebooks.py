@@ -15,9 +15,11 @@ ANSI = re.compile(r'\x1b\[[0-9;]*m')
 def is_slow(cell): return cell.cell_type == 'code' and bool(SLOW.search(cell.source))
 
 def path_notebooks():
-    "The notebooks to run, in order."
-    import nbformat
-    nbs = sorted(NBS.glob('[0-9][0-9]_*.ipynb'))
+    "The notebooks to run, in the order of the site's sidebar."
+    import nbformat, yaml
+    entries = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    flat = [f for o in entries for f in (o['contents'] if isinstance(o, dict) and 'section' in o else [o])]
+    nbs = [NBS/f for f in flat if isinstance(f, str) and re.match(r'\d\d_', f)]
     return [p for p in nbs if not any(map(is_slow, nbformat.read(p, as_version=4).cells[:3]))]
 
 def clock(secs): return f'{int(secs)//60}:{int(secs)%60:02d}'
