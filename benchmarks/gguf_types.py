@@ -39,7 +39,7 @@ def write(a):
         size, best = sum(f.stat().st_size for f in (d/'m').glob('*.safetensors')), {}
         for _ in range(a.repeat):
             for t in a.types or ['f16', 'q8_0']:
-                code = f'import torch, gguf, llama_zh_nb.gguf_file as g\n' + timed(f'g.to_gguf({str(d/"m")!r}, {str(d/"ours.gguf")!r}, {t!r})')
+                code = f'import torch, gguf, llama_zh_nb.gguf_file as g\n' + timed(f'g.to_gguf({str(d/"m")!r}, {str(d/"ours.gguf")!r}, {t!r}, overwrite=True)')
                 s, peak, _ = child(code)
                 best[f'ours {t}'] = min(best.get(f'ours {t}', (1e9, 0)), (s, peak))
                 if not a.converter or t not in ('f32', 'f16', 'q8_0'): continue

@@ -115,6 +115,7 @@ def usable(new, question, before)->bool:
 # %% ../nbs/08_answer.ipynb #aac3204f
 _IT = re.compile(r'(?<![其吉排维結结])[它他她牠](?:们|們)?|(?<![去哪])[这那這](?:里|儿|裡|裏|(?:座|个|個|条|條|本|位|种|種|家|部)(?:城市|国家|地方|人|书|河|东西|作家|节日|动物|學校|学校|公司)?)(?=[的有在是叫产出属多几怎什哪吃玩？?，,]|$)|(?<![与及和尤极])其(?![他它她中实余次间后實餘間後])')
 _WHAT_OF = re.compile(r'(?:那么?|那麼|还有|還有)?[，, ]*([^，,？?]{1,12}?)呢[？?]?')
+_MORE = re.compile(r'(?:那么?|那麼)?[，, ]*(?:(?:还有|還有)(?:的|吗|嗎|什么|什麼|谁|誰|(?:哪|别的|別的|其他|其它|另外).*)?|(?:其他|其它|其余|其餘|别的|別的|另外).*)呢?[？?]?')   # asks for others, names none
 
 def subject(question)->str:
     "What `question` speaks of: its first name, else its first noun; '' if there is none"
@@ -130,7 +131,7 @@ def by_rule(question, before)->str:
     thing = subject(before)
     if not thing or thing in question: return question
     if _IT.search(question): return _IT.sub(thing, question, 1)
-    if not (m := _WHAT_OF.fullmatch(question.strip())): return question
+    if _MORE.fullmatch(question.strip()) or not (m := _WHAT_OF.fullmatch(question.strip())): return question
     other = subject(m[1])
     return before.replace(thing, m[1]) if other == m[1] and len(other) > 1 and _is_name(other) else f'{thing}的{m[1].removeprefix("的")}是什么？'
 
@@ -222,7 +223,7 @@ def open_assistant(
     strategy:str='stuff',    # stuff, refine or map_reduce
     prompt:str=None,         # plain or cited; None: plain for a folder, cited for a server
     threshold:float=None,    # a best score below it is refused; None: what the index holds
-    max_new_tokens:int=256,  # longest answer
+    max_new_tokens:int=None, # longest answer; None: 256, or a quarter of what the model reads
     search:str=None,         # lexical, dense or hybrid; None: as the index was made
     rerank:str=None,         # a cross-encoder that sorts the passages: folder or Hub id
     **kw,                    # see `load_chat`
@@ -231,11 +232,13 @@ def open_assistant(
     if model and llm: raise LlamaZhError('give a model folder (--model) or a server (--llm), not both')
     if llm and '://' not in llm: raise LlamaZhError(f'--llm {llm} is no address of a server: it should begin with http://; a folder is given with --model')
     if llm_model and not llm: raise LlamaZhError('--llm-model names a model of a server: give its address too (--llm)')
-    if max_new_tokens < 1: raise LlamaZhError(f'max_new_tokens is {max_new_tokens}: an answer needs 1 or more')
+    if max_new_tokens is not None and max_new_tokens < 1: raise LlamaZhError(f'max_new_tokens is {max_new_tokens}: an answer needs 1 or more')
     if not (model or llm) and strategy != 'stuff': raise LlamaZhError(f'strategy {strategy} needs a model (--model or --llm)')
     more = dict(llm_model=llm_model) if llm else {}
-    return Assistant(open_index(index, search=search, **({'rerank': rerank} if rerank else {})), llm or model, prompt or ('cited' if llm else 'plain'), k, threshold, strategy=strategy,
-                     max_new_tokens=max_new_tokens, **more, **kw)
+    bot = Assistant(open_index(index, search=search, **({'rerank': rerank} if rerank else {})), llm or model, prompt or ('cited' if llm else 'plain'), k, threshold, strategy=strategy,
+                    max_new_tokens=max_new_tokens or 256, **more, **kw)
+    if max_new_tokens is None and hasattr(bot.llm, 'reach'): bot.llm.max_new_tokens = min(256, bot.llm.reach//4)
+    return bot
 
 # %% ../nbs/08_answer.ipynb #ea6e862a
 def rag_ask(
@@ -248,13 +251,14 @@ def rag_ask(
     strategy:str='stuff',    # how they are read: stuff, refine, map_reduce
     prompt:str=None,         # plain or cited; None: plain for a folder, cited for a server
     threshold:float=None,    # a best score below it is refused; None: what the index holds
-    max_new_tokens:int=256,  # longest answer
+    max_new_tokens:int=None, # longest answer; None: 256, or a quarter of what the model reads
     search:str=None,         # lexical, dense or hybrid; None: as the index was made
     rerank:str=None,         # a cross-encoder that sorts the passages: folder or Hub id
 ):
     "Answer a question from an index, with numbered sources"
     bot = open_assistant(index, model, llm, llm_model, k, strategy, prompt, threshold, max_new_tokens, search, rerank)
-    return bot.ask(' '.join(question) if isinstance(question, list) else question)
+    if not (q := ' '.join(question) if isinstance(question, list) else question).strip(): raise LlamaZhError('the question is empty')
+    return bot.ask(q)
 
 # %% ../nbs/08_answer.ipynb #19a22a13
 def rag_chat(
@@ -267,7 +271,7 @@ def rag_chat(
     prompt:str=None,         # plain or cited; None: plain for a folder, cited for a server
     rewrite:str='auto',      # who completes follow-up questions: model, rules, off; auto: the model where it cites, else rules
     threshold:float=None,    # a best score below it is refused; None: what the index holds
-    max_new_tokens:int=256,  # longest answer
+    max_new_tokens:int=None, # longest answer; None: 256, or a quarter of what the model reads
     search:str=None,         # lexical, dense or hybrid; None: as the index was made
     rerank:str=None,         # a cross-encoder that sorts the passages: folder or Hub id
 ):

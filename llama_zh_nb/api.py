@@ -28,11 +28,23 @@ class ApiError(Exception):
         self.body = dict(error=dict(message=message, type=kind, param=param, code=code))
         super().__init__(message)
 
+def _plainer(errors):
+    "The first complaint, where pydantic speaks of its own insides in our words"
+    e = errors[0]
+    kind, loc = e['type'], list(e['loc'])
+    if kind == 'json_invalid': return dict(e, loc=[], msg=f"the body is not JSON: {e['ctx']['error']} at character {loc[-1]}")
+    if loc == ['body'] and kind == 'missing': return dict(e, msg='the body is empty')
+    if loc == ['body'] and kind == 'model_attributes_type': return dict(e, msg='Content-Type must be application/json' if isinstance(e['input'], bytes) else 'the body must be a JSON object')
+    at = [x for x in loc if x != 'body'][:3]
+    if at[:1] == ['messages'] and at[2:] == ['content'] and loc[-1] != 'content' and not any(x['type'] == 'invalid_text' for x in errors):
+        return dict(e, type='content', loc=at, msg='text, or text parts, was expected; images are not supported')
+    return e
+
 def from_validation(
     errors:list, # pydantic's
 )->ApiError:
     "The first of pydantic's complaints"
-    e = errors[0]
+    e = _plainer(errors)
     loc = [str(x) for x in e['loc'] if x != 'body' and not (isinstance(x, str) and re.search(r'[\[(]|^(str|int|list|dict)$|^function-after', x))]
     code = {'extra_forbidden': 'unknown_parameter', 'missing': 'missing_required_parameter', 'unsupported_parameter': 'unsupported_parameter', 'json_invalid': 'invalid_json'}.get(e['type'], 'invalid_value')
     param = (e.get('ctx') or {}).get('param') or '.'.join(loc) or None

@@ -7,7 +7,7 @@ __all__ = ['origin', 'about', 'front', 'write_card', 'check_card', 'leave_card',
            'push_to_hub', 'check_push', 'push_after']
 
 # %% ../nbs/06_cards.ipynb #5275ac17
-import os, re
+import json, os, re
 from fnmatch import fnmatch
 from pathlib import Path
 from .core import LlamaZhError, need, writing, read_json, sha256, versions
@@ -155,6 +155,7 @@ def write_card(
     if (folder/'history.json').exists(): h = read_json(folder/'history.json'); info, rows = h['info'], h['rows']
     src, name = origin(base or folder, base_name, licence), name or folder.resolve().name
     m, final = _metrics(rows), _final(folder, rows)
+    if isinstance(metrics, str) and metrics.lstrip().startswith('{'): metrics = json.loads(metrics)
     more = list((read_json(metrics) if isinstance(metrics, (str, Path)) else metrics or {}).items())
     if data is not None and not isinstance(data, dict): data = {'training': data}
     for f, peft in ((folder, (folder/'adapter_config.json').exists()), (folder/'adapter', True)):
@@ -227,7 +228,7 @@ class Upload:
 def check_name(repo):
     "owner/name, as the Hub allows it"
     why = '' if re.fullmatch(r'[\w.-]+/[\w.-]+', str(repo)) else 'owner/name was expected'
-    try: why or need('huggingface_hub').utils.validate_repo_id(repo)
+    try: why or need('huggingface_hub.utils').validate_repo_id(repo)
     except ValueError as e: why = str(e).splitlines()[0]
     if why: raise LlamaZhError(f'{repo!r} is not the name of a repository: {why}')
 

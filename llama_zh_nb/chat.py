@@ -28,7 +28,7 @@ def sampling(
     "Settings by name, checked"
     def near(x, xs, what):
         n = difflib.get_close_matches(str(x), xs, 1, .5)
-        return LlamaZhError(f'unknown {what} {x!r}' + (f', did you mean {n[0]}?' if n else '') + f" There are: {', '.join(xs)}")
+        return LlamaZhError(f'unknown {what} {x!r}' + (f', did you mean {n[0]}?' if n else '.') + f" There are: {', '.join(xs)}")
     if preset not in PRESETS: raise near(preset, PRESETS, 'preset')
     for k, v in changes.items():
         if k not in _RANGE: raise near(k, _RANGE, 'setting')

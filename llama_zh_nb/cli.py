@@ -164,7 +164,8 @@ def _run(argv):
     only, force, plan = a.pop('only'), a.pop('force'), a.pop('plan')
     m = importlib.import_module('llama_zh_nb.run')
     if plan: print(m.plan(_recipe(a), only)); return 0
-    m.run(_recipe(a), only, force)
+    source = a['recipe'] or os.environ.get('LLAMA_ZH_RECIPE') or 'mini'
+    m.run(_recipe(a), only, force, source)
     return 0
 
 def _estimate(argv):
@@ -228,6 +229,7 @@ def main(
     except LlamaZhError as e: print(f'llama-zh: {e}', file=sys.stderr); return 1
     except KeyboardInterrupt: print('\nllama-zh: interrupted; the same command goes on from here', file=sys.stderr); return 130
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 0
+    except OSError as e: print(f'llama-zh: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr); return 1
     except SystemExit as e: return e.code if isinstance(e.code, int) else 2
 
 def _no_command(argv):

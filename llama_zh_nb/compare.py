@@ -7,7 +7,7 @@ __all__ = ['PUBLISHED', 'forgetting', 'published_table', 'lines_of', 'compare_pa
            'evaluate_command']
 
 # %% ../nbs/11_compare.ipynb #ce73b24b
-import json, math
+import json, math, sys
 from pathlib import Path
 from .bits import BitsTable, compare_bits
 from .charts import COLOURS, Html, esc
@@ -39,8 +39,7 @@ PUBLISHED = [   # model, measure, value, source
     ('Chinese-Alpaca-2-7B', 'C-Eval valid, 0-shot / 5-shot', '41.3 / 42.9', _ALPACA2),
     ('Chinese-LLaMA-2-7B', 'CMMLU test, 0-shot / few-shot', '27.9 / 34.1', _ALPACA2),
     ('Chinese-Alpaca-2-7B', 'CMMLU test, 0-shot / few-shot', '40.0 / 41.8', _ALPACA2),
-    ('Chinese-LLaMA-2-7B', 'llama.cpp perplexity: F16, Q8_0, Q5_K, Q4_K, Q4_0', '9.128, 9.129, 9.168, 9.240, 9.476', _ALPACA2),
-    ('Llama-2-7B', 'WikiText-2 perplexity: fp16; GPTQ 4 bits, groups of 128', '5.47; 5.61 to 5.87', 'several sources')]
+    ('Chinese-LLaMA-2-7B', 'llama.cpp perplexity: F16, Q8_0, Q5_K, Q4_K, Q4_0', '9.128, 9.129, 9.168, 9.240, 9.476', _ALPACA2)]
 
 def published_table()->Html:
     "The reference figures with their source"
@@ -159,7 +158,7 @@ class Comparison:
 # %% ../nbs/11_compare.ipynb #505a2b2d
 def evaluate_command(
     models:list,        # model folders; the first is the one others are compared with
-    tasks:list=None,    # ceval, cmmlu, agieval-gaokao, c3, world-zh, folders, files, LongBench's .jsonl, or lm-eval:NAME
+    tasks:list=None,    # ceval, cmmlu, agieval-gaokao, c3, world-zh, world-en, folders, files, LongBench's .jsonl, or lm-eval:NAME; None: world-zh
     text:list=None,     # text files or folders for bits per character and byte
     out:str='evaluation', # folder for results, comparison.json and comparison.html
     shots:int=0,        # examples in front of each question
@@ -171,7 +170,8 @@ def evaluate_command(
     split:str=None,     # of the task: val, test or dev
     limit:int=None,     # questions of each subject at most
     corpus:str=None,    # training text to look for the questions in
-    window:int=None, stride:int=None, # for --text
+    window:int=None,    # for --text: tokens read at once; None: what the model reads
+    stride:int=None,    # for --text: tokens counted in each window
     english:bool=True,  # also our English task and text, so that forgetting shows
     device:str='auto', dtype:str=None,
 )->Comparison:
@@ -181,8 +181,15 @@ def evaluate_command(
     if len(set(names)) < len(names): names = ['/'.join(f.resolve().parts[-2:]) for f in folders]
     names = [n.replace('/', '-') if names.count(n) == 1 else f'{n}-{i+1}'.replace('/', '-') for i,n in enumerate(names)]
     texts, todo, text_task = _texts_of(text), list(tasks or ([] if text else ['world-zh'])), lambda t: str(t).startswith('world-') and not Path(t).exists()
+    for what, v, ok in (('form', form, ('base', 'chat')), ('by', by, ('letter', 'text')), ('spelling', spelling, ('both', 'bare', 'space')), ('split', split, (None, 'val', 'test', 'dev'))):
+        if v not in ok: raise LlamaZhError(f"{what} is {v!r}: use one of {', '.join(map(str, ok))}")
+    for what, v, low in (('shots', shots, 0), ('limit', limit, 1), ('window', window, 3), ('stride', stride, 1)):
+        if v is not None and v < low: raise LlamaZhError(f'{what} is {v}: expected {low} or more')
     if english: todo += [] if 'world-en' in todo else ['world-en']; texts['English sample'] = _english()
     sources = {t: t if str(t).startswith('lm-eval:') or _is_long(t) else read_task(t, split) for t in todo}     # wrong names before models are loaded
+    for t, s in sources.items():
+        if getattr(s, 'dropped', None): print(f'{t}: {sum(s.dropped.values())} rows left out: ' + ', '.join(f'{n} {why}' for why, n in s.dropped.items()), file=sys.stderr)
+        if text_task(t) and shots: print(f'{t} has no examples: asked 0-shot', file=sys.stderr)
     leaks = [contamination(s, Path(corpus)) for s in sources.values() if corpus and not isinstance(s, str)]
     results, bits = [], []
     for name, folder in zip(names, folders):

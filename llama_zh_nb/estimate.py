@@ -309,12 +309,12 @@ def _amount(r, tokens, chars, per):
     if not n: return n, seen, 'no corpus was given: ONE MILLION TOKENS ARE ASSUMED (say --tokens or --chars); time grows with them'
     return n, seen, f'{n:,} tokens of the corpus' + (f' ({chars:,} characters at {per:g} a token)' if not tokens else '') + f', {r.epochs:g} times through, with {r.replay*bool(r.replay_corpus):.0%} replay'
 
-def _seconds(r, s, tokens, gpu, tflops, measure):
+def _seconds(r, s, tokens, gpu, tflops, measure, g):
     "Time of pretraining and how it was found"
     if measure:
         one = need('llama_zh_nb.estimate').probe(**s | dict(half=on_gpu(r) and s['half'] and pick_device(r.device).startswith('cuda')), device=r.device)
         return one*tokens/(r.batch*r.block*r.gpus), f'steps timed on this machine now ({one:.2g} s each, {r.batch*r.block/one:,.0f} tokens a second); measuring and saving during the run come on top'
-    speed, how = (tflops, f'the given {tflops:g} TFLOP/s') if tflops else (GPUS[gpu][1]*SUSTAINED, f'{SUSTAINED:.0%} of the peak of {gpu} (an assumption)') if gpu else (100, '100 TFLOP/s (an assumption)') if on_gpu(r) else (.05, '0.05 TFLOP/s (an assumption; --probe measures this machine)')
+    speed, how = (tflops, f'the given {tflops:g} TFLOP/s') if tflops else (GPUS[gpu][1]*SUSTAINED, f'{SUSTAINED:.0%} of the peak of {gpu} (an assumption)') if gpu else (100, '100 TFLOP/s (an assumption)') if g else (.05, '0.05 TFLOP/s (an assumption; --probe measures this machine)')
     flops = step_flops(s['s'], s['train'], s['new'], s['rows'], r.lora_r, r.block, r.gradient_checkpointing)
     return tokens*flops/(speed*1e12*r.gpus), f'{flops/1e9:,.3g} GFLOP for a token at {how}' + (f' on each of {r.gpus} GPUs' if r.gpus > 1 else '')
 
@@ -337,15 +337,15 @@ def estimate(
     "Memory by part, time, disk, and where the recipe fits"
     _check(recipe, tokens=tokens, chars=chars, chars_per_token=chars_per_token, tflops=tflops)
     r, m, sft = recipe, memory(recipe, gpu=gpu), memory(recipe, True, gpu)
-    most, g, s = max(m['peak'], sft['peak']), on_gpu(recipe, gpu), step_of(recipe)
+    most, g, s, asked = max(m['peak'], sft['peak']), on_gpu(recipe, gpu), step_of(recipe), gpu
     cards = [k for k,v in GPUS.items() if most <= v[0]*2**30*USABLE]
     gpu = find_gpu(gpu) if gpu and g else next(iter(sorted(cards, key=lambda k: GPUS[k][:2])), None) if g else None
     per = chars_per_token or (1.5 if r.vocab_size > s['s'].vocab else .7)
     n, seen, amount = _amount(r, tokens, chars, per)
-    seconds, how = _seconds(r, s, seen, gpu, tflops, probe)
+    seconds, how = _seconds(r, s, seen, gpu, tflops, probe, g)
     disk = disk_bytes(r, n or seen, chars or int((n or 0)*per))
     e = Estimate({'parameters': s['s'].params(s['rows']), 'trained parameters': sum(trained_params(s['s'], s['train'], s['new'], s['rows'], r.lora_r).values()),
                   **{f'memory: {k}': v for k,v in m['parts'].items()}, 'memory: peak of pretraining': m['peak'], 'memory: peak of fine-tuning': sft['peak'],
-                  **{f'disk: {k}': v for k,v in disk.items() if v}, 'disk: sum': sum(disk.values()), 'tokens': seen, 'time of pretraining, about': seconds, 'fits on': ', '.join(cards) or 'none of the GPUs known here'})
+                  **{f'disk: {k}': v for k,v in disk.items() if v}, 'disk: sum': sum(disk.values()), 'tokens': seen, 'time of pretraining, about': seconds, **({'fits on': ', '.join(cards) or 'none of the GPUs known here'} if asked != 'cpu' else {})})
     e.note = _note(r, gpu, g, cards, m, how, amount)
     return e

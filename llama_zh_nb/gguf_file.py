@@ -7,7 +7,7 @@ __all__ = ['TYPES', 'file_type', 'Vocab', 'gguf_vocab', 'gguf_rope', 'GGUF', 're
            'convert_tensor', 'quantize_gguf', 'to_gguf']
 
 # %% ../nbs/12_gguf.ipynb #e6442626
-import html, math, re
+import contextlib, html, math, re
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -106,7 +106,7 @@ class GGUF:
         self.path, self.notes, g = Path(path), [], need('gguf', 'deploy')
         if (kind := what_is(path)) != 'a GGUF file': raise LlamaZhError(f'{path} is {kind}, a GGUF file was expected')
         try: rd = g.GGUFReader(self.path)
-        except Exception as e: raise LlamaZhError(f'{path}: {self.path.stat().st_size:,} bytes that begin like a GGUF file and then break off or are damaged ({str(e)[:80] or type(e).__name__})') from None
+        except Exception as e: raise LlamaZhError(f'{path}: {self.path.stat().st_size:,} bytes that begin like a GGUF file and then break off or are damaged; get or make it again' + (f' ({e})' if 'version' in str(e) else '')) from None
         self.meta = {k: f.contents() for k, f in rd.fields.items() if not k.startswith('GGUF.')}
         self._t = {t.name: t for t in rd.tensors}
         self.tensors = {n: (t.tensor_type.name, tuple(int(i) for i in t.shape[::-1])) for n, t in self._t.items()}
@@ -241,7 +241,7 @@ def _template(folder):
 def _plan(model_dir, length):
     "(config, open weights, vocabulary, rope, tensors) of a folder, or one message why it cannot be written"
     folder = Path(model_dir)
-    if not (folder/'config.json').is_file(): raise LlamaZhError(f'{folder} is {what_is(folder)}, a Hugging Face model folder with config.json was expected')
+    if not (folder/'config.json').is_file(): raise LlamaZhError(f'{folder} is {what_is(folder)}{" without config.json" if folder.is_dir() else ""}: a Hugging Face model folder was expected')
     c = read_json(folder/'config.json')
     if q := c.get('quantization_config'): raise LlamaZhError(f"{folder} is already quantized ({q.get('quant_method', '?')}): start from the plain folder it was made from")
     if c.get('model_type') != 'llama': raise LlamaZhError(f"{folder} is of the kind {c.get('model_type')!r}, a Llama was expected")
@@ -303,20 +303,27 @@ def _requantize(src, dst, name, number, threads=0):
     return [f'{n[1]} matrices have widths that {name} cannot hold and got another type'] if n else []
 
 # %% ../nbs/12_gguf.ipynb #cc05c534
+@contextlib.contextmanager
+def _making(out, overwrite, *sources):
+    "`writing`, but nothing is replaced unasked"
+    not_over(out, *sources)
+    if Path(out).is_file() and not overwrite: raise LlamaZhError(f'{out} exists already: choose another file, or say --overwrite, and it is replaced once the new one is complete')
+    try:
+        with writing(out) as tmp: yield tmp
+    except OSError as e: raise LlamaZhError(f'{out} was not written: {e.strerror or e}') from e
+
 def quantize_gguf(
     src,         # f32 or f16 GGUF file
     out,         # GGUF file to make
     type:str='q4_K_M', # any that llama.cpp knows
     threads:int=0,     # 0: all cores
+    overwrite:bool=False, # replace a file that is there already
 )->GGUF:
     "Quantize a GGUF file with llama.cpp"
-    name, number = file_type(type)
-    old = read_gguf(src)
-    not_over(out, src)
+    (name, number), old = file_type(type), read_gguf(src)
     if not set(old.kinds()) <= {'F32', 'F16', 'BF16'}: raise LlamaZhError(f'{src} holds {", ".join(old.kinds())}: start from an f32 or f16 file, since every quantization loses something')
-    with writing(out) as tmp: notes = _requantize(src, tmp, name, number, threads)
-    got = read_gguf(out)
-    got.notes = notes
+    with _making(out, overwrite, src) as tmp: notes = _requantize(src, tmp, name, number, threads)
+    got = read_gguf(out); got.notes = notes
     return got
 
 # %% ../nbs/12_gguf.ipynb #7e7fed1d
@@ -326,20 +333,18 @@ def to_gguf(
     type:str='f16',  # f32, f16, q8_0, q4_0; with llama-cpp-python also q4_K_M, q5_K_M, q6_K, ...
     name:str=None,   # the model's name; None: the folder's
     length:int=None, # a model with dynamic NTK scaling only: the length whose base is written
+    overwrite:bool=False, # replace a file that is there already
 )->GGUF:
     "A model folder as one file for llama.cpp and its family"
     (type, number), out, folder = file_type(type), Path(out), Path(model_dir)
     if out.is_dir(): raise LlamaZhError(f'{out} is a folder: name the file to be made, such as {out/f"model-{type}.gguf"}')
-    plan = _plan(folder, length)
-    about = name or folder.resolve().name, _template(folder), _card(folder)
-    not_over(out, folder)
+    plan, about = _plan(folder, length), (name or folder.resolve().name, _template(folder), _card(folder))
     if type not in TYPES: _llama_cpp()
-    with writing(out) as tmp:
+    with _making(out, overwrite, folder) as tmp:
         if type in TYPES: notes = _write(tmp, plan, type, *about)
         else:   # an exact file first, for llama.cpp to read
             exact = tmp.with_name(f'{tmp.name}-exact')
             try: notes = _write(exact, plan, 'f16' if {plan[1][k].spec(k)[0] for k in plan[4]} == {'F16'} else 'f32', *about) + _requantize(exact, tmp, type, number)
             finally: exact.unlink(missing_ok=True)
-    got = read_gguf(out)
-    got.notes = notes
+    got = read_gguf(out); got.notes = notes
     return got

@@ -8,7 +8,7 @@ __all__ = ['Item', 'build_index', 'open_index', 'eval_command', 'DEFAULT_THRESHO
            'is_gold', 'pick_threshold', 'read_questions', 'terms']
 
 # %% ../nbs/08_indexing.ipynb #07221f8b
-import concurrent.futures as cf, contextlib, hashlib, importlib, json, multiprocessing as mp, os, pickle, platform, re, shutil, threading, uuid
+import codecs, concurrent.futures as cf, contextlib, hashlib, importlib, json, multiprocessing as mp, os, pickle, platform, re, shutil, threading, uuid
 from pathlib import Path
 from typing import NamedTuple
 from .core import LlamaZhError, need, progress, read_json, sha256, write_json, writing
@@ -279,6 +279,9 @@ def build_index(
     "Split `docs`, index the chunks, write the folder, and open it; files that did not change since the last time are not read again"
     out = Path(out).absolute()
     if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out/_INFO).is_file(): raise LlamaZhError(f'{out} holds something else: name a new folder for the index')
+    if max_mib <= 0: raise LlamaZhError(f'max_mib is {max_mib:g}: expected more than 0')
+    try: codecs.lookup(encoding or 'utf-8')
+    except LookupError: raise LlamaZhError(f'unknown encoding {encoding!r}: give one such as utf-8, gb18030 or big5, or none') from None
     s = dict(tokenizer=tokenizer, tokenizer_id=_tokenizer_id(tokenizer), chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap, words=bool(words), encoding=encoding, max_mib=max_mib)
     name = embedding_name(embedding)
     address, collection = _collection(out, store, name)
@@ -304,7 +307,7 @@ def open_index(
 )->ZhRetriever:
     "Open an index folder; works from any process, and takes no model unless vectors are searched"
     folder = Path(folder)
-    if not (folder/_INFO).is_file(): raise LlamaZhError(f"{folder} is not an index: {'index.json is missing in it' if folder.is_dir() else 'there is no such folder'}; make one with build_index")
+    if not (folder/_INFO).is_file(): raise LlamaZhError(f"{folder} is not an index: {'index.json is missing in it' if folder.is_dir() else 'there is no such folder'}; make one with  llama-zh rag index")
     info = read_json(folder/_INFO)
     if info.get('version') != 2: raise LlamaZhError(f'{folder} was made by another version of this package: build the index again')
     search = search or ('lexical' if info['embedding'] in ('lexical', 'none') else 'dense')

@@ -90,17 +90,18 @@ def _layout(g):
 def modelfile(
     gguf,               # GGUF file
     template=None,      # layout; None: the one the file carries
-    out=None,           # where to write it; None: only return it
+    out=None,           # where to write it; None: only print it
     system:str=None,    # a system text for every conversation
     preset:str='alpaca2', # sampling, see `chat.PRESETS`
 )->str:
     "A Modelfile for Ollama"
     g = need('llama_zh_nb.gguf_file').read_gguf(gguf)
     t = get_template(template or _layout(g))
+    if '"""' in (system or ''): raise LlamaZhError('the system text holds """, with which a text ends in a Modelfile: write it without')
     s, stop = need('llama_zh_nb.chat').sampling(preset), ['</s>', *[m for m in t.markers if m.startswith('[')]]
     where = f'./{Path(gguf).name}' if not out or Path(out).absolute().parent == Path(gguf).absolute().parent else os.path.relpath(gguf, Path(out).absolute().parent)
     lines = [f'FROM {where}', f'TEMPLATE """{go_template(t)}"""']
-    if system: lines.append('SYSTEM """' + system.replace('"""', "'''") + '"""')
+    if system: lines.append('SYSTEM """' + system + '"""')
     keys = dict(temperature='temperature', top_k='top_k', top_p='top_p', repetition_penalty='repeat_penalty')
     lines += [f'PARAMETER {keys[k]} {v:g}' for k, v in s.items()] + [f'PARAMETER num_ctx {g.meta.get("llama.context_length", 2048)}'] + [f'PARAMETER stop "{w}"' for w in stop]
     text = '\n'.join(lines) + '\n'

@@ -6,6 +6,7 @@
 __all__ = ['pad_id', 'shorten', 'Examples', 'examples', 'with_texts', 'Packed', 'ChatCollate', 'token_losses']
 
 # %% ../nbs/06_packing.ipynb #9a0e1b06
+import html
 from pathlib import Path
 from .core import LlamaZhError, need
 from .templates import get_template, encode_chats, encode_texts, Encoded
@@ -43,7 +44,7 @@ class Examples:
     def __getitem__(self, i): return self.items[i]
     def _rows(self): return [(k.replace('_', ' '), f'{v:,}' if isinstance(v, int) else f'{v:.1%}' if isinstance(v, float) else str(v)) for k, v in self.report.items() if v not in ([], 0)]
     def __repr__(self): return '\n'.join(f'{k}: {v}' for k, v in self._rows())
-    def _repr_html_(self): return '<table>' + ''.join(f'<tr><th>{k}</th><td>{v}</td></tr>' for k, v in self._rows()) + '</table>'
+    def _repr_html_(self): return '<table>' + ''.join(f'<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>' for k, v in self._rows()) + '</table>'
     def lost(self):
         "What `block` cost, in a line; '' if nothing."
         r, rows = self.report, ', '.join(self.report.get('left_out_rows', [])[:3])

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'WORDS', 'Local', 'Remote', 'safe_name', 'keep_uploads', 'tu
            'showing', 'page']
 
 # %% ../nbs/10_page.ipynb #a2090f84
-import contextlib, html, os, re, shutil, tempfile, unicodedata
+import contextlib, html, os, re, shutil, signal, sys, tempfile, time, unicodedata
 from pathlib import Path
 from .batching import settings_of
 from .chat import PRESETS, fit_turns, room_for
@@ -103,11 +103,11 @@ WORDS = dict(
     zh=dict(title='llama-zh', chat='对话', docs='文档问答', message='请输入消息，回车发送', send='发送', stop='停止', retry='重新回答', clear='清空', settings='设置',
             system='系统提示', preset='采样方案', temperature='温度', top_p='top-p', max_new='最长回答（词元）', seed='随机种子（-1 则每次不同）', upload='上传文件', index='建立索引',
             question='请输入问题', ask='提问', answer='回答', sources='出处', files='已收下 {n} 个文件：{names}', none='还没有文件：请先上传', indexed='索引已建好：{n} 段', refused='没有收下：{why}',
-            gone='最早的 {n} 轮对话放不下了，模型没有读到', empty='请先写点什么', drop='删除文件'),
+            gone='最早的 {n} 轮对话放不下了，模型没有读到', empty='请先写点什么', drop='删除文件', error='出错了'),
     en=dict(title='llama-zh', chat='Chat', docs='Documents', message='Type a message, Enter sends it', send='Send', stop='Stop', retry='Answer again', clear='Clear', settings='Settings',
             system='System prompt', preset='Sampling', temperature='Temperature', top_p='top-p', max_new='Longest answer (tokens)', seed='Random seed (-1: another each time)', upload='Upload files', index='Make the index',
             question='Type a question', ask='Ask', answer='Answer', sources='Sources', files='{n} files taken: {names}', none='There are no files yet: upload some first', indexed='The index is ready: {n} passages', refused='Not taken: {why}',
-            gone='The oldest {n} turns no longer fit and were not read', empty='Write something first', drop='Remove the files'))
+            gone='The oldest {n} turns no longer fit and were not read', empty='Write something first', drop='Remove the files', error='That did not work'))
 
 # %% ../nbs/10_page.ipynb #1f055f78
 def turn(
@@ -129,8 +129,8 @@ def turn(
 class Desk:
     "The files of one visitor, and the index over them"
     def __init__(self, who, root=None, prompt='plain', k=None, **bounds):
-        self.who, self.prompt, self.k, self.bounds, self.bot = who, prompt, k, bounds, None
-        self.folder = Path(tempfile.mkdtemp(prefix='llama-zh-page-', dir=root))
+        self.who, self.prompt, self.k, self.bounds, self.bot, self.skipped = who, prompt, k, bounds, None, []
+        self.folder = Path(tempfile.mkdtemp(prefix='visit-', dir=root))
     def add(self, files): return keep_uploads(files, self.folder/'files', **self.bounds)
     def names(self): return sorted(p.name for p in (self.folder/'files').glob('*'))
     def build(self)->int:
@@ -140,6 +140,7 @@ class Desk:
         out = self.folder/'index'
         rag.build_index(str(self.folder/'files'), out, **(dict(tokenizer=tok) if tok is not None else {}))
         self.bot = self.who.assistant(rag.open_index(out), prompt=self.prompt, k=self.k)
+        self.skipped = [f'{Path(n).name}: {why}' for n, why in self.bot.index.info.get('skipped', [])]     # taken, but nothing could be read in it
         return len(self.bot.index)
     def ask(self, question, **settings):
         "Yield (answer so far, sources)"
@@ -168,7 +169,7 @@ def _look():
 def _kindly(gr, f, *args, **kw):
     "Errors meant for people become a notice on the page"
     try: yield from f(*args, **kw)
-    except LlamaZhError as e: raise gr.Error(str(e), print_exception=False) from None
+    except LlamaZhError as e: raise gr.Error(str(e), title='llama-zh', print_exception=False) from None
 
 def _settings_panel(gr, w, who, max_new):
     with gr.Accordion(w['settings'], open=False) as box:
@@ -186,7 +187,7 @@ def shown(talk):
 
 def _chat_events(gr, who, box, msg, talk, lang, buttons, inputs):
     def put(text, talk, lang):
-        if not text or not text.strip(): raise gr.Error(WORDS[lang]['empty'], print_exception=False)
+        if not text or not text.strip(): raise gr.Error(WORDS[lang]['empty'], title=WORDS[lang]['error'], print_exception=False)
         talk = [*talk, dict(role='user', content=text)]
         return '', talk, shown(talk)
     def reply(talk, lang, system, preset, temperature, top_p, max_new, seed):
@@ -230,21 +231,21 @@ def _docs_tab(gr, w, who, lang, desk, bounds):
         w = WORDS[lang]
         desk = desk or Desk(who, **bounds)
         kept, refused = desk.add(files or [])
-        if not desk.names(): raise gr.Error(w['none'] + ''.join('\n' + w['refused'].format(why=x) for x in refused), print_exception=False)
+        if not desk.names(): raise gr.Error(w['none'] + ''.join('\n' + w['refused'].format(why=x) for x in refused), title=w['error'], print_exception=False)
         try: n = desk.build()
-        except LlamaZhError as e: raise gr.Error(str(e), print_exception=False) from None
-        lines = [w['files'].format(n=len(desk.names()), names='、'.join(desk.names())), w['indexed'].format(n=n), *(w['refused'].format(why=x) for x in refused)]
+        except LlamaZhError as e: raise gr.Error(str(e), title='llama-zh', print_exception=False) from None
+        lines = [w['files'].format(n=len(desk.names()), names='、'.join(desk.names())), w['indexed'].format(n=n), *(w['refused'].format(why=x) for x in [*refused, *desk.skipped])]
         return desk, '<br>'.join(map(html.escape, lines)), None
     def answer(question, desk, lang):
-        if not question or not question.strip(): raise gr.Error(WORDS[lang]['empty'], print_exception=False)
-        if not desk or not desk.bot: raise gr.Error(WORDS[lang]['none'], print_exception=False)
+        if not question or not question.strip(): raise gr.Error(WORDS[lang]['empty'], title=WORDS[lang]['error'], print_exception=False)
+        if not desk or not desk.bot: raise gr.Error(WORDS[lang]['none'], title=WORDS[lang]['error'], print_exception=False)
         for text, sources in _kindly(gr, desk.ask, question, preset='greedy'): yield text, sources_html(sources, WORDS[lang])
     def forget(desk):
         if desk: desk.clear()
         return '', None
     index.click(build, [files, desk, lang], [desk, state, files])
     drop.click(forget, desk, [state, files])
-    for e in (q.submit, ask.click): e(answer, [q, desk, lang], [out, src])
+    for e in (q.submit, ask.click): e(answer, [q, desk, lang], [out, src], show_progress_on=out)
     return dict(upload=files, index=index, drop=drop, question=q, ask=ask, answer=out)
 
 # %% ../nbs/10_page.ipynb #01cf167d
@@ -274,14 +275,16 @@ def make_page(
 @contextlib.contextmanager
 def showing(who, host='127.0.0.1', port=0, lang='zh', max_new=512, max_mb=20, key=None, **kw):
     "The page served from a thread; yields its address"
-    gr, page = need('gradio', 'serve'), make_page(who, lang, max_new, max_mb=max_mb, **kw)
+    need('gradio', 'serve')
+    root = tempfile.mkdtemp(prefix='llama-zh-page-')     # all visitors' files, gone with the server
+    page = make_page(who, lang, max_new, max_mb=max_mb, root=root, **kw)
     page.queue(default_concurrency_limit=16, max_size=64)
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     try: url = page.launch(server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, inbrowser=False, show_error=False, max_file_size=int(max_mb*2**20),
                            allowed_paths=[], ssr_mode=False, footer_links=[], auth=('llama-zh', key) if key else None, **_look())[1]
     except OSError as e: raise LlamaZhError(f'the page cannot be served on {host} port {port}: {e}') from None
     try: yield url.rstrip('/')
-    finally: page.close(verbose=False)
+    finally: page.close(verbose=False); shutil.rmtree(root, ignore_errors=True)
 
 def page(
     model:str=None,       # model folder; None: `api`
@@ -306,7 +309,8 @@ def page(
     secret = need('llama_zh_nb.serve')._key
     need('gradio', 'serve')
     who = Remote(api, secret(api_key_file)) if api else Local(Engine(model, max_new_tokens=max_new_tokens, device=device, dtype=dtype))
-    with showing(who, host, port, lang, max_new_tokens, max_mb, secret(password_file) if password_file else None, max_files=max_files, prompt=prompt, k=k) as url:
+    with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))     # leave in order, so that visitors' files go
+    with contextlib.suppress(KeyboardInterrupt), showing(who, host, port, lang, max_new_tokens, max_mb, secret(password_file) if password_file else None, max_files=max_files, prompt=prompt, k=k) as url:
+        if host not in ('127.0.0.1', '::1', 'localhost') and not password_file: print('anybody who can reach this machine may use the page: set --password-file', file=sys.stderr)
         print(f'{who.name} at {url}', flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            while True: __import__('time').sleep(3600)
+        while True: time.sleep(3600)

@@ -17,14 +17,14 @@ def privategpt_settings(
     name:str=None,    # what the server calls the model; None: as its folder
     embedding='BAAI/bge-small-zh-v1.5', # a model of sentence-transformers for Chinese
     max_new_tokens:int=None, # of an answer; None: a quarter of what the model reads, 512 at most
-    out=None,         # settings-llama-zh.yaml; None: only return it
+    out=None,         # settings-llama-zh.yaml; None: only print it
 )->str:
     "A profile for privateGPT"
     folder, u = Path(model_dir), urlsplit(api)
     if u.scheme not in ('http', 'https') or not u.hostname or not u.path.rstrip('/').endswith('/v1'): raise LlamaZhError(f'{api!r} is no address of an OpenAI-compatible server: expected one like http://127.0.0.1:8000/v1')
     n = read_json(folder/'config.json')['max_position_embeddings']
-    new = max_new_tokens or min(n//4, 512)
-    if not 0 < new < n: raise LlamaZhError(f'max_new_tokens is {new}, and the model reads {n} tokens in all')
+    new = min(n//4, 512) if max_new_tokens is None else max_new_tokens
+    if not 0 < new < n: raise LlamaZhError(f'max_new_tokens is {new}: expected 1 to {n-1}, for the model reads {n} tokens in all')
     text = need('yaml').safe_dump({
         'server': {'env_name': '${APP_ENV:llama-zh}'},
         'llm': {'mode': 'openailike', 'max_new_tokens': new, 'context_window': n, 'temperature': .2, 'tokenizer': str(folder.resolve())},

@@ -87,7 +87,7 @@ def read_questions(
     return rows
 
 # %% ../nbs/08_recall.ipynb #2d675284
-DEFAULT_THRESHOLD = .35  # between what `pick_threshold` gives on CMRC 2018 and on DRCD; measure your own
+DEFAULT_THRESHOLD = .35  # between what `pick_threshold` gives on CMRC 2018 (trial) and DRCD (dev), see benchmarks/retrieval.py; measure your own
 HASHED_THRESHOLDS = dict(dense=.19, hybrid=.27)  # the same for vectors that need no model
 
 class Threshold(NamedTuple):

@@ -32,7 +32,7 @@ def _own_pieces(maps):
 def zero_state(
     checkpoint, # folder of a run with DeepSpeed
 ): # yields (parameter, {'fp32': flat tensor, 'exp_avg': ..., 'exp_avg_sq': ..., 'step': ..., 'lrs': of all groups})
-    "What DeepSpeed's optimizers of all processes knew, a parameter at a time; the files are mapped into memory, not read at once"
+    "What DeepSpeed's optimizers of all processes knew, a parameter at a time; the files are mapped into memory, not read at once. They are pickles: go on only from checkpoints of your own"
     torch, d = need('torch', 'train'), Path(checkpoint)
     d = d/(d/'latest').read_text().strip()
     read = lambda f: torch.load(f, map_location='cpu', mmap=True, weights_only=False)

@@ -269,12 +269,13 @@ def run(
     recipe:Recipe=None,  # None: `get_recipe()`
     only:list=None,      # names of stages; None: all
     force:bool=False,    # also what is done and unchanged
+    source:str=None,     # preset or file that the recipe was got from, for what is said about it
 )->dict: # run.json
     "The whole path from a recipe: weights, corpus, vocab, embeddings, pretrain, control, sft, quantize, rag, report"
     recipe = recipe or get_recipe()
     only = _chosen(only, STAGES)
     check_inputs(recipe)
-    need('llama_zh_nb.launch').check_alone(recipe, only)
+    need('llama_zh_nb.launch').check_alone(recipe, only, source)
     this = Run(recipe)
     if recipe.threads: need('torch', 'train').set_num_threads(recipe.threads)
     warnings.filterwarnings('ignore', category=FutureWarning)   # what libraries will change some day is not the user's affair

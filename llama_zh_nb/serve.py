@@ -12,7 +12,7 @@ from pathlib import Path
 from . import __version__
 from .batching import settings_of
 from .core import LlamaZhError, need, read_json
-from .engine import Busy, Engine, Stopping, TooLong
+from .engine import BadLength, BadPrompt, Busy, Engine, Stopping, TooLong
 from .guard import LOCAL, Guard, Meters, is_local, log
 
 # %% ../nbs/10_serve.ipynb #43b82a99
@@ -89,7 +89,9 @@ async def _generate(s, request, q, args, chat, prompts=1):
     "Answer a chat or completion request"
     api, responses = need('llama_zh_nb.api'), need('fastapi.responses', 'serve')
     if q.stream_options and not q.stream: raise api.ApiError(400, 'stream_options needs stream to be true', 'invalid_value', 'stream_options')
-    answer = api.Answer(s.engine, s.name, await aside(s.engine.submit_all, args), chat, q.logprobs not in (None, False), prompts)
+    try: jobs = await aside(s.engine.submit_all, args)
+    except BadLength as e: raise api.ApiError(400, str(e), 'invalid_value', 'max_completion_tokens' if getattr(q, 'max_completion_tokens', None) else 'max_tokens') from None
+    answer = api.Answer(s.engine, s.name, jobs, chat, q.logprobs not in (None, False), prompts)
     if q.stream: return responses.StreamingResponse(_stream(s, request, answer, bool(q.stream_options and q.stream_options.include_usage)), media_type='text/event-stream',
                                                     headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
     await _finished(s, request, answer.jobs)
@@ -97,7 +99,7 @@ async def _generate(s, request, q, args, chat, prompts=1):
 
 # %% ../nbs/10_serve.ipynb #26565b68
 _ERRORS = {400: 'the request is wrong', 401: 'the API key is missing or wrong', 403: 'not called by this name', 404: 'no such thing', 408: 'the body came too slowly', 413: 'the body is too large',
-           415: 'not JSON', 429: 'too many are waiting', 500: 'generation failed', 503: 'shutting down, or waited too long'}
+           429: 'too many are waiting', 500: 'generation failed', 503: 'shutting down, or waited too long'}
 def _responses(stream=False):
     api = need('llama_zh_nb.api')
     out = {k: dict(model=api.ErrorAnswer, description=v) for k, v in _ERRORS.items()}
@@ -170,17 +172,21 @@ def _state_routes(app, s):
     @app.get('/metrics', response_class=responses.PlainTextResponse)
     async def metrics(): return responses.Response(s.meters.text(), media_type='text/plain; version=0.0.4; charset=utf-8')
 
+_ASKED = {'/v1/chat/completions': 'messages', '/v1/completions': 'prompt', '/v1/embeddings': 'input', '/': 'prompt', '/generate': 'history'}
 def _handlers(app):
     "Every error in OpenAI's shape"
     api, responses = need('llama_zh_nb.api'), need('fastapi.responses', 'serve')
     def shown(e): return responses.JSONResponse(e.body, e.status, headers=e.headers)
     def on(kind, f):
-        async def handler(request, e): return shown(f(e))
+        async def handler(request, e):
+            x = f(e)
+            if isinstance(e, BadPrompt): x.body['error']['param'] = _ASKED.get(request.url.path)
+            return shown(x)
         app.add_exception_handler(kind, handler)
     on(api.ApiError, lambda e: e)
     on(Busy, lambda e: api.ApiError(429, str(e), 'overloaded', headers={'Retry-After': str(e.retry_after)}))
     on(Stopping, lambda e: api.ApiError(503, str(e), 'stopping', headers={'Retry-After': '5'}))
-    on(TooLong, lambda e: api.ApiError(400, str(e), 'context_length_exceeded', 'messages'))
+    on(TooLong, lambda e: api.ApiError(400, str(e), 'context_length_exceeded'))
     on(LlamaZhError, lambda e: api.ApiError(400, str(e), 'invalid_value'))
     on(need('fastapi.exceptions', 'serve').RequestValidationError, lambda e: api.from_validation(e.errors()))
     on(need('starlette.exceptions', 'serve').HTTPException, lambda e: api.ApiError(e.status_code, str(e.detail), headers=e.headers))
@@ -270,7 +276,7 @@ def vllm_command(
     host:str='127.0.0.1', port:int=8000, name:str=None, template:str=None, preset:str='alpaca2', max_batch:int=None,
 )->list:
     "What `--engine vllm` runs"
-    folder = Path(model)
+    folder = Path(model); need('llama_zh_nb.measure').check_sizes(folder)
     conf, jinja, s = read_json(folder/'config.json'), folder/'chat_template.jinja', settings_of(preset)
     defaults = {k: s[k] for k in ('temperature', 'top_p', 'top_k', 'repetition_penalty')}
     if template: raise LlamaZhError(f"vLLM reads the template from the folder: write it there first, with templates.write_template({str(model)!r}, {template!r})")

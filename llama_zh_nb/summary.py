@@ -6,7 +6,7 @@
 __all__ = ['EACH', 'JOIN', 'lead', 'central', 'Summary', 'summarize', 'grounded', 'rag_summary']
 
 # %% ../nbs/08_summary.ipynb #17f86907
-import math, re
+import html, math, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,9 +98,9 @@ class Summary:
     calls:int = 0
     chars:int = 0                              # of the document
     def __repr__(self): return self.text
-    def _repr_markdown_(self):
+    def _repr_html_(self):
         how = f'{self.chars:,} characters in {len(self.parts)} parts, {self.calls} calls' if self.parts else f'picked from {self.chars:,} characters'
-        return f'{self.text}\n\n*{how}*'
+        return f'<p style="white-space:pre-wrap">{html.escape(self.text)}</p><p><i>{how}</i></p>'
 
 def _text(doc, encoding=None):
     "The text of a file, a document, or several"

@@ -123,7 +123,7 @@ def get_template(
         key = str(name).strip().lower().replace('_', '-')
         if key not in known:
             near = difflib.get_close_matches(key, known, n=2, cutoff=.5)
-            raise LlamaZhError(f'unknown chat template {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else '') + f' Known: {", ".join(sorted(known))}')
+            raise LlamaZhError(f'unknown chat template {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else '.') + f' Known: {", ".join(sorted(known))}')
         name = known[key]
     return replace(name, **changes) if changes else name
 

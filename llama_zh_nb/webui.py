@@ -31,7 +31,7 @@ def webui_jinja(
 # %% ../nbs/12_webui.ipynb #f25d2ffc
 def webui_template(
     template='alpaca2', # a name or a `Template`
-    out=None,           # `user_data/instruction-templates/NAME.yaml`; None: only return it
+    out=None,           # `user_data/instruction-templates/NAME.yaml`; None: only print it
 )->str:
     "An instruction template for text-generation-webui"
     text = 'instruction_template: |-\n' + ''.join(f'  {l}\n' for l in webui_jinja(template).split('\n'))

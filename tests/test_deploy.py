@@ -194,6 +194,7 @@ def test_modelfile(tmp_path, root):
     assert re.findall(r'^PARAMETER (\w+) (.+)$', text, re.M)[:5] == [('temperature', '0.2'), ('top_k', '40'), ('top_p', '0.9'), ('repeat_penalty', '1.1'), ('num_ctx', '4096')]
     assert 'PARAMETER stop "</s>"' in text and text.startswith('FROM ./m.gguf\n') and 'SYSTEM """你是"老师"。"""' in text
     with pytest.raises(LlamaZhError, match='missing'): modelfile(tmp_path/'none.gguf')
+    with pytest.raises(LlamaZhError, match='system text'): modelfile(tmp_path/'m.gguf', system='say """')
     with pytest.raises(LlamaZhError, match='did you mean'): modelfile(tmp_path/'m.gguf', 'alpaka2')
 
 def probed(template, messages):
@@ -224,4 +225,5 @@ def test_privategpt_settings(tmp_path):
     for bad in ('8000', 'http://127.0.0.1:8000', 'ftp://x/v1', ''):
         with pytest.raises(LlamaZhError, match='no address'): privategpt_settings(tmp_path/'model', bad)
     with pytest.raises(LlamaZhError, match='no such file'): privategpt_settings(tmp_path/'none')
-    with pytest.raises(LlamaZhError, match='max_new_tokens'): privategpt_settings(tmp_path/'model', max_new_tokens=-1)
+    for n in (-1, 0, 4096):
+        with pytest.raises(LlamaZhError, match=f'max_new_tokens is {n}: expected 1 to 4095'): privategpt_settings(tmp_path/'model', max_new_tokens=n)

@@ -168,7 +168,7 @@ def test_refused_with_one_message(plain, tmp_path):
         with pytest.raises(LlamaZhError, match=says): gf.to_gguf(src, out, **kw)
         assert not out.is_file() and not list(tmp_path.glob('.*partial*'))
     refused('missing', tmp_path/'nowhere')
-    refused('an empty folder', (tmp_path/'empty').mkdir() or tmp_path/'empty')
+    refused('an empty folder without config.json', (tmp_path/'empty').mkdir() or tmp_path/'empty')
     refused('already quantized', changed(quantization_config=dict(quant_method='gptq')))
     refused("'qwen2'", changed(model_type='qwen2'))
     refused('biases', changed(attention_bias=True))
@@ -180,6 +180,7 @@ def test_refused_with_one_message(plain, tmp_path):
     refused('unknown GGUF type', plain, type=4)
     refused('is a folder', plain, out=tmp_path)
     refused('dynamic scaling', plain, length=-1)
+    refused('/proc/x.gguf was not written: No such file', plain, out=Path('/proc/x.gguf'))
     c = changed(); (c/'tokenizer.model').unlink(); refused('no such file', c)
     c = changed(); (c/'tokenizer.model').write_bytes(b''); refused('empty', c)
     for kw, says in ((dict(precompiled_charsmap=b'abc'), 'rewrites characters'), (dict(remove_extra_whitespaces=True), 'surplus spaces')):
@@ -190,6 +191,10 @@ def test_refused_with_one_message(plain, tmp_path):
     for bad in ('', 'no gguf'):
         (tmp_path/'bad.gguf').write_text(bad)
         with pytest.raises(LlamaZhError, match='GGUF file was expected'): gr.load_gguf(tmp_path/'bad.gguf')
+    whole = gf.to_gguf(plain, out).path.read_bytes()
+    for n in (4, 30, 5000, len(whole)//2, len(whole) - 1):
+        (tmp_path/'bad.gguf').write_bytes(whole[:n])
+        with pytest.raises(LlamaZhError, match='break off or are damaged; get or make it again$'): gf.read_gguf(tmp_path/'bad.gguf')
 
 def test_numbers_that_do_not_fit(tmp_path):
     from safetensors.torch import load_file, save_file
@@ -199,7 +204,8 @@ def test_numbers_that_do_not_fit(tmp_path):
     with pytest.raises(LlamaZhError, match=r'up_proj.weight holds 7e\+04, more than f16'): gf.to_gguf(m, tmp_path/'x.gguf')
     assert gf.to_gguf(m, tmp_path/'x.gguf', 'f32').get('blk.1.ffn_up.weight')[0, 0] == 7e4
     w['model.layers.1.mlp.up_proj.weight'][0, 0] = float('nan'); save_file(w, m/'model.safetensors', metadata=dict(format='pt'))
-    with pytest.raises(LlamaZhError, match='NaN'): gf.to_gguf(m, tmp_path/'x.gguf', 'q8_0')
+    with pytest.raises(LlamaZhError, match='exists already.*--overwrite'): gf.to_gguf(m, tmp_path/'x.gguf', 'f32')
+    with pytest.raises(LlamaZhError, match='NaN'): gf.to_gguf(m, tmp_path/'x.gguf', 'q8_0', overwrite=True)
     assert gf.read_gguf(tmp_path/'x.gguf').get('blk.1.ffn_up.weight')[0, 0] == 7e4     # what was there is still there
 
 def test_without_llama_cpp(plain, tmp_path, monkeypatch):
@@ -362,7 +368,7 @@ def test_chat_template_in_the_file(chat, llama_cpp, tmp_path):
 @pytest.mark.slow
 def test_memory_stays_with_the_largest_tensor(tmp_path):
     m = folder(tmp_path/'m', hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=80_000, num_hidden_layers=1)
-    code = 'import sys, torch, llama_zh_nb.gguf_file as g, gguf; from llama_zh_nb.core import peak_rss; g.gguf_vocab(sys.argv[1]); a = peak_rss(); g.to_gguf(sys.argv[1], sys.argv[2], sys.argv[3]); print(peak_rss() - a)'
+    code = 'import sys, torch, llama_zh_nb.gguf_file as g, gguf; from llama_zh_nb.core import peak_rss; g.gguf_vocab(sys.argv[1]); a = peak_rss(); g.to_gguf(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True); print(peak_rss() - a)'
     used = {t: int(subprocess.run([sys.executable, '-c', code, str(m), str(tmp_path/'x.gguf'), t], capture_output=True, text=True, check=True).stdout) for t in ('f16', 'q8_0')}
     largest, whole = 80_000*512*4, (m/'model.safetensors').stat().st_size
     print({k: f'{v/2**20:.0f} MiB' for k, v in used.items()}, f'largest tensor {largest/2**20:.0f} MiB, file {whole/2**20:.0f} MiB')

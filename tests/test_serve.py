@@ -96,8 +96,10 @@ def test_limits(mini):
         assert late.wait(20) and late.finish_reason == 'time'
     assert all(j.finish_reason in ('cancelled', 'length') for j in jobs)
     with pytest.raises(Stopping): e.submit('x')
-    for kw in (dict(max_waiting=0), dict(max_batch=-1), dict(max_new_tokens=0)):
+    for kw in (dict(max_waiting=0), dict(max_batch=-1), dict(max_new_tokens=0), dict(max_prompt=0), dict(cache_tokens=-1)):
         with pytest.raises(LlamaZhError, match='1 or more'): Engine(mini, **kw)
+    for x in (-1, 0, float('nan')):
+        with pytest.raises(LlamaZhError, match='more than 0'): Engine(mini, max_seconds=x)
 
 def test_cache_is_bounded(mini):
     with Engine(mini, max_batch=8, cache_tokens=100) as e:
@@ -228,14 +230,27 @@ def test_openai_client_embeddings_and_models(client, mini):
 
 @pytest.mark.parametrize('body,code,param', [
     (dict(tools=[dict(type='function')]), 'unsupported_parameter', 'tools'), (dict(response_format=dict(type='json_object')), 'unsupported_parameter', 'response_format'), (dict(logit_bias={'5': 9}), 'unsupported_parameter', 'logit_bias'),
-    (dict(temperature=-1), 'invalid_value', 'temperature'), (dict(n=0), 'invalid_value', 'n'), (dict(max_tokens=10**6), 'invalid_value', None), (dict(tempurature=1), 'unknown_parameter', 'tempurature'), (dict(top_logprobs=2), 'invalid_value', 'top_logprobs'),
-    (dict(messages=[]), 'invalid_value', 'messages'), (dict(messages=user('a', 'b')), 'invalid_value', None), (dict(messages=[dict(role='user', content=[dict(type='image_url')])]), 'invalid_value', None), (dict(messages=user('长'*9000)), 'context_length_exceeded', 'messages'),
+    (dict(temperature=-1), 'invalid_value', 'temperature'), (dict(n=0), 'invalid_value', 'n'), (dict(max_tokens=10**6), 'invalid_value', 'max_tokens'), (dict(max_completion_tokens=10**6), 'invalid_value', 'max_completion_tokens'), (dict(tempurature=1), 'unknown_parameter', 'tempurature'), (dict(top_logprobs=2), 'invalid_value', 'top_logprobs'),
+    (dict(messages=[]), 'invalid_value', 'messages'), (dict(messages=user('a', 'b')), 'invalid_value', 'messages'), (dict(messages=[dict(role='user', content=[dict(type='image_url')])]), 'invalid_value', 'messages.0.content'), (dict(messages=user('长'*9000)), 'context_length_exceeded', 'messages'),
     (dict(model='gpt-4'), 'model_not_found', 'model'), (dict(stream_options=dict(include_usage=True)), 'invalid_value', 'stream_options'), (dict(seed=2**70), 'invalid_value', 'seed')])
 def test_refused_clearly(srv, body, code, param):
     e = post(srv, '/v1/chat/completions', **{'model': 'mini', 'messages': user('x'), **body})
     assert e.status_code == (404 if code == 'model_not_found' else 400), e.text
     err = e.json()['error']
     assert err['code'] == code and err['type'] == 'invalid_request_error' and err['message'] and (param is None or err['param'] == param)
+
+def test_refused_in_plain_words(srv):
+    "The message says what to change, in words of the request and not of the library that checked it"
+    def said(content, path='/v1/chat/completions', kind='application/json'):
+        r = httpx.post(srv.url + path, content=content, headers={'content-type': kind} if kind else {}); assert r.status_code == 400
+        return r.json()['error']['message'], r.json()['error']['param']
+    assert said('{bad') == ('the body is not JSON: Expecting property name enclosed in double quotes at character 1', None)
+    assert said('') == ('the body is empty', None) and said('[]') == ('the body must be a JSON object', None)
+    for kind in ('text/plain', None): assert said('{"prompt": "x"}', '/v1/completions', kind) == ('Content-Type must be application/json', None)
+    for c in ('null', '7', '[{"type": "image_url", "image_url": {"url": "x"}}]'):
+        assert said('{"messages": [{"role": "user", "content": %s}]}' % c) == ('messages.0.content: text, or text parts, was expected; images are not supported', 'messages.0.content')
+    assert said('{"messages": [{"role": "user"}]}')[0] == 'messages.0.content: Field required'
+    assert [said(b, p)[1] for p, b in (('/v1/completions', '{"prompt": [9999999]}'), ('/v1/embeddings', '{"input": [9999999]}'), ('/v1/completions', '{"prompt": "%s"}' % ('长'*9000)), ('/v1/completions', '{"prompt": "x", "max_tokens": 9999}'))] == ['prompt', 'input', 'prompt', 'max_tokens']
 
 def test_langchain(srv, known):
     lc = pytest.importorskip('langchain_openai')
@@ -281,7 +296,7 @@ def test_bodies_that_are_no_requests(srv):
              b'{"messages": [{"role": "user", "content": "x"}], "n": 1e400}', b'{"messages": [{"role": "user", "content": "x"}], "seed": ' + b'9'*5000 + b'}']
     for c in cases:
         r = raw(c); assert r.status_code == 400 and r.json()['error']['message'], (c[:60], r.text)
-    assert raw(b'{"prompt": "x"}', 'text/plain', '/v1/completions').status_code in (400, 415, 200)
+    assert raw(b'{"prompt": "x"}', 'text/plain', '/v1/completions').status_code == 400
     big = raw(b'{"prompt": "' + b'x'*300_000 + b'"}', path='/v1/completions')
     assert big.status_code == 413 and big.json()['error']['code'] == 'body_too_large'
     assert httpx.post(srv.url + '/v1/completions', content=(b'x'*10_000 for _ in range(50)), headers={'content-type': 'application/json'}).status_code == 413      # chunked, no length given
@@ -411,10 +426,11 @@ def test_wrong_starts(folder, tmp_path, monkeypatch):
     (tmp_path/'empty').write_text(''); (tmp_path/'two').write_text('a\nb\n')
     taken = socket.socket(); taken.bind(('127.0.0.1', 0)); taken.listen()
     for kw, word in ((dict(model='nowhere'), 'not a model'), (dict(engine='vlm'), 'vllm'), (dict(preset='hot'), 'preset'), (dict(port=taken.getsockname()[1]), 'in use'), (dict(port=-1), 'port'), (dict(host='no.such.host.invalid'), 'listen'),
-                     (dict(api_key_file=str(tmp_path/'empty')), 'alone'), (dict(api_key_file=str(tmp_path/'two')), 'one line'), (dict(api_key_file=str(tmp_path)), 'directory'), (dict(max_batch=0), '1 or more'), (dict(template='nonsense'), 'template')):
+                     (dict(api_key_file=str(tmp_path/'empty')), 'alone'), (dict(api_key_file=str(tmp_path/'two')), 'one line'), (dict(api_key_file=str(tmp_path)), 'directory'), (dict(max_batch=0), '1 or more'), (dict(max_seconds=-1), 'more than 0'), (dict(template='nonsense'), 'template')):
         with pytest.raises(LlamaZhError, match=word): room.serve(**{'model': str(folder), 'port': 0, 'device': 'cpu', **kw})
     taken.close(); monkeypatch.setenv('PATH', '')
     with pytest.raises(LlamaZhError, match='pip install vllm'): room.serve(str(folder), engine='vllm')
+    with pytest.raises(LlamaZhError, match='nowhere is not a model: there is no such folder'): room.serve('nowhere', engine='vllm')
 
 def test_vllm_gets_the_folder(folder, tmp_path):
     "A stand-in for vLLM prints what it was given"
