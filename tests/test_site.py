@@ -85,6 +85,6 @@ def test_search(watched, url, query):
     assert wrong == []
 
 def test_api_lists_every_module(site):
-    html = (site/'api.html').read_text(encoding='utf-8')
+    html = (site/'reference.html').read_text(encoding='utf-8')
     mods = [p.stem for p in (ROOT/'llama_zh_nb').glob('*.py') if not p.stem.startswith('_')]
     assert [m for m in mods if f'llama_zh_nb.{m}' not in html] == []

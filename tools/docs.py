@@ -73,7 +73,7 @@ def api_page(pages):
         if not rows: continue
         out.append(f'\n## llama_zh_nb.{m[1]}\n\n{pages[nb.name][2]} ([notebook]({nb.name}))\n\n| name | what it does |\n|:--|:--|')
         out += [f'| [`{n}`]({nb.name}#{n.lower()}) | {d.replace("|", chr(92) + "|")} |' for n, d in rows]
-    (PROC/'api.qmd').write_text('\n'.join(out) + '\n', encoding='utf-8')
+    (PROC/'reference.qmd').write_text('\n'.join(out) + '\n', encoding='utf-8')
 
 def with_quarto():
     subprocess.run(['quarto', 'render', '--no-cache'], cwd=PROC, check=True)
