@@ -280,7 +280,7 @@ def showing(who, host='127.0.0.1', port=0, lang='zh', max_new=512, max_mb=20, ke
     page = make_page(who, lang, max_new, max_mb=max_mb, root=root, **kw)
     page.queue(default_concurrency_limit=16, max_size=64)
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    try: url = page.launch(server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, inbrowser=False, show_error=False, max_file_size=int(max_mb*2**20),
+    try: url = page.launch(server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, inbrowser=False, inline=False, show_error=False, max_file_size=int(max_mb*2**20),
                            allowed_paths=[], ssr_mode=False, footer_links=[], auth=('llama-zh', key) if key else None, **_look())[1]
     except OSError as e: raise LlamaZhError(f'the page cannot be served on {host} port {port}: {e}') from None
     try: yield url.rstrip('/')
