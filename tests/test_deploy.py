@@ -121,7 +121,7 @@ def test_the_images_command_answers(image, root, tmp_path):
             if ok or p.poll() is not None: break
             time.sleep(1)
         assert ok, p.stderr.read()[-2000:] if p.poll() is not None else 'not healthy after two minutes'
-        body = json.dumps(dict(model='any', messages=[dict(role='user', content='你好')], max_tokens=8)).encode()
+        body = json.dumps(dict(model=model.name, messages=[dict(role='user', content='你好')], max_tokens=8)).encode()
         r = urllib.request.urlopen(urllib.request.Request(f'http://127.0.0.1:{port}/v1/chat/completions', body, {'Content-Type': 'application/json'}), timeout=60)
         assert json.load(r)['choices'][0]['message']['role'] == 'assistant'
     finally: p.terminate(); p.wait(30)
