@@ -21,12 +21,12 @@ tutorial: venv  ## run all notebooks, end to end, on mini -> runs/mini/report.ht
 test: venv notebooks-clean notebooks-run  ## all checks: modules and notebooks agree, notebooks run, tests, README
 	@tools/browser.sh
 	@echo "== tests"
-	@$(PY) -m pytest -n 2 --dist loadfile tests
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
 test-all: venv notebooks-clean notebooks-run  ## the same and the tests marked slow
 	@tools/browser.sh
 	@echo "== tests, the slow ones too"
-	@$(PY) -m pytest -n 2 --dist loadfile tests --slow
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests --slow
 
 notebooks-clean: venv
 	@echo "== modules equal notebooks, notebooks are clean"
@@ -34,7 +34,7 @@ notebooks-clean: venv
 
 notebooks-run: venv
 	@echo "== the notebooks' own tests, in a fresh run folder"
-	@$(PY) tools/run_notebooks.py --recipe mini --runs runs/test --fresh --report
+	@$(PY) tools/run_notebooks.py --recipe mini --runs runs/test --fresh --jobs 2 --report
 
 docs: venv  ## build the site into _docs/, with Quarto where it is installed, else with Sphinx
 	@$(PY) tools/docs.py

@@ -65,6 +65,7 @@ def about(
     rows, loose = [], 0
     for d in data or []:
         p = Path(d) if isinstance(d, (str, Path)) and len(str(d)) < 1000 and os.path.exists(d) else None
+        if p is None and re.fullmatch(r'[!-~]{1,250}', str(d)): raise LlamaZhError(f'{d}: no such file or folder')
         if p is None: loose += 1
         elif (p/'train.jsonl').exists():
             r = read_json(p/'report.json') if (p/'report.json').exists() else {}

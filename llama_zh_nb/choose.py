@@ -18,10 +18,12 @@ __all__ = ['edge_marks', 'habits', 'balance', 'dictionary', 'model_words', 'mode
 
 # %% ../nbs/03_vocab_choose.ipynb #3b031123
 _MARKS = '，。、；：？！“”‘’（）《》〈〉【】「」『』…—·～'
-def edge_marks(base) -> tuple[str, str]:
-    "Chinese punctuation that may stand behind and in front of a piece: pieces of the base; in front only if it isn't joined with a space already"
-    have = {p.piece for p in base.pieces}
-    return ''.join(c for c in _MARKS if c in have), ''.join(c for c in _MARKS if c in have and '▁'+c not in have)
+def edge_marks(base, marks='edges') -> tuple[str, str]:
+    "Characters that may stand behind and in front of a piece: pieces of the base; in front only if it isn't joined with a space already, and digits only if the base never joins them"
+    if marks == 'none': return '', ''
+    have = {p.piece for p in base.pieces if p.type == NORMAL}
+    digits = '0123456789' if marks == 'edges' and not any(len(p) > 1 and re.search('[0-9]', p) for p in have) else ''
+    return ''.join(c for c in _MARKS if c in have), ''.join(c for c in _MARKS + digits if c in have and '▁'+c not in have)
 
 # %% ../nbs/03_vocab_choose.ipynb #d864c6d8
 def habits(units, n=3000) -> tuple[float, float]:
@@ -112,13 +114,13 @@ def choose_pieces(base,          # the base as `ModelProto`
                   models=(),     # other models, as `ModelProto`, whose pieces are a prior
                   weight=None,   # what each file counts in all; default: balanced
                   prior=None,    # share of the dictionary beside the corpus; default .5, .35 beside models, or 0 where the base reads Chinese already or the corpus is small
-                  punct=True,    # allow marks at the edges?
+                  marks='edges', # 'edges', 'punctuation' (no digits) or 'none'
                   chars=None,    # share of new pieces that may be single characters; default .28 if all common ones find room in it, else .23
                   longest=10,    # characters in a piece
                   most=3_000_000, # distinct units held at once
                  ) -> list[str]:
     "New pieces for a base, best first: characters, then joined ones"
-    (marks, before), have = edge_marks(base) if punct else ('', ''), {p.piece for p in base.pieces}
+    (marks, before), have = edge_marks(base, marks), {p.piece for p in base.pieces}
     parts = _files(corpus, most, marks=marks, before=before)
     if weight and len(weight) != len(parts): raise LlamaZhError(f'{len(weight)} weights for {len(parts)} corpus files: give one for each.')
     parts, weight = zip(*[(p, w) for p, w in zip(parts, weight or [None]*len(parts)) if p]) if any(parts) else ((), ())
@@ -131,7 +133,7 @@ def choose_pieces(base,          # the base as `ModelProto`
     units = mix(parts, ws, ([(dictionary(), prior)] if prior else []) + [(w, model_share(w)) for w in told])
     sure = [c for c in common_chars() if c not in have] if reads < 1000 else []
     if len(sure) > room*(chars or .28): sure = []       # a small vocabulary takes what its corpus holds
-    return _from_units(units, room, have, marks, sure, int(room*(chars or (.28 if sure else .23))), longest)
+    return _from_units(units, room, have, marks + before, sure, int(room*(chars or (.28 if sure else .23))), longest)
 
 # %% ../nbs/03_vocab_choose.ipynb #730d3930
 def _from_units(units, room, have, marks, sure, chars, longest):

@@ -230,7 +230,7 @@ def _trained(corpus, room, segment, words, base, models, weight, marks):
     if room < 1: return []
     if segment == 'none':
         from llama_zh_nb.choose import choose_pieces
-        return choose_pieces(base, corpus, room, models, weight, punct=marks == 'edges')
+        return choose_pieces(base, corpus, room, models, weight, marks=marks)
     have = sum(han_only(p.piece) for p in base.pieces)
     m = model_from(bpe_train(count_units(text_stream(corpus), segment, words), 259 + 2*have + room + room//8 + 50))
     live, old = sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score), {p.piece for p in base.pieces}
@@ -244,7 +244,7 @@ def merge(base_model,          # the base's tokenizer.model or folder, SentenceP
           compat:str=None,     # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte, faults included
           corpus=None,         # texts or files to train pieces on, before those of `add`
           segment:str='none',  # for the corpus: 'none' for what saves most ([03_vocab_choose](03_vocab_choose.ipynb)), 'words' for pieces within words
-          marks:str='edges',   # with 'none' segments: 'edges' for punctuation at the edges of pieces, 'none' for Han characters only
+          marks:str='edges',   # with 'none' segments: 'edges' for punctuation at the edges of pieces and a digit in front, 'punctuation' without digits, 'none' for Han characters only
           weight:list=None,    # for the corpus: how much each file counts, instead of balanced
           words=(),            # for the corpus: words to keep whole
           pad:str='<pad>',     # name of the pad piece, added as a control piece if the base lacks it
@@ -252,7 +252,7 @@ def merge(base_model,          # the base's tokenizer.model or folder, SentenceP
           max_length:int=None, # `model_max_length`
          ) -> Merged:
     "Extend a base vocabulary: old ids stay, old text keeps its encoding, every new piece is reachable"
-    if marks not in ('edges', 'none'): raise LlamaZhError(f"marks={marks!r}: expected 'edges' or 'none'.")
+    if marks not in ('edges', 'punctuation', 'none'): raise LlamaZhError(f"marks={marks!r}: expected 'edges', 'punctuation' or 'none'.")
     base, out_dir, note = read_model(base_model, bpe=True), Path(out_dir), ''
     models = [read_model(a) for a in ([add] if isinstance(add, (str, Path)) else add or [])]
     n, names = len(base.pieces), {p.piece for p in base.pieces}
@@ -278,7 +278,7 @@ def merge_command(base:str=None,      # the base's tokenizer.model or folder
                   out:str=None,       # folder to write
                   compat:str=None,    # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte
                   segment:str='none', # 'none', or 'words' for pieces within words
-                  marks:str='edges',  # 'edges': punctuation may stand at the edges of pieces; 'none': Han characters only
+                  marks:str='edges',  # 'edges': punctuation may stand at the edges of pieces, and a digit in front; 'punctuation': no digits; 'none': Han characters only
                   weight:list=None,   # how much each corpus file counts
                   pad:str='<pad>',    # name of the pad piece
                   max_length:int=None) -> Merged:

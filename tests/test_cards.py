@@ -187,3 +187,8 @@ def test_what_is_not_ready_does_not_go(folder):
     with pytest.raises(LlamaZhError, match='names no licence'): upload_plan(folder, 'me/thin')
     (folder/'README.md').unlink()
     with pytest.raises(LlamaZhError, match='no model card'): upload_plan(folder, 'me/thin')
+
+def test_data_that_is_not_there_is_refused(tmp_path):
+    for name in ('/nope', 'nope/train.jsonl', tmp_path/'nope'):
+        with pytest.raises(LlamaZhError, match='no such file'): about([name])
+    assert about(['河水东流，两岸多柳。'])[0]['documents'] == 1

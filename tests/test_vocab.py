@@ -1,5 +1,5 @@
 "The vocabulary rooms on real tokenizers and real text: exactness, the merge's guarantees, the published files, refusals."
-import json, random, subprocess, sys
+import json, random, re, subprocess, sys
 from pathlib import Path
 import pytest
 from llama_zh_nb.audit import audit, compare, pieces_of, show_tokens
@@ -123,9 +123,20 @@ def test_command_and_weights(tokenizers, tmp_path):
         with pytest.raises(LlamaZhError, match=says): merge_command(**(dict(base=base, corpus=corpus, size=32_010, out=str(tmp_path/'p')) | kw))
 
 def test_marks_can_be_left_out(tokenizers, tmp_path):
+    base, corpus = tokenizers/'llama2_32000.model', ['他来了，但是我们走了。在2009年的12月，1999年。']*50
+    pieces = {k: {p.piece for p in read_model(merge(base, [], tmp_path/k, size=32_040, corpus=corpus, marks=k).path).pieces[32_001:]} for k in ('edges', 'punctuation', 'none')}
+    assert {'9年', '2月'} <= pieces['edges'] and any('，' in p for p in pieces['edges']) and not any(re.search('[0-9][0-9]|[0-9]$', p) for p in pieces['edges'])
+    assert any('，' in p for p in pieces['punctuation']) and not any(re.search('[0-9]', p) for p in pieces['punctuation']) and all(map(han_only, pieces['none']))
+
+def test_digits_join_only_where_the_base_reads_them_one_by_one(tokenizers):
+    from llama_zh_nb.choose import edge_marks
+    m = read_model(tokenizers/'llama2_32000.model')
+    assert set('0123456789') <= set(edge_marks(m)[1]) and not set('0123456789') & set(edge_marks(m)[0])
+    m.pieces[31_000].piece = '12'
+    assert not set('0123456789') & set(edge_marks(m)[1])
+
+def test_unknown_marks_are_refused(tokenizers, tmp_path):
     base, corpus = tokenizers/'llama2_32000.model', ['他来了，但是我们走了。']*50
-    with_marks, without = (read_model(merge(base, [], tmp_path/k, size=32_030, corpus=corpus, marks=k).path).pieces[32_001:] for k in ('edges', 'none'))
-    assert any('，' in p.piece for p in with_marks) and all(han_only(p.piece) for p in without)
     with pytest.raises(LlamaZhError, match='edges'): merge(base, [], tmp_path/'x', corpus=corpus, marks='middle')
 
 def test_common_characters_come_with_a_large_vocabulary(tokenizers):

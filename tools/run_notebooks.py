@@ -1,10 +1,13 @@
 """Run the notebooks of the path in order, each in a fresh kernel, on what the one before made.
 
 Behind `make tutorial` and `make test`. Executed copies go to <run folder>/notebooks/; the first error stops the run and is shown with its notebook and cell.
+With `--jobs N` the chapters behind the path's own (01-08) run N at a time: each of them reads what the path has made, and nothing of another one's.
 Cells marked `#| slow` or `#| eval: false` are left as saved, and so are whole notebooks that say `#| slow` in one of their first three cells.
 """
 import argparse, os, re, shutil, subprocess, sys, time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,9 +29,9 @@ def clock(secs): return f'{int(secs)//60}:{int(secs)%60:02d}'
 
 class Progress:
     "One line a notebook; on a terminal it moves with each cell, elsewhere it speaks up every half minute."
-    def __init__(self, i, n, name, cells):
+    def __init__(self, i, n, name, cells, alone=True):
         self.head, self.cells, self.t0, self.said = f'[{i:2d}/{n}] {name:<18}', cells, time.time(), time.time()
-        self.tty = sys.stdout.isatty()
+        self.tty = alone and sys.stdout.isatty()
     def line(self, j, s=''): return f'{self.head} cell {j:3d}/{self.cells}  {clock(time.time() - self.t0)}{s}'
     def __call__(self, j):
         if self.tty: print('\r' + self.line(j), end='', flush=True)
@@ -50,7 +53,7 @@ def saving(nb, dest):
         nbformat.write(nb, tmp)
         tmp.replace(dest)
 
-def run_one(path, dest, i, n, timeout):
+def run_one(path, dest, i, n, timeout, alone=True):
     "Execute one notebook; `(seconds, peak MB)`, or exit with the error shown."
     import nbformat
     from nbclient import NotebookClient
@@ -58,7 +61,7 @@ def run_one(path, dest, i, n, timeout):
     nb = nbformat.read(path, as_version=4)
     client = NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(NBS)}},
                             extra_arguments=['--log-level=ERROR'])
-    show, j, mb = Progress(i, n, path.stem, len(nb.cells)), 0, None
+    show, j, mb = Progress(i, n, path.stem, len(nb.cells), alone), 0, None
     try:
         with saving(nb, dest), client.setup_kernel():
             for j, cell in enumerate(nb.cells, 1):
@@ -83,6 +86,25 @@ def save_back(path, dest):
     nbformat.write(nb, path)
     subprocess.run([str(Path(sys.executable).parent/'nbdev_clean'), '--fname', str(path)], cwd=ROOT, check=True)
 
+def run_chapter(some):
+    "Notebooks of one chapter, one after the other; their peaks in MB"
+    os.environ.setdefault('OMP_NUM_THREADS', '1')     # two kernels with a thread for every core each wait for one another
+    return [run_one(*a, alone=False)[1] or 0 for a in some]
+
+def run_all(todo, jobs, save):
+    "Peaks in MB of all notebooks: the path in order, then the chapters that only read what it made, `jobs` at a time"
+    chapter, peaks = lambda a: a[0].name[:2], []
+    first = len(todo) if jobs == 1 else 1 + max((i for i, a in enumerate(todo) if '01' <= chapter(a) <= '08'), default=-1)
+    for a in todo[:first]:
+        peaks.append(run_one(*a)[1] or 0)
+        if save: save_back(*a[:2])
+    with ProcessPoolExecutor(jobs) as pool:
+        lanes = [pool.submit(run_chapter, list(c)) for _, c in groupby(todo[first:], chapter)]
+        try:
+            for l in as_completed(lanes): peaks += l.result()
+        except BaseException: pool.shutdown(wait=False, cancel_futures=True); raise
+    return peaks
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('notebooks', nargs='*', help='only these (names or beginnings of names); default: all of the path')
@@ -91,8 +113,10 @@ def main():
     p.add_argument('--fresh', action='store_true', help='empty the run folder first')
     p.add_argument('--report', action='store_true', help='finish with run.json and report.html')
     p.add_argument('--save', action='store_true', help='write the outputs back into nbs/ (for maintainers)')
+    p.add_argument('--jobs', type=int, default=1, help='chapters at a time, from 09 on')
     p.add_argument('--timeout', type=int, default=1200, help='seconds a single cell may take')
     a = p.parse_args()
+    if a.save and a.jobs > 1: p.error('--save shows times and memory: with it the notebooks run one at a time, leave --jobs out')
 
     os.environ.setdefault('PYTHONWARNINGS', 'ignore:IProgress not found')  # text progress bars are what we want here
     os.environ.update(LLAMA_ZH_RUNS=str(a.runs.resolve()), LLAMA_ZH_RECIPE=a.recipe)
@@ -104,11 +128,9 @@ def main():
     todo = path_notebooks()
     if a.notebooks: todo = [t for t in todo if any(t.name.startswith(Path(o).name) for o in a.notebooks)]
     if not todo: sys.exit(f'error: no notebook of nbs/ is called {" or ".join(a.notebooks)}')
-    t0, peaks = time.time(), []
-    for i, path in enumerate(todo, 1):
-        dest = run/'notebooks'/path.name
-        peaks.append(run_one(path, dest, i, len(todo), a.timeout)[1] or 0)
-        if a.save: save_back(path, dest)
+    t0, dest = time.time(), run/'notebooks'
+    todo = [(path, dest/path.name, i, len(todo), a.timeout) for i, path in enumerate(todo, 1)]
+    peaks = run_all(todo, a.jobs, a.save)
     print(f'{len(todo)} notebooks in {clock(time.time() - t0)}, peak memory {max(peaks)} MB; executed copies: {run}/notebooks/')
     if a.report:
         subprocess.run([str(Path(sys.executable).parent/'llama-zh'), 'report', str(run)], check=True)
