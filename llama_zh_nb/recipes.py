@@ -93,6 +93,9 @@ class Recipe:
     chunk_overlap:int = 0             # tokens that two neighbours share
     k:int = 3                         # passages given to the model
     threshold:float = None            # a best passage scored below this, unless it stands out, means "nothing fits"; None: measured for the index
+    # measuring side by side
+    tasks:list = field(default_factory=list)          # benchmarks that every stage's model is put to, as `llama-zh evaluate --tasks` takes them
+    tasks_limit:int = None            # questions of each subject at most
 
     def __post_init__(self):
         if self.sft_warmup is None: self.sft_warmup = self.warmup
@@ -120,7 +123,7 @@ _7B = dict(base='meta-llama/Llama-2-7b-hf', vocab_size=55296, dtype='bfloat16', 
            gradient_checkpointing=True)
 
 PRESETS = {
-    'mini': dict(_MINI, **_WORLD),
+    'mini': dict(_MINI, **_WORLD, tasks=['world-zh'], tasks_limit=10),
     'llama2-7b-16gb': dict(_7B, block=512,  batch=1, accum=32, sft_batch=1, sft_block=512, load_in_4bit=True),
     'llama2-7b-24gb': dict(_7B, block=512,  batch=2, accum=16, sft_batch=2, sft_block=1024),
     'llama2-7b-80gb': dict(_7B, block=1024, batch=16, accum=4, sft_batch=8, sft_block=2048, train='lora+embed', sft_train='lora+embed'),
@@ -218,7 +221,7 @@ def _preset(name):
     return dict(PRESETS[name], name=name)
 
 # %% ../nbs/00_recipes.ipynb #6cd563ab
-def _of_world(v): return any(str(o).startswith(('world:', 'herbs:', 'run:mini/world/')) for o in (v if isinstance(v, list) else [v]))
+def _of_world(v): return any(str(o).startswith(('world:', 'world-', 'herbs:', 'run:mini/world/')) for o in (v if isinstance(v, list) else [v]))
 
 def _own(d, given):
     "`d` without those fields of the generated world that make no sense beside what the user gave"

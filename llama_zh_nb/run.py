@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'judge', 'args_for', 'make_weights', 'make_corpus', 'make_vocab', 'look_vocab', 'make_embeddings',
            'look_embeddings', 'make_pretrain', 'make_control', 'make_sft', 'make_quantize', 'make_rag', 'look_rag',
-           'check_inputs', 'Plan', 'plan', 'run']
+           'make_evaluate', 'check_inputs', 'Plan', 'plan', 'run']
 
 # %% ../nbs/30_run.ipynb #a9de8fce
 import gc, inspect, math, os, random, sys, time, warnings
@@ -186,6 +186,14 @@ def look_rag(run):
     _free()
     return out
 
+# %% ../nbs/30_run.ipynb #d45d2480
+def make_evaluate(run):
+    "Every stage's model on the recipe's benchmarks, English beside them, in one form of prompt"
+    r, folders = run.recipe, [run/s for s in ('base', 'pretrained', 'chat', 'gptq') if (run/s/'config.json').is_file()]
+    done = need('llama_zh_nb.compare').evaluate_command(folders, r.tasks, out=run/'evaluation', limit=r.tasks_limit, form='chat' if r.sft else 'base', template=r.template, system=r.system, device=r.device, dtype=r.dtype)
+    _free()
+    return dict(lines=done.lines)
+
 # %% ../nbs/30_run.ipynb #ae357a49
 _PRE = 'train lora_r lora_alpha lora_dropout block batch accum lr embed_lr load_in_4bit epochs warmup weight_decay replay eval_every save_every seed dtype mix_documents cut drop_rest embed_steps'
 _SFT = 'template system sft_train sft_lr sft_epochs sft_max_steps sft_batch sft_block sft_text_share sft_embed_lr load_in_4bit lora_r lora_alpha lora_dropout warmup sft_warmup weight_decay seed dtype'
@@ -201,6 +209,7 @@ STAGES = [
     Stage('sft',        'chat',      make_sft, lambda run: judge(run, 'chat', True), _SFT, 'sft questions', 'pretrained corpus', lambda r: None if r.sft else 'no chats were given (sft)'),
     Stage('quantize',   'gptq',      make_quantize, lambda run: judge(run, 'gptq', True), 'bits group_size desc_act calib template seed', 'sft questions', 'chat pretrained'),
     Stage('rag',        'index',     make_rag, look_rag, 'embedding chunk_tokens chunk_overlap k threshold', 'docs questions', 'tokenizer gptq', lambda r: None if r.docs else 'no documents were given (docs)'),
+    Stage('evaluate',   'evaluation', make_evaluate, fields='tasks tasks_limit template system', needs='base pretrained chat gptq', unless=lambda r: None if r.tasks else 'no benchmarks were given (tasks)'),
 ]
 
 # %% ../nbs/30_run.ipynb #9954be53
@@ -218,6 +227,7 @@ def check_inputs(
             try: need('llama_zh_nb.corpus').find_files(p)
             except LlamaZhError as e: raise LlamaZhError(f'{f}: {e}') from None
     if recipe.init not in (inits := need('llama_zh_nb.embeddings').INITS): raise LlamaZhError(f"init is {recipe.init!r}: use one of {', '.join(inits)}")
+    need('llama_zh_nb.compare').check_tasks(recipe.tasks)
     for f in ('heldout_zh','heldout_en','questions'):
         for p in run.files(f):
             if not Path(p).exists(): raise LlamaZhError(f'{f}: no such file: {p}')
@@ -262,6 +272,7 @@ def _short(m):
     "A few numbers of a stage for its line on the terminal"
     keys = ('params','documents','pieces','zh_before','zh_after','steps','bpc_zh','bpb_en','chats','bytes_after','chunks')
     acc = [f"{k} {v['right']}/{v['n']} right" for k,v in m.get('accuracy', {}).items()]
+    acc += [f"{x['model']} {x['value']:.0%}" for x in m.get('lines', []) if x['task'] == m['lines'][0]['task']]
     return ', '.join([f"{k.replace('_', ' ')} {m[k]:,}" for k in keys if m.get(k) is not None] + acc)
 
 # %% ../nbs/30_run.ipynb #c9232955
@@ -271,7 +282,7 @@ def run(
     force:bool=False,    # also what is done and unchanged
     source:str=None,     # preset or file that the recipe was got from, for what is said about it
 )->dict: # run.json
-    "The whole path from a recipe: weights, corpus, vocab, embeddings, pretrain, control, sft, quantize, rag, report"
+    "The whole path from a recipe: weights, corpus, vocab, embeddings, pretrain, control, sft, quantize, rag, evaluate, report"
     recipe = recipe or get_recipe()
     only = _chosen(only, STAGES)
     check_inputs(recipe)

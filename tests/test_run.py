@@ -37,7 +37,7 @@ def real(shared, cmrc, tmp_path_factory):
     zh = [d/'text_zh'/n for n in ('fairytale_auto.txt', 'ud_gsdsimp_dev.txt', 'news_peoplesdaily_dev.txt')]
     args = ['run', '--base', d/'models'/'stories260K_hf', '--corpus', *zh, '--sft', d/'sft'/'alpaca_zh_demo_1000.json', '--docs', cmrc[0], '--out', out,
             '--threads', 1, '--vocab-size', 6000, '--max-steps', 30, '--control-steps', 15, '--block', 128, '--batch', 8, '--eval-every', 30, '--save-every', 15,
-            '--sft-max-steps', 6, '--sft-batch', 4, '--sft-block', 192, '--sft-text-share', .05, '--calib', 8, '--group-size', 32]
+            '--sft-max-steps', 6, '--sft-batch', 4, '--sft-block', 192, '--sft-text-share', .05, '--calib', 8, '--group-size', 32, '--tasks', d/'eval'/'ceval', '--tasks-limit', 1]
     return args, out, llama_zh(*args)
 
 def test_every_stage_completes_on_real_input(real):
@@ -56,6 +56,13 @@ def test_chinese_bits_fall_on_real_input(real):
     assert m['pretrain']['bpc_zh'] < .8*m['embeddings']['bpc_zh'] and m['pretrain']['bpc_zh'] < .8*m['weights']['bpc_zh']
     assert m['pretrain']['bpc_zh'] < m['control']['bpc_zh']
     assert m['vocab']['zh_after'] > 1.5*m['vocab']['zh_before'] and m['vocab']['dead'] == 0 and not m['vocab']['faults']
+
+def test_every_stage_is_measured_side_by_side(real, shared):
+    lines = read_run(real[1])['stages']['evaluate']['metrics']['lines']
+    assert {x['model'] for x in lines} == {'base', 'pretrained', 'chat', 'gptq'} and {x['lang'] for x in lines} == {'zh', 'en'}
+    subjects = len(list((shared/'data'/'eval'/'ceval'/'val').glob('*.csv')))
+    assert {x['n'] for x in lines if x['task'].startswith('ceval')} == {subjects} and (real[1]/'evaluation'/'comparison.html').is_file()
+    assert 'class="compare"' in (real[1]/'report.html').read_text(encoding='utf-8')
 
 def test_retrieval_on_real_input(real, cmrc):
     from llama_zh_nb.rag import open_index
