@@ -21,12 +21,12 @@ tutorial: venv  ## run all notebooks, end to end, on mini -> runs/mini/report.ht
 test: venv notebooks-clean notebooks-run  ## all checks: modules and notebooks agree, notebooks run, tests, README
 	@tools/browser.sh
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-all: venv notebooks-clean notebooks-run  ## the same and the tests marked slow
 	@tools/browser.sh
 	@echo "== tests, the slow ones too"
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests --slow
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests --slow
 
 notebooks-clean: venv
 	@echo "== modules equal notebooks, notebooks are clean"

@@ -189,7 +189,7 @@ def _chat_events(gr, who, box, msg, talk, lang, buttons, inputs):
     def put(text, talk, lang):
         if not text or not text.strip(): raise gr.Error(WORDS[lang]['empty'], title=WORDS[lang]['error'], print_exception=False)
         talk = [*talk, dict(role='user', content=text)]
-        return '', talk, shown(talk)
+        return gr.update(value='', interactive=False), talk, shown(talk)      # nothing can be sent until this is answered: it would be lost under the end of the answer
     def reply(talk, lang, system, preset, temperature, top_p, max_new, seed):
         def go():
             for h, note in turn(who, talk, system, lang, preset=preset, temperature=temperature, top_p=top_p, max_new=int(max_new), seed=None if seed is None or seed < 0 else int(seed)):
@@ -199,13 +199,15 @@ def _chat_events(gr, who, box, msg, talk, lang, buttons, inputs):
         else: yield talk, shown(talk)
     def back(talk):
         while talk and talk[-1]['role'] == 'assistant': talk = talk[:-1]
-        return talk, shown(talk)
+        return gr.update(interactive=False), talk, shown(talk)
+    def ready(): return gr.update(interactive=True)
     send, stop, retry, clear = buttons
     asked = [e(put, [msg, talk, lang], [msg, talk, box], queue=False).success(reply, [talk, lang, *inputs], [talk, box]) for e in (msg.submit, send.click)]
-    asked.append(retry.click(back, talk, [talk, box], queue=False).then(reply, [talk, lang, *inputs], [talk, box]))
-    stop.click(None, cancels=asked)
-    clear.click(lambda: ([], []), None, [talk, box], cancels=asked, queue=False)
-    box.clear(lambda: [], None, talk, cancels=asked, queue=False)
+    asked.append(retry.click(back, talk, [msg, talk, box], cancels=asked, queue=False).then(reply, [talk, lang, *inputs], [talk, box]))
+    for a in asked: a.then(ready, None, msg, queue=False, js="() => { setTimeout(() => document.querySelector('#message textarea')?.focus(), 50) }")
+    stop.click(ready, None, msg, cancels=asked, queue=False)
+    clear.click(lambda: (ready(), [], []), None, [msg, talk, box], cancels=asked, queue=False)
+    box.clear(lambda: (ready(), []), None, [msg, talk], cancels=asked, queue=False)
 
 def _chat_tab(gr, w, who, lang, max_new):
     talk, box = gr.State([]), gr.Chatbot(elem_id='chat', height=460, render_markdown=False, show_label=False, buttons=[])     # plain text: an answer can load no picture from elsewhere

@@ -15,7 +15,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes; run with --slow (make test-all)')
 
+LONG = ['test_scale.py', 'test_site.py', 'test_run.py', 'test_serve.py', 'test_chat.py']     # first, so that two processes end at about the same time
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda i: LONG.index(i.path.name) if i.path.name in LONG else len(LONG))
     if config.getoption('--slow'): return
     skip = pytest.mark.skip(reason='slow: run with --slow (make test-all)')
     for item in items:

@@ -77,7 +77,9 @@ def test_stop(page, engine):
     page.get_by_text('设置', exact=True).click()
     say(page, '请一直说下去，说说大家都知道的事情，越长越好，不要停下来。')
     wait(page, lambda: bot(page))
-    page.click('#stop'); page.wait_for_timeout(500)
+    assert page.locator('#message textarea').is_disabled()      # a message sent now would be lost under the end of this answer
+    page.click('#stop')
+    wait(page, lambda: page.locator('#message textarea').is_enabled())
     wait(page, lambda: engine.stats['running'] == 0)
     say(page, '法国的首都是哪里？')            # the page still works
     wait(page, lambda: '巴黎' in ''.join(bot(page)[-1:]))
