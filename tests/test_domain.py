@@ -37,7 +37,7 @@ def test_a_short_run(runs):
     "Vocabulary, rows, reading and chats by one recipe; the general run's pieces keep their ids."
     from llama_zh_nb.run import run
     from llama_zh_nb.vocab import load_sp
-    r = get_recipe('mini-herbs', max_steps=12, sft_max_steps=6, warmup=.2, save_every=100, eval_every=100)
+    r = get_recipe('mini-herbs', max_steps=12, sft_max_steps=6, warmup=.2, save_every=100, eval_every=100, threads=1)
     out = run(r, only=['weights', 'corpus', 'vocab', 'embeddings', 'pretrain'])['stages']
     old, new = load_sp(runs/'mini'/'chat'), load_sp(runs/'mini-herbs'/'tokenizer')
     assert [new.id_to_piece(i) for i in range(old.vocab_size())] == [old.id_to_piece(i) for i in range(old.vocab_size())]

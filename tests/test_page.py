@@ -76,8 +76,8 @@ def test_stop(page, engine):
     "A long answer is cut off by the button, and the engine goes idle."
     page.get_by_text('设置', exact=True).click()
     say(page, '请一直说下去，说说大家都知道的事情，越长越好，不要停下来。')
+    page.wait_for_selector('#message textarea[disabled]')       # a message sent now would be lost under the end of this answer
     wait(page, lambda: bot(page))
-    assert page.locator('#message textarea').is_disabled()      # a message sent now would be lost under the end of this answer
     page.click('#stop')
     wait(page, lambda: page.locator('#message textarea').is_enabled())
     wait(page, lambda: engine.stats['running'] == 0)
