@@ -189,7 +189,7 @@ def look_rag(run):
 # %% ../nbs/30_run.ipynb #d45d2480
 def make_evaluate(run):
     "Every stage's model on the recipe's benchmarks, English beside them, in one form of prompt"
-    r, folders = run.recipe, [run/s for s in ('base', 'pretrained', 'chat', 'gptq') if (run/s/'config.json').is_file()]
+    r, folders = run.recipe, [run/s.out for s in STAGES if s.out in ('base', 'pretrained', 'chat', 'gptq') and not _left_out(run, s)]
     done = need('llama_zh_nb.compare').evaluate_command(folders, r.tasks, out=run/'evaluation', limit=r.tasks_limit, form='chat' if r.sft else 'base', template=r.template, system=r.system, device=r.device, dtype=r.dtype)
     _free()
     return dict(lines=done.lines)

@@ -54,7 +54,7 @@ def saving(nb, dest):
         tmp.replace(dest)
 
 def run_one(path, dest, i, n, timeout, alone=True):
-    "Execute one notebook; `(seconds, peak MB)`, or exit with the error shown."
+    "Execute one notebook; its peak memory in MB (0 where the system does not tell), or exit with the error shown."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
@@ -72,9 +72,8 @@ def run_one(path, dest, i, n, timeout, alone=True):
         show.end(j, 'failed')
         text = str(e) if sys.stdout.isatty() else ANSI.sub('', str(e))
         sys.exit(f'\nerror in {path.relative_to(ROOT)}, cell {j} of {len(nb.cells)}:\n\n{text.strip()}\n\nThe notebook as far as it came: {dest}')
-    secs = time.time() - show.t0
     show.end(j, 'done' + (f', peak {mb} MB' if mb else ''))
-    return secs, mb
+    return mb or 0
 
 def save_back(path, dest):
     "Put the executed outputs back into nbs/, keeping those of the cells that were not run; progress bars, and warnings that name this machine's files or come from libraries, stay out."
@@ -89,14 +88,14 @@ def save_back(path, dest):
 def run_chapter(some):
     "Notebooks of one chapter, one after the other; their peaks in MB"
     os.environ.setdefault('OMP_NUM_THREADS', '1')     # two kernels with a thread for every core each wait for one another
-    return [run_one(*a, alone=False)[1] or 0 for a in some]
+    return [run_one(*a, alone=False) for a in some]
 
 def run_all(todo, jobs, save):
     "Peaks in MB of all notebooks: the path in order, then the chapters that only read what it made, `jobs` at a time"
     chapter, peaks = lambda a: a[0].name[:2], []
     first = len(todo) if jobs == 1 else 1 + max((i for i, a in enumerate(todo) if '01' <= chapter(a) <= '08'), default=-1)
     for a in todo[:first]:
-        peaks.append(run_one(*a)[1] or 0)
+        peaks.append(run_one(*a))
         if save: save_back(*a[:2])
     with ProcessPoolExecutor(jobs) as pool:
         lanes = [pool.submit(run_chapter, list(c)) for _, c in groupby(todo[first:], chapter)]
