@@ -36,7 +36,7 @@ setup(
     include_package_data=False,  # package_data above is the whole list
     install_requires=s['requirements'].split(),
     extras_require=extras,
-    entry_points={'console_scripts': ['llama-zh = llama_zh_nb.cli:main'], 'nbdev': [f"{s['lib_name']} = {s['lib_name']}._modidx:d"]},
+    entry_points={'console_scripts': ['llama-zh = llama_zh_nb.app.cli:main'], 'nbdev': [f"{s['lib_name']} = {s['lib_name']}._modidx:d"]},
     classifiers=['Development Status :: 4 - Beta', 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
                  'Natural Language :: English', 'Natural Language :: Chinese (Simplified)',
                  'Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11', 'Programming Language :: Python :: 3.12',

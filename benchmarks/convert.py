@@ -12,8 +12,8 @@ from resize import tokenizers
 def make(folder, shape, shards):
     "consolidated.NN.pth of random bf16 numbers"
     import torch
-    from llama_zh_nb.core import write_json
-    from llama_zh_nb.convert import llama_shapes, meta_names
+    from llama_zh_nb.core.errors import write_json
+    from llama_zh_nb.checkpoint.meta import llama_shapes, meta_names
     c, some = config(shape), torch.randn(1 << 20).bfloat16()
     folder.mkdir()
     for i in range(shards):
@@ -29,7 +29,7 @@ def make(folder, shape, shards):
     shutil.copyfile(folder.parent/'base.model', folder/'tokenizer.model')
 
 WHOLE = '''import safetensors.torch, os
-from llama_zh_nb.convert import meta_names, permute
+from llama_zh_nb.checkpoint.meta import meta_names, permute
 import json, glob
 p = json.load(open("m/params.json")); parts = [torch.load(f, weights_only=True) for f in sorted(glob.glob("m/*.pth"))]
 out = {}

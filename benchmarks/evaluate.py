@@ -10,7 +10,7 @@ from _child import show
 def one_at_a_time(model, tok, task, shots, by, limit, max_len):
     "Scores by plain forwards: one for each question (letters), one for each option (texts)"
     import torch
-    from llama_zh_nb.evaluate import _prompts, common, letter_ids
+    from llama_zh_nb.evals.choice import _prompts, common, letter_ids
     out = {}
     with torch.inference_mode():
         for qs in task.subjects.values():
@@ -33,9 +33,9 @@ def main():
     a.add_argument('--device', default='auto'); a.add_argument('--repeat', type=int, default=2); a.add_argument('--json')
     a = a.parse_args()
     import torch
-    from llama_zh_nb.evaluate import evaluate
-    from llama_zh_nb.measure import load
-    from llama_zh_nb.tasks import read_task
+    from llama_zh_nb.evals.choice import evaluate
+    from llama_zh_nb.checkpoint.folder import load
+    from llama_zh_nb.evals.tasks import read_task
     model, tok = load(a.model, a.device)
     max_len, rows, sync = min(model.config.max_position_embeddings, 4096), [], (lambda: torch.cuda.synchronize() if model.device.type == 'cuda' else None)
     for name in a.tasks:

@@ -10,7 +10,7 @@ from _child import SHAPES, child, show, timed
 
 def measure(a):
     "One row for each type"
-    from llama_zh_nb import gguf_file as gf, gguf_read as gr
+    from llama_zh_nb.export import gguf as gf, gguf_reader as gr
     from llama_zh_nb.recipes import get_recipe, heldout, questions
     r = get_recipe()
     texts = {k: v[:a.texts] for k, v in heldout(r).items()}

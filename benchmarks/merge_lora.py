@@ -14,9 +14,9 @@ from resize import make, tokenizers
 def adapter(folder, shape, r, rows=None, file='adapter_model.safetensors'):
     "LoRA on all seven projections in float32, as peft saves it; with `rows` both embeddings whole, in float16, as the earlier projects did"
     import torch
-    from llama_zh_nb.core import write_json
-    from llama_zh_nb.convert import EMBED, HEAD, llama_shapes
-    from llama_zh_nb.tensors import write_safetensors
+    from llama_zh_nb.core.errors import write_json
+    from llama_zh_nb.checkpoint.meta import EMBED, HEAD, llama_shapes
+    from llama_zh_nb.checkpoint.tensors import write_safetensors
     c, specs, some = config(shape), {}, torch.randn(1 << 20)/200
     for k, s in llama_shapes(c).items():
         if k.endswith('_proj.weight'): specs |= {f"base_model.model.{k.removesuffix('.weight')}.lora_{x}.weight": ('F32', (r, s[1]) if x == 'A' else (s[0], r)) for x in 'AB'}

@@ -9,8 +9,8 @@ from _child import SHAPES, child, config, show, timed
 
 def tokenizers(folder):
     "A base of 32,000 pieces and one that extends it to 55,296: mini's own, filled up"
-    from llama_zh_nb.exact import read_model, save_tokenizer
-    from llama_zh_nb.convert import packaged
+    from llama_zh_nb.tokenizer.exact import read_model, save_tokenizer
+    from llama_zh_nb.checkpoint.meta import packaged
     m = read_model(packaged('mini')/'tokenizer.model')
     low = min(p.score for p in m.pieces) - 1
     chars = [chr(i) for i in range(0x4e00, 0x9fa0)]
@@ -26,10 +26,10 @@ def tokenizers(folder):
 def make(folder, shape):
     "A model folder of random bf16 numbers, written tensor by tensor"
     import torch
-    from llama_zh_nb.core import write_json
-    from llama_zh_nb.convert import llama_shapes
-    from llama_zh_nb.exact import copy_tokenizer
-    from llama_zh_nb.tensors import nbytes, write_shards
+    from llama_zh_nb.core.errors import write_json
+    from llama_zh_nb.checkpoint.meta import llama_shapes
+    from llama_zh_nb.tokenizer.exact import copy_tokenizer
+    from llama_zh_nb.checkpoint.tensors import nbytes, write_shards
     c = config(shape)
     specs = {k: ('BF16', s) for k, s in llama_shapes(c).items()}
     some = torch.randn(1 << 20).bfloat16()

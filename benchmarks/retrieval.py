@@ -12,8 +12,9 @@ from pathlib import Path
 os.environ.setdefault('LLAMA_ZH_PROGRESS', '0')
 import numpy as np
 from langchain_core.documents import Document
-from llama_zh_nb.core import peak_rss
-from llama_zh_nb.indexing import Retrieval, build_index, eval_retrieval, open_index, pick_threshold
+from llama_zh_nb.core.machine import peak_rss
+from llama_zh_nb.documents.recall import Retrieval, eval_retrieval, pick_threshold
+from llama_zh_nb.documents.index import build_index, open_index
 
 class Bigrams:
     "BM25 of character bigrams, in Lucene's form, with the retriever's `find`"

@@ -56,7 +56,8 @@ def main():
     p.add_argument('--batch', type=int, default=16); p.add_argument('--max-new-tokens', type=int, default=64); p.add_argument('--threads', type=int, default=1)
     p.add_argument('--device', default='auto'); p.add_argument('--dtype'); p.add_argument('--seed', type=int, default=0); p.add_argument('--json')
     a = p.parse_args()
-    from llama_zh_nb.core import versions, write_json
+    from llama_zh_nb.core.machine import versions
+    from llama_zh_nb.core.errors import write_json
     qs, rng = questions(a.questions, a.seed), random.Random(a.seed)
     servers = {'together': start(a, a.batch), 'one at a time': start(a, 1)}
     try:

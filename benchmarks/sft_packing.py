@@ -23,8 +23,8 @@ def small(path):
     "A random Llama of mini's shape (256 wide, 4 layers) for the vocabulary in `path`."
     import tempfile, torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from llama_zh_nb.exact import save_tokenizer
-    from llama_zh_nb.lora import load_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
+    from llama_zh_nb.checkpoint.folder import load_tokenizer
     tok = load_tokenizer(save_tokenizer(path, tempfile.mkdtemp()))
     torch.manual_seed(0)
     return tok, LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=4096, use_cache=False))
@@ -37,8 +37,11 @@ def main():
     a = p.parse_args()
     import random, torch
     from torch.nn.functional import cross_entropy, pad
-    from llama_zh_nb.lora import load_base, load_tokenizer
-    from llama_zh_nb.sft import examples, Packed, ChatCollate, Examples, pad_id, read_chats, _learn_forward
+    from llama_zh_nb.training.lora import load_base
+    from llama_zh_nb.checkpoint.folder import load_tokenizer
+    from llama_zh_nb.training.chat_rows import examples, Packed, ChatCollate, Examples, pad_id
+    from llama_zh_nb.text.chats import read_chats
+    from llama_zh_nb.sft import _learn_forward
     torch.set_num_threads(a.threads)
     tok, model = small(a.model) if a.model.endswith('.model') else (load_tokenizer(a.model), load_base(a.model, 'full', a.device))
     model.to(a.device)

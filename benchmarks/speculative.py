@@ -22,10 +22,11 @@ def main():
     p.add_argument('--seed', type=int, default=0); p.add_argument('--json')
     a = p.parse_args()
     import torch
-    from llama_zh_nb.core import versions, write_json
-    from llama_zh_nb.decoding import Decoded, Race, decode, load_draft
-    from llama_zh_nb.measure import load
-    from llama_zh_nb.templates import find_template, get_template
+    from llama_zh_nb.core.machine import versions
+    from llama_zh_nb.core.errors import write_json
+    from llama_zh_nb.generation.decoding import Decoded, Race, decode, load_draft
+    from llama_zh_nb.checkpoint.folder import load
+    from llama_zh_nb.text.templates import find_template, get_template
     torch.set_num_threads(a.threads)
     model, tok = load(a.model, a.device, a.dtype)
     t = get_template(a.template or find_template(tok) or 'alpaca2')

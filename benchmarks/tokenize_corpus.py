@@ -45,7 +45,7 @@ def main():
     a = a.parse_args()
     os.environ['HF_HUB_OFFLINE'], os.environ['RAYON_NUM_THREADS'], os.environ['TOKENIZERS_PARALLELISM'] = '1', str(a.workers), 'true' if a.workers > 1 else 'false'
     import datasets, transformers
-    from llama_zh_nb.lora import load_tokenizer
+    from llama_zh_nb.checkpoint.folder import load_tokenizer
     from llama_zh_nb.pretrain import pack
     tmp = Path(tempfile.mkdtemp())
     docs, n = [], 0

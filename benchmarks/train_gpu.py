@@ -42,8 +42,9 @@ def checkpointing(m):
 def child(c):
     import numpy as np, torch, transformers
     from transformers import Trainer, TrainerCallback, TrainingArguments
-    from llama_zh_nb.fit import make_trainer, quiet, train_flops
-    from llama_zh_nb.lora import prepare, trainable
+    from llama_zh_nb.training.trainer import make_trainer, train_flops
+    from llama_zh_nb.core.machine import quiet
+    from llama_zh_nb.training.lora import prepare, trainable
     from llama_zh_nb.pretrain import Collate, Rows
     m, data, old, dev = model_of(c), rows_of(c), c['old'], 'cuda' if c['cuda'] else 'cpu'
     rows, marks = Rows([data], np.arange(len(data))), []

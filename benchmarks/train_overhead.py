@@ -12,8 +12,9 @@ def main():
     a = a.parse_args()
     import numpy as np, torch
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, get_cosine_schedule_with_warmup
-    from llama_zh_nb.fit import make_trainer, quiet
-    from llama_zh_nb.lora import prepare
+    from llama_zh_nb.training.trainer import make_trainer
+    from llama_zh_nb.core.machine import quiet
+    from llama_zh_nb.training.lora import prepare
     from llama_zh_nb.pretrain import Collate, Rows
     if a.threads: torch.set_num_threads(a.threads)
     rng = np.random.default_rng(0)

@@ -10,10 +10,12 @@ Strings of a JSON file of unknown fields count where they hold Chinese: an id is
 import argparse, json, re, tempfile, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from llama_zh_nb.any_text import json_strings
-from llama_zh_nb.audit import audit, fertility
-from llama_zh_nb.core import peak_rss
-from llama_zh_nb.vocab import HAN, merge, read_model, text_stream
+from llama_zh_nb.text.files import json_strings
+from llama_zh_nb.tokenizer.audit import audit, fertility
+from llama_zh_nb.core.machine import peak_rss
+from llama_zh_nb.tokenizer.pieces import HAN, text_stream
+from llama_zh_nb.vocab import merge
+from llama_zh_nb.tokenizer.exact import read_model
 
 def documents(f): return list(text_stream(f)) or [s for s in json_strings(f) if re.search(f'[{HAN}]', s)]
 def by_genre(files): return {f.stem + ('.jsonl' if f.suffix == '.jsonl' else ''): documents(f) for f in files}

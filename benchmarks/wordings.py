@@ -3,8 +3,8 @@
     python benchmarks/wordings.py runs/mini/chat [--split dev] [--json out.json]"""
 import argparse, json
 from pathlib import Path
-from llama_zh_nb import measure
-from llama_zh_nb.world import Scribe, read_facts, split_facts
+from llama_zh_nb.evals import measure
+from llama_zh_nb.mini.world import Scribe, read_facts, split_facts
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -4,14 +4,16 @@ from contextlib import contextmanager
 import pytest
 from langchain_core.language_models.chat_models import SimpleChatModel
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
-from llama_zh_nb.answer import Conversation, DocumentTerminal, by_rule, fold, groups, history_text, open_assistant, rag_ask, usable
-from llama_zh_nb.chat_model import ask_many, load_chat, say, tell
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.documents import Document, load_documents
-from llama_zh_nb.indexing import build_index, open_index
-from llama_zh_nb.rag import Answer, Assistant, Citations, Source, check_citations, defuse, shield
-from llama_zh_nb.rag_eval import bootstrap, evaluate_answers, exact, f1, rag_eval, read_questions, segments
-from llama_zh_nb.summary import central, lead, rag_summary, summarize
+from llama_zh_nb.documents.conversation import Conversation, DocumentTerminal, by_rule, history_text, open_assistant, rag_ask, usable
+from llama_zh_nb.documents.strategies import fold, groups
+from llama_zh_nb.documents.chat_model import ask_many, load_chat, say, tell
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.documents.load import Document, load_documents
+from llama_zh_nb.documents.index import build_index, open_index
+from llama_zh_nb.documents.assistant import Answer, Assistant
+from llama_zh_nb.documents.passages import Citations, Source, check_citations, defuse, shield
+from llama_zh_nb.documents.scoring import bootstrap, evaluate_answers, exact, f1, rag_eval, read_questions, segments
+from llama_zh_nb.documents.summary import central, lead, rag_summary, summarize
 
 DOCS = {'码头': '码头在镇子东头，早班船七点去县城，票价五元。', '茶馆': '茶馆开了六十年，掌柜姓罗。早上六点开门。', '学校': '学校有三百个学生，早上八点上课。'}
 
@@ -229,7 +231,7 @@ def test_scores_by_hand():
 def test_segments_as_the_official_script(shared):
     "The script cuts Latin runs with nltk's tokenizer; on real answers the cuts agree"
     tok = pytest.importorskip('nltk.tokenize').NLTKWordTokenizer()
-    from llama_zh_nb.rag_eval import bare
+    from llama_zh_nb.documents.scoring import bare
     answers = {a for q in read_questions(shared/'data/eval/cmrc2018/cmrc2018_trial.json') for a in q['answers']} | {a for q in read_questions(shared/'data/eval/drcd/DRCD_dev.json') for a in q['answers']}
     def official(text): return [w for run in re.findall('[\u4e00-\u9fa5]|[^\u4e00-\u9fa5]+', bare(text)) for w in ([run] if re.match('[\u4e00-\u9fa5]', run) else tok.tokenize(run))]
     same = sum(official(a) == segments(a) for a in answers)
@@ -269,7 +271,7 @@ def test_evaluation(tmp_path, index):
 
 def test_paragraphs_known_by_their_text(tmp_path, index):
     "An index made of other files: the passage is recognised by what it says"
-    from llama_zh_nb.rag_eval import judge_retrieval
+    from llama_zh_nb.documents.scoring import judge_retrieval
     q = dict(question='码头的票价多少？', answers=['五元'], source='somewhere')
     got = judge_retrieval(open_index(index), [q], {'somewhere': '前言。码头。' + DOCS['码头']})
     assert 'note' not in got and got['recall']['1']['share'] == 1. and judge_retrieval(open_index(index), [q], {'somewhere': '别的五元。'})['recall']['10']['share'] == 0.
@@ -277,6 +279,6 @@ def test_paragraphs_known_by_their_text(tmp_path, index):
 def test_commands_in_a_pipe(index):
     "`rag chat` as the shell runs it, passages only"
     import subprocess, sys
-    p = subprocess.run([sys.executable, '-c', f'from llama_zh_nb.answer import rag_chat; rag_chat({str(index)!r}, k=1)'], input='码头的票价多少？\n茶馆开了多少年？\n/sources\n/quit\n'.encode(), capture_output=True, timeout=120)
+    p = subprocess.run([sys.executable, '-c', f'from llama_zh_nb.documents.conversation import rag_chat; rag_chat({str(index)!r}, k=1)'], input='码头的票价多少？\n茶馆开了多少年？\n/sources\n/quit\n'.encode(), capture_output=True, timeout=120)
     out = p.stdout.decode()
     assert p.returncode == 0 and '[1] 码头' in out and '掌柜姓罗' in out, p.stderr.decode()[-500:]

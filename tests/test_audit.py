@@ -1,10 +1,10 @@
 "Audits and comparisons: the faults of the published vocabularies are found, every kind of tokenizer is read, every wrong input gets one message."
 import base64, json
 import pytest
-from llama_zh_nb.audit import Audit, audit, audit_command, compare, compare_command, fertility, pieces_of
-from llama_zh_nb.cli import main
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.exact import load_tiktoken, open_tokenizer, read_model, save_tokenizer
+from llama_zh_nb.tokenizer.audit import Audit, audit, audit_command, compare, compare_command, fertility, pieces_of
+from llama_zh_nb.app.cli import main
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.tokenizer.exact import load_tiktoken, open_tokenizer, read_model, save_tokenizer
 from llama_zh_nb.vocab import merge
 
 @pytest.fixture(scope='module')

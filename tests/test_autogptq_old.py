@@ -36,8 +36,8 @@ def old_python():
 @pytest.mark.slow
 def test_auto_gptq_reads_our_folder(old_python, tested_run, tmp_path):
     torch = pytest.importorskip('torch')
-    from llama_zh_nb.quantize import load_quantized
-    from llama_zh_nb.measure import load
+    from llama_zh_nb.checkpoint.folder import load_quantized
+    from llama_zh_nb.checkpoint.folder import load
     model, tok = load(tested_run/'gptq', 'cpu')
     held = [json.loads(l)['text'] for l in (tested_run/'world'/'heldout_zh.jsonl').read_text(encoding='utf-8').splitlines()][:30]
     ids = [[tok.bos_token_id, *tok(t, add_special_tokens=False)['input_ids']][:250] for t in held]

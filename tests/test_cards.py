@@ -7,9 +7,9 @@ torch = pytest.importorskip('torch')
 hub = pytest.importorskip('huggingface_hub')
 yaml = pytest.importorskip('yaml')
 
-from llama_zh_nb import cards
-from llama_zh_nb.cards import about, check_card, origin, push_to_hub, upload_plan, write_card
-from llama_zh_nb.core import LlamaZhError
+from llama_zh_nb.checkpoint import cards
+from llama_zh_nb.checkpoint.cards import about, check_card, origin, push_to_hub, upload_plan, write_card
+from llama_zh_nb.core.errors import LlamaZhError
 from test_pretrain import SMALL, ZH, make
 
 @pytest.fixture(scope='module')
@@ -71,7 +71,7 @@ def test_where_a_base_comes_from(tmp_path, shared):
     assert origin(tmp_path/'x')['licence'] == 'llama2'
     (tmp_path/'x'/'LICENSE').write_text('  Apache License\n  Version 2.0')
     assert origin(tmp_path/'x')['licence'] == 'apache-2.0'
-    from llama_zh_nb.convert import packaged
+    from llama_zh_nb.checkpoint.meta import packaged
     (tmp_path/'m').mkdir(); shutil.copyfile(packaged('mini')/'tokenizer.model', tmp_path/'m'/'tokenizer.model')
     assert origin(tmp_path/'m') == dict(name='mini', licence='apache-2.0')
     for positions, name in ((4096, 'Llama-2'), (2048, None)):   # the first Llama has the same pieces and another licence
@@ -90,7 +90,7 @@ def test_a_licence_the_hub_does_not_list(folder):
     assert (d.license, d.license_name) == ('other', 'my-own')
 
 def test_a_merged_model_has_a_card(trained, tmp_path):
-    from llama_zh_nb.merge import merge_lora
+    from llama_zh_nb.checkpoint.merge import merge_lora
     m = merge_lora(trained.parent/'base', trained/'adapter', tmp_path/'merged')
     text = (m.path/'README.md').read_text(encoding='utf-8')
     assert '# merged' in text and m.plan.used[0]['sha256'] in text

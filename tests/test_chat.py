@@ -2,10 +2,13 @@
 import copy, io, json, os, random, re, subprocess, sys, time
 from types import SimpleNamespace
 import pytest
-from llama_zh_nb import chat as room, decoding, long_context
-from llama_zh_nb.chat import Chat, Terminal, fit_turns, generation_config, reach, room_for, sampling
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.templates import get_template
+from llama_zh_nb import chat as room
+from llama_zh_nb.generation import decoding, long_context
+from llama_zh_nb.chat import Chat
+from llama_zh_nb.generation.terminal import Terminal
+from llama_zh_nb.generation.sampling import fit_turns, generation_config, reach, room_for, sampling
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.text.templates import get_template
 
 torch = pytest.importorskip('torch')
 TEXT = '答：龘𠮷é，👍🏽 ok。'
@@ -17,7 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def mini(folder):
-    from llama_zh_nb.measure import load
+    from llama_zh_nb.checkpoint.folder import load
     return load(folder, 'cpu', 'float32')
 
 class Stub:
@@ -125,7 +128,7 @@ def test_nothing_reaches_the_terminal(mini):
     assert not re.search('[\x00-\x09\x0b-\x1f\x7f-\x9f]', out)
 
 def run_cli(folder, *args, **kw):
-    code = "import sys; from llama_zh_nb import cli; cli.COMMANDS['chat'] = ('chat.chat', ''); sys.exit(cli.main(sys.argv[1:]))"
+    code = "import sys; from llama_zh_nb.app import cli; cli.COMMANDS['chat'] = ('chat.chat', ''); sys.exit(cli.main(sys.argv[1:]))"
     return [sys.executable, '-c', code, 'chat', str(folder), '--template', 'alpaca2', '--preset', 'greedy', *args]
 
 def test_piped(folder, tmp_path):
@@ -247,7 +250,7 @@ def test_dynamic_2_is_adaptive(dim, max_pos, base):
 
 @pytest.mark.parametrize('kind', long_context.KINDS)
 def test_folder_equals_memory(folder, mini, tmp_path, kind):
-    from llama_zh_nb.measure import load
+    from llama_zh_nb.checkpoint.folder import load
     before = {p.name: p.read_bytes() for p in folder.glob('*.json')}
     model, tok = load(long_context.write_rope(folder, tmp_path/'long', kind, 4, 128), 'cpu', 'float32')
     x = torch.randint(10, 2000, (1, 300), generator=torch.Generator().manual_seed(0))

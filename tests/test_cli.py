@@ -1,19 +1,19 @@
 "llama-zh: help that is complete and quick, exit codes that mean something, and functions behind every command"
 import inspect, os, subprocess, sys
 import pytest
-from llama_zh_nb.cli import COMMANDS, commands, main, add_arguments, _load
+from llama_zh_nb.app.cli import COMMANDS, commands, main, add_arguments, _load
 from llama_zh_nb.recipes import Recipe
 
 def cli(*args, **kw): return subprocess.run([sys.executable, '-m', 'llama_zh_nb.cli', *map(str, args)], capture_output=True, text=True, **kw)
 
 def test_help_lists_all_and_imports_nothing_heavy():
-    code = "import sys; from llama_zh_nb.cli import main; c = main(['--help']); print('HEAVY', sorted({'torch','transformers','langchain_core','datasets','sentencepiece','jieba','numpy'} & set(sys.modules))); sys.exit(c)"
+    code = "import sys; from llama_zh_nb.app.cli import main; c = main(['--help']); print('HEAVY', sorted({'torch','transformers','langchain_core','datasets','sentencepiece','jieba','numpy'} & set(sys.modules))); sys.exit(c)"
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert p.returncode == 0 and 'HEAVY []' in p.stdout
     assert all(f'  {c} ' in p.stdout for c in commands())
 
 def test_run_help_is_light_and_names_every_field():
-    code = "import sys; from llama_zh_nb.cli import main; c = main(['run', '--help']); print('HEAVY', sorted({'torch','transformers'} & set(sys.modules))); sys.exit(c)"
+    code = "import sys; from llama_zh_nb.app.cli import main; c = main(['run', '--help']); print('HEAVY', sorted({'torch','transformers'} & set(sys.modules))); sys.exit(c)"
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ, COLUMNS='200'))
     assert p.returncode == 0 and 'HEAVY []' in p.stdout
     for f in Recipe.__dataclass_fields__: assert f"--{f.replace('_', '-')} " in p.stdout, f

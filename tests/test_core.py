@@ -2,7 +2,7 @@
 import os, signal, subprocess, sys, time
 import pytest
 from llama_zh_nb.core import *
-from llama_zh_nb import core
+from llama_zh_nb.core import errors as core
 
 def test_import_is_light():
     code = "import sys, llama_zh_nb.core, llama_zh_nb.measure, llama_zh_nb.recipes; print(sorted({'torch','transformers','sentencepiece','yaml','pandas'} & set(sys.modules)))"
@@ -40,7 +40,7 @@ def test_no_permission(tmp_path):
     finally: tmp_path.chmod(0o700)
 
 def test_killed_writer_leaves_nothing_after_the_next(tmp_path):
-    code = "import sys, time; from llama_zh_nb.core import writing\nwith writing(sys.argv[1]) as t: t.mkdir(); (t/'half').write_text('x'); print('in', flush=True); time.sleep(60)"
+    code = "import sys, time; from llama_zh_nb.core.errors import writing\nwith writing(sys.argv[1]) as t: t.mkdir(); (t/'half').write_text('x'); print('in', flush=True); time.sleep(60)"
     p = subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'m')], stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline().strip() == 'in'
     p.send_signal(signal.SIGKILL); p.wait()

@@ -1,9 +1,10 @@
 """Text files of every kind and damage -> a clean corpus, or one clear message."""
 import codecs, json
 import pytest
-from llama_zh_nb.any_text import detect, find_files, read_docs
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.corpus import build_corpus, clean, held_out, mojibake, read_texts, why_not
+from llama_zh_nb.text.files import detect, find_files, read_docs
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.corpus import build_corpus, held_out, mojibake, why_not
+from llama_zh_nb.text.files import clean, read_texts
 
 DOCS = ['黄河流经九个省区，最后注入渤海。', '长江发源于青藏高原，全长六千多公里。', '泰山在山东省中部，古人称为东岳。', '西湖在杭州城西，三面环山，一面临城。',
         '端午节这一天，人们赛龙舟，吃粽子。', '敦煌的石窟里保存着许多彩色的壁画。', '竹子长得很快，有的一天能长一米多。', '秋天到了，北方的树叶渐渐变黄。']

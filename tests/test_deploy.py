@@ -2,7 +2,7 @@
 import json, os, re, shutil, socket, subprocess, sys, time, urllib.request, venv
 from pathlib import Path
 import pytest, yaml
-from llama_zh_nb.deploy import check_compose, check_dockerfile, docker_steps, sent
+from llama_zh_nb.export.deploy import check_compose, check_dockerfile, docker_steps, sent
 
 FILES = ['Dockerfile', 'Dockerfile.cuda']
 
@@ -133,17 +133,17 @@ u, a, sys_ = (lambda s: dict(role='user', content=s)), (lambda s: dict(role='ass
 CHATS = [[u('水是什么？')], [u('a'), a('b'), u('c {{ d }}')], [sys_, u('水是什么？')], [sys_, u('水是什么？'), a('水是液体。\n第二行'), u('冰呢？'), a('冰是固体。'), u('Steam? "quoted" \\n')]]
 
 def ours(name, c):
-    from llama_zh_nb.templates import get_template
+    from llama_zh_nb.text.templates import get_template
     return get_template(name).render(c, add_generation_prompt=True)
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_ollama_template(name):
-    from llama_zh_nb.modelfile import go_render, go_template
+    from llama_zh_nb.export.ollama import go_render, go_template
     for c in CHATS: assert '<s>' + go_render(go_template(name), c) == ours(name, c)
 
 def test_a_broken_template_is_refused():
-    from llama_zh_nb.core import LlamaZhError
-    from llama_zh_nb.modelfile import go_render, go_template
+    from llama_zh_nb.core.errors import LlamaZhError
+    from llama_zh_nb.export.ollama import go_render, go_template
     for bad in ('{{ if .x }}', '{{ what }}', '{{ range .Messages }}{{ if eq .Role "user" }}x{{ end }}'):
         with pytest.raises(LlamaZhError): go_render(bad, CHATS[0])
     with pytest.raises(LlamaZhError, match='text of its own'): go_template('alpaca1')
@@ -173,7 +173,7 @@ func (w *writer) Write(p []byte) (int, error) { w.b = append(w.b, p...); return 
 @pytest.mark.slow
 def test_ollama_template_in_go(tmp_path):
     "Ollama's templates are Go's text/template: its own engine gives the same prompts"
-    from llama_zh_nb.modelfile import go_template
+    from llama_zh_nb.export.ollama import go_template
     if not (go := shutil.which('go')): pytest.skip('no Go compiler here')
     (tmp_path/'main.go').write_text(GO)
     given = json.dumps(dict(Templates=[go_template(n) for n in LAYOUTS], Chats=[[dict(Role=m['role'], Content=m['content']) for m in c] for c in CHATS]))
@@ -183,9 +183,9 @@ def test_ollama_template_in_go(tmp_path):
 
 def test_modelfile(tmp_path, root):
     gguf = pytest.importorskip('gguf')
-    from llama_zh_nb.core import LlamaZhError
-    from llama_zh_nb.modelfile import go_template, modelfile
-    from llama_zh_nb.templates import get_template
+    from llama_zh_nb.core.errors import LlamaZhError
+    from llama_zh_nb.export.ollama import go_template, modelfile
+    from llama_zh_nb.text.templates import get_template
     w = gguf.GGUFWriter(str(tmp_path/'m.gguf'), 'llama')
     w.add_context_length(4096); w.add_chat_template(get_template('llama2-chat').jinja()); w.add_tensor('x', __import__('numpy').zeros((1, 32), 'float32'))
     for step in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close): step()
@@ -209,7 +209,7 @@ def probed(template, messages):
 
 @pytest.mark.parametrize('name', LAYOUTS)
 def test_webui_template(name, tmp_path):
-    from llama_zh_nb.webui import webui_template
+    from llama_zh_nb.export.webui import webui_template
     webui_template(name, tmp_path/'t.yaml')
     t = yaml.safe_load((tmp_path/'t.yaml').read_text(encoding='utf-8'))['instruction_template']
     for c in CHATS: assert probed(t, c) == ours(name, c)
@@ -217,8 +217,8 @@ def test_webui_template(name, tmp_path):
     assert evil.count('</s>') == ours(name, CHATS[3][:4]).count('</s>') and '<pad>' not in evil and '<unk>' not in evil
 
 def test_privategpt_settings(tmp_path):
-    from llama_zh_nb.core import LlamaZhError, write_json
-    from llama_zh_nb.privategpt import privategpt_settings
+    from llama_zh_nb.core.errors import LlamaZhError, write_json
+    from llama_zh_nb.export.privategpt import privategpt_settings
     write_json(tmp_path/'model'/'config.json', dict(max_position_embeddings=4096))
     s = yaml.safe_load(privategpt_settings(tmp_path/'model', 'https://llm.example.org/v1', name='mine', out=tmp_path/'settings-llama-zh.yaml'))
     assert s == yaml.safe_load((tmp_path/'settings-llama-zh.yaml').read_text()) and (s['llm']['context_window'], s['llm']['max_new_tokens'], s['openai']['model']) == (4096, 512, 'mine')

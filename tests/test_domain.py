@@ -1,9 +1,9 @@
 """A domain on top of a finished run: files, prefixes of a recipe, and a short run that learns the field and keeps the old vocabulary."""
 import json, os
 import pytest
-from llama_zh_nb.core import LlamaZhError
+from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.recipes import get_recipe, resolve
-from llama_zh_nb.world import read_patterns, too_near
+from llama_zh_nb.mini.world import read_patterns, too_near
 
 @pytest.fixture
 def runs(tested_run, tmp_path, monkeypatch):
@@ -21,7 +21,7 @@ def test_paths_into_another_run(tmp_path, monkeypatch):
     with pytest.raises(LlamaZhError, match='replay_lang'): get_recipe('mini', replay_lang='fr')
 
 def test_held_out_facts_and_wordings(tmp_path):
-    from llama_zh_nb.domain import read_herbs, write_herbs
+    from llama_zh_nb.mini.domain import read_herbs, write_herbs
     d = write_herbs(tmp_path/'herbs', n=900)
     plain = json.dumps(json.loads((d/'chats.json').read_text(encoding='utf-8')), ensure_ascii=False) + (d/'zh'/'herbs.jsonl').read_text(encoding='utf-8')
     for f in read_herbs():
@@ -35,8 +35,8 @@ def test_held_out_facts_and_wordings(tmp_path):
 
 def test_a_short_run(runs):
     "Vocabulary, rows, reading and chats by one recipe; the general run's pieces keep their ids."
-    from llama_zh_nb.run import run
-    from llama_zh_nb.vocab import load_sp
+    from llama_zh_nb.app.run import run
+    from llama_zh_nb.tokenizer.exact import load_sp
     r = get_recipe('mini-herbs', max_steps=12, sft_max_steps=6, warmup=.2, save_every=100, eval_every=100, threads=1)
     out = run(r, only=['weights', 'corpus', 'vocab', 'embeddings', 'pretrain'])['stages']
     old, new = load_sp(runs/'mini'/'chat'), load_sp(runs/'mini-herbs'/'tokenizer')
@@ -47,6 +47,6 @@ def test_a_short_run(runs):
     assert m['pretrain']['bpb_en'] < 1.2*m['embeddings']['bpb_en']
 
 def test_without_the_first_run(tmp_path, monkeypatch):
-    from llama_zh_nb.run import run
+    from llama_zh_nb.app.run import run
     monkeypatch.setenv('LLAMA_ZH_RUNS', str(tmp_path))
     with pytest.raises(LlamaZhError, match='llama-zh run --recipe mini'): run(get_recipe('mini-herbs'))

@@ -3,10 +3,10 @@ import os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 import torch
-from llama_zh_nb.core import LlamaZhError, read_json, write_json
-from llama_zh_nb.tensors import open_weights, write_shards
-from llama_zh_nb.convert import EMBED, HEAD, llama_shapes
-from llama_zh_nb.exact import load_sp, read_model, save_tokenizer
+from llama_zh_nb.core.errors import LlamaZhError, read_json, write_json
+from llama_zh_nb.checkpoint.tensors import open_weights, write_shards
+from llama_zh_nb.checkpoint.meta import EMBED, HEAD, llama_shapes
+from llama_zh_nb.tokenizer.exact import load_sp, read_model, save_tokenizer
 from llama_zh_nb.embeddings import INITS, Spelling, dictionary, mixtures, plain_sp, resize
 from llama_zh_nb.weights import verify
 

@@ -1,10 +1,10 @@
 "estimate: parameters to the number, tensors of a step within 15 %, and what fits where"
 import pytest
-from llama_zh_nb.core import LlamaZhError
+from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.recipes import PRESETS, get_recipe
 from llama_zh_nb.recipes import estimate as from_recipes
 from llama_zh_nb.estimate import *
-from llama_zh_nb.estimate import find_gpu
+from llama_zh_nb.app.estimate import find_gpu
 
 torch = pytest.importorskip('torch')
 S7 = 'meta-llama/Llama-2-7b-hf'
@@ -99,7 +99,7 @@ def test_what_was_assumed_is_said():
     assert 'GFLOP for a token at the given 50 TFLOP/s' in estimate(r, tflops=50).note and 'needs a GPU' in estimate(get_recipe('llama2-7b-16gb'), gpu='cpu').note
 
 def test_what_fits_on_this_machine(monkeypatch):
-    import llama_zh_nb.estimate as e
+    import llama_zh_nb.app.estimate as e
     for gb, ok in ((1, ['mini']), (4000, ['mini', 'llama2-7b-24gb'])):
         monkeypatch.setattr(e.os, 'sysconf', lambda k: 4096 if 'SIZE' in k else gb*2**30//4096)
         got = fits('CPU')

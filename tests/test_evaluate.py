@@ -2,14 +2,15 @@
 import json, math
 from pathlib import Path
 import pytest
-from llama_zh_nb import evaluate as ev
-from llama_zh_nb.bits import compare_bits, strided
-from llama_zh_nb.compare import compare_page, evaluate_command, forgetting, lines_of
-from llama_zh_nb.contamination import contamination, units
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.evaluate import LETTERS, evaluate, fill_text, letter_ids, option_logprobs, prompt_text
-from llama_zh_nb.longbench import class_score, f1, longbench, middle_cut, read_long, retrieval_score, rouge_l
-from llama_zh_nb.tasks import HUB, Question, Task, parse_row, read_task, subject_table, world_task, write_task
+from llama_zh_nb.evals import choice as ev
+from llama_zh_nb.evals.bits import compare_bits, strided
+from llama_zh_nb.evaluate import compare_page, evaluate_command, forgetting, lines_of
+from llama_zh_nb.evals.contamination import contamination, units
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.evals.tasks import LETTERS
+from llama_zh_nb.evals.choice import evaluate, fill_text, letter_ids, option_logprobs, prompt_text
+from llama_zh_nb.evals.longbench import class_score, f1, longbench, middle_cut, read_long, retrieval_score, rouge_l
+from llama_zh_nb.evals.tasks import HUB, Question, Task, parse_row, read_task, subject_table, world_task, write_task
 
 torch = pytest.importorskip('torch')
 
@@ -61,7 +62,7 @@ def test_options_equal_one_text_at_a_time(tiny, shots, budget):
 def test_both_spellings_are_added():
     sp = pytest.importorskip('llama_zh_nb.weights')
     import tempfile
-    from llama_zh_nb.measure import load
+    from llama_zh_nb.checkpoint.folder import load
     with tempfile.TemporaryDirectory() as d: model, tok = load(sp.acquire('mini', Path(d)/'base'), 'cpu')
     assert [tok.convert_ids_to_tokens(r) for r in letter_ids(tok)] == [list('ABCD'), ['▁A', '▁B', '▁C', '▁D']]
     t = world_task('zh').only('river')
@@ -139,7 +140,7 @@ def test_real_benchmarks_are_read_whole(shared):
     for t in (c, a, m): assert all(q.passage + q.question and 0 <= q.answer < len(q.options) for v in t.subjects.values() for q in v)
 
 def test_ceval_on_a_real_model_agrees_with_a_plain_forward(shared):
-    from llama_zh_nb.measure import load
+    from llama_zh_nb.checkpoint.folder import load
     model, tok = load(shared/'data'/'models'/'stories260K_hf', 'cpu')
     t = read_task(shared/'data'/'eval'/'ceval')
     for shots, form in ((0, 'base'), (5, 'base'), (0, 'chat')):
@@ -250,8 +251,8 @@ def test_the_command(tmp_path):
 @pytest.mark.slow
 def test_lm_eval_finds_the_same_numbers(shared, tmp_path):
     pytest.importorskip('lm_eval')
-    from llama_zh_nb.harness import lm_eval_run, to_lm_eval
-    from llama_zh_nb.measure import load
+    from llama_zh_nb.evals.harness import lm_eval_run, to_lm_eval
+    from llama_zh_nb.checkpoint.folder import load
     from llama_zh_nb.weights import acquire
     model = load(acquire('mini', tmp_path/'base'), 'cpu')
     t = read_task(shared/'data'/'eval'/'ceval').only('middle_school_history', 'marxism')

@@ -2,7 +2,7 @@
 import json, os, subprocess, sys, venv
 from pathlib import Path
 import pytest
-from llama_zh_nb.exact import disagreements, load_hf, load_sp, save_tokenizer
+from llama_zh_nb.tokenizer.exact import disagreements, load_hf, load_sp, save_tokenizer
 from llama_zh_nb.vocab import merge
 
 PACKAGES = ['transformers==4.57.6', 'sentencepiece', 'protobuf']

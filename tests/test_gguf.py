@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np, pytest
 gguf = pytest.importorskip('gguf')
 import torch
-from llama_zh_nb.convert import packaged
-from llama_zh_nb.core import LlamaZhError, read_json, write_json
-from llama_zh_nb.exact import load_sp, save_tokenizer
-from llama_zh_nb import gguf_file as gf, gguf_read as gr
+from llama_zh_nb.checkpoint.meta import packaged
+from llama_zh_nb.core.errors import LlamaZhError, read_json, write_json
+from llama_zh_nb.tokenizer.exact import load_sp, save_tokenizer
+from llama_zh_nb.export import gguf as gf, gguf_reader as gr
 
 TYPES = dict(f32='F32', f16='F16', q8_0='Q8_0', q4_0='Q4_0')
 PLAIN = dict(architectures=['LlamaForCausalLM'], model_type='llama', hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -28,7 +28,7 @@ def folder(path, tokenizer=None, dtype=torch.float32, pad=64, seed=0, shards=Fal
     return path
 
 def weights(path):
-    from llama_zh_nb.tensors import open_weights
+    from llama_zh_nb.checkpoint.tensors import open_weights
     return {k: f.get(k).float().numpy() for k, f in open_weights(path).items()}
 
 def turned(w, heads): return w.reshape(heads, 2, w.shape[0]//heads//2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)   # llama.cpp's own formula
@@ -135,7 +135,7 @@ def test_dynamic_at_one_length(plain, tmp_path):
 # --- back again -----------------------------------------------------------------------------------------------------------------
 
 def test_there_and_back(plain, tmp_path, shared):
-    from llama_zh_nb.templates import write_template
+    from llama_zh_nb.text.templates import write_template
     shutil.copytree(plain, tmp_path/'m'); write_template(tmp_path/'m')
     gf.to_gguf(tmp_path/'m', tmp_path/'m.gguf', 'f32')
     back = gr.from_gguf(tmp_path/'m.gguf', tmp_path/'back')
@@ -184,7 +184,7 @@ def test_refused_with_one_message(plain, tmp_path):
     c = changed(); (c/'tokenizer.model').unlink(); refused('no such file', c)
     c = changed(); (c/'tokenizer.model').write_bytes(b''); refused('empty', c)
     for kw, says in ((dict(precompiled_charsmap=b'abc'), 'rewrites characters'), (dict(remove_extra_whitespaces=True), 'surplus spaces')):
-        from llama_zh_nb.exact import read_model
+        from llama_zh_nb.tokenizer.exact import read_model
         c = changed(); m = read_model(c)
         for k, v in kw.items(): setattr(m.normalizer_spec, k, v)
         (c/'tokenizer.model').write_bytes(m.SerializeToString()); refused(says, c)
@@ -249,7 +249,7 @@ def chat(root):
 
 TOKENS = '''
 import llama_cpp
-from llama_zh_nb.exact import load_sp
+from llama_zh_nb.tokenizer.exact import load_sp
 gguf, folder, lines = args
 lines = json.load(open(lines, encoding="utf-8"))
 llm, sp = llama_cpp.Llama(gguf, vocab_only=True, verbose=False), load_sp(folder)
@@ -276,16 +276,16 @@ def test_llama_cpp_tokenizes_alike(which, shared, llama_cpp, tmp_path):
     assert n == 2000 + len(ODD) and differ == []
 
 GREEDY = '''
-from llama_zh_nb import gguf_read as gr
+from llama_zh_nb.export import gguf_reader as gr
 llm = gr.open_llama(args[0])
 return gr.llama_greedy(llm, args[1], args[2])
 '''
 
 @pytest.mark.slow
 def test_greedy_tokens_equal_transformers(chat, llama_cpp, tmp_path):
-    from llama_zh_nb import measure as ms
+    from llama_zh_nb.evals import measure as ms
     from llama_zh_nb.recipes import get_recipe, questions
-    from llama_zh_nb.templates import get_template
+    from llama_zh_nb.text.templates import get_template
     gf.to_gguf(chat, tmp_path/'f32.gguf', 'f32')
     model, tok = ms.load(chat, 'cpu', 'float32')
     t, qs = get_template('alpaca2'), [q['question'] for q in questions(get_recipe())][::10]
@@ -295,7 +295,7 @@ def test_greedy_tokens_equal_transformers(chat, llama_cpp, tmp_path):
 
 LOGITS = '''
 import numpy as np
-from llama_zh_nb import gguf_read as gr
+from llama_zh_nb.export import gguf_reader as gr
 llm = gr.open_llama(args[0], every=True)
 llm.eval(args[1]); np.save(args[2], np.array(llm.scores[:len(args[1])]))
 return 0
@@ -318,7 +318,7 @@ def test_llama_cpp_computes_alike(rope, llama_cpp, tmp_path):
     assert np.abs(got - want[:, :got.shape[1]]).max() < 2e-3*np.abs(want).max()
 
 QUANTIZE = '''
-from llama_zh_nb import gguf_file as gf, gguf_read as gr
+from llama_zh_nb.export import gguf as gf, gguf_reader as gr
 folder, out, texts = args
 out = {}
 for t in ("q4_K_M", "q6_K"): gf.to_gguf(folder, f"{args[1]}/{t}.gguf", t)
@@ -355,8 +355,8 @@ return [llm.tokenize(f(messages=m).prompt.encode(), add_bos=False, special=True)
 
 @pytest.mark.slow
 def test_chat_template_in_the_file(chat, llama_cpp, tmp_path):
-    from llama_zh_nb.exact import load_hf
-    from llama_zh_nb.templates import get_template
+    from llama_zh_nb.tokenizer.exact import load_hf
+    from llama_zh_nb.text.templates import get_template
     gf.to_gguf(chat, tmp_path/'m.gguf')
     u, a = lambda s: dict(role='user', content=s), lambda s: dict(role='assistant', content=s)
     chats = [[u('你好')], [dict(role='system', content='你是老师。'), u('水是什么？'), a('水是液体。'), u('冰呢？')], [u('a'), a('b'), u('c'), a('d'), u('e')]]
@@ -368,7 +368,7 @@ def test_chat_template_in_the_file(chat, llama_cpp, tmp_path):
 @pytest.mark.slow
 def test_memory_stays_with_the_largest_tensor(tmp_path):
     m = folder(tmp_path/'m', hidden_size=512, num_attention_heads=8, num_key_value_heads=8, intermediate_size=80_000, num_hidden_layers=1)
-    code = 'import sys, torch, llama_zh_nb.gguf_file as g, gguf; from llama_zh_nb.core import peak_rss; g.gguf_vocab(sys.argv[1]); a = peak_rss(); g.to_gguf(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True); print(peak_rss() - a)'
+    code = 'import sys, torch, llama_zh_nb.gguf_file as g, gguf; from llama_zh_nb.core.machine import peak_rss; g.gguf_vocab(sys.argv[1]); a = peak_rss(); g.to_gguf(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True); print(peak_rss() - a)'
     used = {t: int(subprocess.run([sys.executable, '-c', code, str(m), str(tmp_path/'x.gguf'), t], capture_output=True, text=True, check=True).stdout) for t in ('f16', 'q8_0')}
     largest, whole = 80_000*512*4, (m/'model.safetensors').stat().st_size
     print({k: f'{v/2**20:.0f} MiB' for k, v in used.items()}, f'largest tensor {largest/2**20:.0f} MiB, file {whole/2**20:.0f} MiB')
@@ -377,7 +377,7 @@ def test_memory_stays_with_the_largest_tensor(tmp_path):
 @pytest.mark.slow
 def test_llama_cpps_server_answers_as_the_folder(chat, llama_cpp, tmp_path):
     import socket, time, urllib.request
-    from llama_zh_nb import measure as ms
+    from llama_zh_nb.evals import measure as ms
     from llama_zh_nb.recipes import get_recipe, questions
     gf.to_gguf(chat, tmp_path/'m.gguf', 'f32')
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]

@@ -10,11 +10,11 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_tests.integration_tests import ChatModelIntegrationTests, RetrieversIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-from llama_zh_nb.chat_model import ChatLlama, load_chat
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.indexing import build_index
-from llama_zh_nb.documents import Document
-from llama_zh_nb.rag import ZhRetriever
+from llama_zh_nb.documents.chat_model import ChatLlama, load_chat
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.documents.index import build_index
+from llama_zh_nb.documents.load import Document
+from llama_zh_nb.documents.retriever import ZhRetriever
 
 TEXT = '问答之间，山高水长。码头在镇子东头，每天早上七点有船去县城，票价五元。The boat leaves at nine. Hello, what is 2 + 2?\n'
 TOWN = [('码头', '码头在镇子东头，每天早上七点有船去县城，票价五元。'), ('茶馆', '茶馆开了六十年，早上六点开门。'), ('船坞', '旧船停在船坞，早上没有人。'), ('学校', '学校早上八点上课，放学后敲钟。')]
@@ -30,7 +30,7 @@ def tiny():
     "(model, tokenizer): a tiny random Llama that writes whole characters and never ends by itself"
     import sentencepiece as spm, torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     d = _where()
     spm.SentencePieceTrainer.train(sentence_iterator=iter([TEXT]*20), model_prefix=str(d/'m'), vocab_size=360, model_type='bpe', byte_fallback=True, character_coverage=1.,
         normalization_rule_name='identity', remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, pad_id=3, minloglevel=2, hard_vocab_limit=False)

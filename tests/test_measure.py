@@ -1,9 +1,9 @@
 "measure: the fast way equals the slow way, on a real small model with a real tokenizer"
 import math
 import pytest
-from llama_zh_nb.core import LlamaZhError
+from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.measure import *
-from llama_zh_nb.measure import windows, encode_texts
+from llama_zh_nb.evals.measure import windows, encode_texts
 
 torch = pytest.importorskip('torch')
 

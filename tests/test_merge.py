@@ -6,13 +6,14 @@ import pytest
 torch = pytest.importorskip('torch')
 peft = pytest.importorskip('peft')
 
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.fit import quiet
-from llama_zh_nb.convert import EMBED, HEAD, convert_meta
-from llama_zh_nb.lora import fingerprint, load_base, load_tokenizer, prepare, save_adapter, tokenizer_hash
-from llama_zh_nb.adapter import four_bits, lay
-from llama_zh_nb.merge import merge_lora
-from llama_zh_nb.tensors import open_weights, write_shards
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.machine import quiet
+from llama_zh_nb.checkpoint.meta import EMBED, HEAD, convert_meta
+from llama_zh_nb.checkpoint.folder import fingerprint, load_tokenizer, tokenizer_hash
+from llama_zh_nb.training.lora import load_base, prepare, save_adapter
+from llama_zh_nb.checkpoint.adapter import four_bits, lay
+from llama_zh_nb.checkpoint.merge import merge_lora
+from llama_zh_nb.checkpoint.tensors import open_weights, write_shards
 from test_pretrain import make, tensors
 
 def cast(base, out, dtype):
@@ -112,7 +113,7 @@ def test_files_stay_cut_and_bin_bases_merge(base, tmp_path):
     assert len(list((tmp_path/'m-cut').glob('model-0*'))) == len(list(cut.glob('model-0*'))) > 1
 
 def test_portions_and_threads_change_nothing(base, tmp_path, monkeypatch):
-    import llama_zh_nb.adapter as ad, llama_zh_nb.merge as mg
+    import llama_zh_nb.checkpoint.adapter as ad, llama_zh_nb.checkpoint.merge as mg
     b = cast(base, tmp_path/'b', torch.bfloat16)
     a = random_adapter(b, tmp_path/'a', use_dora=True)
     want = tensors(merge_lora(b, a, tmp_path/'m'))
@@ -144,7 +145,7 @@ def test_metas_layout(shared, tmp_path, tied):
 
 def llama2(shared, out, tied=False, rows=32000):
     "A thin Llama with Llama-2's tokenizer"
-    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     c = LlamaConfig(vocab_size=rows, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2)
@@ -341,7 +342,7 @@ def test_nf4_is_that_of_bitsandbytes():
 
 SLOWLY = '''
 import sys, time
-import llama_zh_nb.merge as m, llama_zh_nb.adapter as ad
+import llama_zh_nb.checkpoint.merge as m, llama_zh_nb.checkpoint.adapter as ad
 old = m.take
 def take(*a):
     print('portion', flush=True); time.sleep(.15)
@@ -363,8 +364,8 @@ def test_killed_half_way_leaves_nothing(base, tmp_path):
 FULL = '''
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-from llama_zh_nb.cli import main
-import llama_zh_nb.merge as m
+from llama_zh_nb.app.cli import main
+import llama_zh_nb.checkpoint.merge as m
 resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
 try: m.merge_lora(*sys.argv[1:4])
 except m.LlamaZhError as e: print('LlamaZhError:', e)
@@ -375,7 +376,7 @@ def test_full_disk(base, tmp_path, monkeypatch):
     out = subprocess.run([sys.executable, '-c', FULL, base, a, tmp_path/'t'/'m'], capture_output=True, text=True)
     assert 'LlamaZhError: no space left while writing' in out.stdout, out.stderr
     assert not list((tmp_path/'t').iterdir())
-    import llama_zh_nb.merge as mg
+    import llama_zh_nb.checkpoint.merge as mg
     monkeypatch.setattr(mg.shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(1, 1, 10))
     with pytest.raises(LlamaZhError, match='make room'): merge_lora(base, a, tmp_path/'t'/'m')
     assert not list((tmp_path/'t').iterdir())

@@ -1,7 +1,7 @@
 "What a run on mini must show, read from the run that the notebooks made just before; accuracies with their 95 % intervals where sampling error matters."
 import pytest
-from llama_zh_nb.core import read_json
-from llama_zh_nb.fit import History
+from llama_zh_nb.core.errors import read_json
+from llama_zh_nb.training.trainer import History
 
 @pytest.fixture(scope='module')
 def m(tested_run): return {k: s['metrics'] for k, s in read_json(tested_run/'run.json')['stages'].items()}

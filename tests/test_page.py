@@ -8,12 +8,12 @@ pytest.importorskip('gradio')
 
 @pytest.fixture(scope='module')
 def engine(tested_run):
-    from llama_zh_nb.engine import Engine
+    from llama_zh_nb.serving.engine import Engine
     with Engine(tested_run/'chat', device='cpu', max_new_tokens=128) as e: yield e
 
 @pytest.fixture(scope='module')
 def url(engine):
-    from llama_zh_nb.page import Local, showing
+    from llama_zh_nb.app.page import Local, showing
     with showing(Local(engine), max_new=128, k=1, max_mb=1) as u: yield u
 
 @pytest.fixture(scope='module')
@@ -128,7 +128,7 @@ def test_phone(browser, url):
     p.close()
 
 def test_uploads_stay_in_their_folder(tmp_path):
-    from llama_zh_nb.page import keep_uploads, safe_name
+    from llama_zh_nb.app.page import keep_uploads, safe_name
     (tmp_path/'in').mkdir()
     names = ['a.md', 'a .md', 'ａ.md', '..md', '-rf.md', '名 字\t.md', 'con.md', '龘'*80 + '.md']
     for n in names: (tmp_path/'in'/n).write_text(n, encoding='utf-8')
@@ -141,7 +141,7 @@ def test_uploads_stay_in_their_folder(tmp_path):
     assert safe_name('../../x/../y.md') == 'y.md'
 
 def test_command_refuses(capsys):
-    from llama_zh_nb.page import page
-    from llama_zh_nb.core import LlamaZhError
+    from llama_zh_nb.app.page import page
+    from llama_zh_nb.core.errors import LlamaZhError
     for bad in (dict(), dict(model='nowhere'), dict(api='http://127.0.0.1:9/v1')):
         with pytest.raises(LlamaZhError): page(**bad)

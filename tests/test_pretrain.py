@@ -8,11 +8,15 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('peft')
 os.environ['LLAMA_ZH_PROGRESS'] = '0'
 
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.fit import History, fit, last_checkpoint, quiet
-from llama_zh_nb.lora import check_adapter, check_folder, fingerprint, load_base, load_tokenizer, merge_adapter, new_rows, prepare, rewrite, save_trained, trainable
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.training.trainer import History, fit, last_checkpoint
+from llama_zh_nb.core.machine import quiet
+from llama_zh_nb.checkpoint.adapter import check_adapter
+from llama_zh_nb.checkpoint.folder import check_folder, fingerprint, load_tokenizer, new_rows, rewrite
+from llama_zh_nb.training.lora import load_base, prepare, save_trained, trainable
+from llama_zh_nb.checkpoint.merge import merge_adapter
 from llama_zh_nb.pretrain import Collate, documents, encode, fill, order, pack, pretrain
-from llama_zh_nb.tensors import open_weights, write_shards
+from llama_zh_nb.checkpoint.tensors import open_weights, write_shards
 
 OLD = 60   # rows that count as old in the tiny folder
 
@@ -137,7 +141,8 @@ def test_learns_and_leaves_a_plain_folder(base, done):
     assert '<table>' in h._repr_html_() and len(h.plot().axes) == 3
 
 def test_merged_folder_measures_as_the_run_said(done):
-    from llama_zh_nb.measure import bits, load
+    from llama_zh_nb.evals.measure import bits
+    from llama_zh_nb.checkpoint.folder import load
     out, h = done
     with quiet(): m, tok = load(out, 'cpu')
     assert abs(bits(m, tok, HELD['zh']).bpc - h.last('zh_bpc')) < 1e-5

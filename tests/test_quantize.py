@@ -1,7 +1,7 @@
 """GPTQ on small random models: shapes, calibration, what is saved, what comes back, and clear errors."""
 import json, shutil, subprocess, sys
 import pytest
-from llama_zh_nb.core import LlamaZhError, read_json
+from llama_zh_nb.core.errors import LlamaZhError, read_json
 
 CHATS = [{'messages': [{'role': 'user', 'content': f'{c}的首都是哪里？'}, {'role': 'assistant', 'content': f'{c}的首都是{v}。'}]}
          for c, v in [('法国','巴黎'), ('日本','东京'), ('英国','伦敦'), ('俄国','莫斯科'), ('埃及','开罗'), ('泰国','曼谷'), ('越南','河内'), ('希腊','雅典')]]*3
@@ -10,8 +10,8 @@ CHATS = [{'messages': [{'role': 'user', 'content': f'{c}的首都是哪里？'},
 def tiny(tmp_path_factory):
     "A random Llama with grouped key/value heads and a tokenizer of our own"
     import sentencepiece as sp, torch, transformers as tf
-    from llama_zh_nb.templates import write_template
-    from llama_zh_nb.vocab import save_tokenizer
+    from llama_zh_nb.text.templates import write_template
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     d = tmp_path_factory.mktemp('model')
     lines = [m['content'] for c in CHATS for m in c['messages']] + ['INST /INST [ ] hello world of rivers and hills']*20
     sp.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(d/'sp'), vocab_size=380, model_type='bpe', byte_fallback=True,
@@ -38,7 +38,7 @@ def test_the_module_is_light():
 
 def test_what_is_saved(tiny, packed):
     import torch
-    from llama_zh_nb.tensors import open_weights
+    from llama_zh_nb.checkpoint.tensors import open_weights
     for n in ('tokenizer.json', 'tokenizer_config.json', 'tokenizer.model', 'chat_template.jinja', 'generation_config.json'):
         assert (packed/n).read_bytes() == (tiny/n).read_bytes(), n
     a, b = open_weights(tiny), open_weights(packed)
@@ -54,7 +54,7 @@ def test_what_is_saved(tiny, packed):
 
 def test_reload_through_transformers(tiny, packed):
     import torch, transformers as tf
-    from llama_zh_nb.measure import load
+    from llama_zh_nb.checkpoint.folder import load
     want = logits(tf.AutoModelForCausalLM.from_pretrained(tiny))
     model, tok = load(packed, 'cpu')
     got = logits(model)
@@ -65,7 +65,7 @@ def test_reload_through_transformers(tiny, packed):
 
 def test_reload_through_gptqmodel(packed):
     import torch
-    from llama_zh_nb.quantize import _quiet, load_quantized
+    from llama_zh_nb.checkpoint.folder import _quiet, load_quantized
     with _quiet('gptqmodel'):
         from gptqmodel import GPTQModel
         m = GPTQModel.load(str(packed), device='cpu', dtype=torch.float32)
@@ -73,7 +73,8 @@ def test_reload_through_gptqmodel(packed):
 
 def test_more_bits_are_nearer_and_tied_embeddings_stay_tied(tiny, packed, tmp_path):
     import torch, transformers as tf
-    from llama_zh_nb.quantize import load_quantized, quantize
+    from llama_zh_nb.checkpoint.folder import load_quantized
+    from llama_zh_nb.quantize import quantize
     torch.manual_seed(1)
     c = tf.AutoConfig.from_pretrained(tiny)
     c.tie_word_embeddings, c.num_hidden_layers = True, 1
@@ -123,7 +124,7 @@ def partly(shared, tmp_path_factory):
 
 def test_what_does_not_fit_stays_in_16_bits(partly):
     import torch
-    from llama_zh_nb.tensors import open_weights
+    from llama_zh_nb.checkpoint.tensors import open_weights
     src, out, said = partly
     q = read_json(out/'quantize.json')
     assert set(q['left']) == MLP and q['group_size'] == 64 and {l['module'].split('.')[-1] for l in q['layers']} == {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
@@ -136,7 +137,7 @@ def test_what_does_not_fit_stays_in_16_bits(partly):
 def test_what_was_left_is_honoured_on_reload(partly):
     "The same logits through transformers, through gptqmodel, and by hand with the unpacked matrices put into the plain model"
     import torch, transformers as tf
-    from llama_zh_nb.quantize import _quiet, load_quantized
+    from llama_zh_nb.checkpoint.folder import _quiet, load_quantized
     src, out, _ = partly
     plain, ours = tf.AutoModelForCausalLM.from_pretrained(src, dtype=torch.float32), load_quantized(out, 'cpu')
     other = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -162,7 +163,7 @@ def test_a_model_of_which_nothing_fits(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['m']
 
 def test_load_quantized_refuses(tiny, tmp_path):
-    from llama_zh_nb.quantize import load_quantized
+    from llama_zh_nb.checkpoint.folder import load_quantized
     with pytest.raises(LlamaZhError, match='not quantized'): load_quantized(tiny, 'cpu')
     with pytest.raises(LlamaZhError, match='not a model'): load_quantized(tmp_path, 'cpu')
 
@@ -176,7 +177,7 @@ def test_a_failure_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ['q'] and (tmp_path/'q'/'mine.txt').read_text() == 'old'
 
 def test_before_after(tiny, packed):
-    from llama_zh_nb.quantize import before_after
+    from llama_zh_nb.evals.measure import before_after
     qs = [dict(question=c['messages'][0]['content'], answer=c['messages'][1]['content'], kind='asked') for c in CHATS[:4]]
     t = before_after({'before': tiny, 'after': packed}, {'zh': ['法国的首都是巴黎。'], 'en': []}, qs, device='cpu')
     assert t['after']['bytes'] < t['before']['bytes'] and abs(t['after']['bpc_zh']/t['before']['bpc_zh'] - 1) < .2 and t['before']['accuracy']['asked']['n'] == 4

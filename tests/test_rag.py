@@ -1,12 +1,17 @@
 "Documents, splitting, the index and its figures on real questions, the LangChain chat model, the assistant."
 import asyncio, json, subprocess, sys, threading
 import pytest
-from llama_zh_nb import indexing
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.documents import Document, DocumentLoader, ZhTextSplitter, chunks, load_documents, sentences, split_text, token_counter
-from llama_zh_nb.indexing import DEFAULT_THRESHOLD, HashedEmbeddings, Lexicon, build_index, eval_retrieval, open_index, pick_threshold
-from llama_zh_nb.rag import Answer, Assistant, ChatLlama, Source, load_chat, pack
-from llama_zh_nb.stream import Pieces
+from llama_zh_nb.documents import index as indexing
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.documents.load import Document, DocumentLoader, load_documents
+from llama_zh_nb.documents.split import ZhTextSplitter, chunks, sentences, split_text, token_counter
+from llama_zh_nb.documents.recall import DEFAULT_THRESHOLD, eval_retrieval, pick_threshold
+from llama_zh_nb.documents.lexicon import HashedEmbeddings, Lexicon
+from llama_zh_nb.documents.index import build_index, open_index
+from llama_zh_nb.documents.assistant import Answer, Assistant
+from llama_zh_nb.documents.chat_model import ChatLlama, load_chat
+from llama_zh_nb.documents.passages import Source, pack
+from llama_zh_nb.generation.streaming import Pieces
 
 TOWN = '''# 青石镇
 
@@ -27,7 +32,7 @@ def folder(tmp_path_factory):
     "A tiny random Llama with an exact tokenizer, as this project saves it. Rows of byte pieces are zero, so it writes whole characters."
     import sentencepiece as spm, torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     d = tmp_path_factory.mktemp('model')
     text = (TOWN + '问答之间，山高水长。The boat leaves at nine.\n')*20
     spm.SentencePieceTrainer.train(sentence_iterator=iter(text.splitlines()), model_prefix=str(d/'m'), vocab_size=420, model_type='bpe', byte_fallback=True, character_coverage=1.,
@@ -134,7 +139,7 @@ def test_lexicon_round_trip(tmp_path):
     with pytest.raises(LlamaZhError, match='again'): Lexicon.load(tmp_path/'l')
 
 def test_index_opens_elsewhere(town):
-    code = f"from llama_zh_nb.indexing import open_index; d = open_index({str(town/'index')!r}).find('去县城的船几点开？')[0]; print(d.metadata['score'], d.page_content)"
+    code = f"from llama_zh_nb.documents.index import open_index; d = open_index({str(town/'index')!r}).find('去县城的船几点开？')[0]; print(d.metadata['score'], d.page_content)"
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120).stdout
     assert '每天早上七点有船去县城' in out and 0 < float(out.split()[0]) < 1
 

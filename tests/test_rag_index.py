@@ -2,14 +2,15 @@
 import itertools, json, os, random, signal, socket, subprocess, sys, time, zipfile
 from pathlib import Path
 import pytest
-from llama_zh_nb import documents, indexing
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.documents import Document, find_documents, load_documents, read_file
-from llama_zh_nb.indexing import build_index, eval_command, eval_retrieval, open_index, pick_threshold, read_questions
-from llama_zh_nb.lexicon import HashedEmbeddings, Lexicon, terms, unify
-from llama_zh_nb.retrieve import ZhRetriever, fuse
-from llama_zh_nb.split import chunks, split_text
-from llama_zh_nb.stores import open_store
+from llama_zh_nb.documents import load as documents, index as indexing
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.documents.load import Document, find_documents, load_documents, read_file
+from llama_zh_nb.documents.index import build_index, eval_command, open_index
+from llama_zh_nb.documents.recall import eval_retrieval, pick_threshold, read_questions
+from llama_zh_nb.documents.lexicon import HashedEmbeddings, Lexicon, terms, unify
+from llama_zh_nb.documents.retriever import ZhRetriever, fuse
+from llama_zh_nb.documents.split import chunks, split_text
+from llama_zh_nb.documents.stores import open_store
 
 # documents
 
@@ -162,7 +163,7 @@ def test_only_what_changed_is_read(tmp_path, monkeypatch):
 KILLED = '''
 import sys, time
 from pathlib import Path
-from llama_zh_nb import documents, indexing
+from llama_zh_nb.documents import load as documents, index as indexing
 log, slow = open(sys.argv[3], 'a'), documents.READERS['.txt']
 def read(path, *a): log.write(Path(path).name + chr(10)); log.flush(); time.sleep(float(sys.argv[4])); return slow(path, *a)
 documents.READERS['.txt'], batches = read, indexing._batches
@@ -366,7 +367,7 @@ def test_milvus(tmp_path):
 CLIENT = '''
 import sys
 from pathlib import Path
-from llama_zh_nb.indexing import build_index, open_index
+from llama_zh_nb.documents.index import build_index, open_index
 me, store, box = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 (box/me).mkdir()
 for round in range(4):
@@ -386,7 +387,7 @@ def test_server(server, tmp_path):
     ix = open_index(tmp_path/'ix-甲', search='dense')
     assert len(ix.store or ix.find('稿') and ix.store) == 10                     # old drafts are gone, both clients' last ones are there
     assert {d.metadata['source'][0] for d in ix.find('第3稿', k=10)} == {'甲', '乙'}
-    from llama_zh_nb.stores import get_embeddings
+    from llama_zh_nb.documents.stores import get_embeddings
     from langchain_core.embeddings import DeterministicFakeEmbedding
     with pytest.raises(LlamaZhError, match='another embedding'): open_store(shared, DeterministicFakeEmbedding(size=8)).add(['x'], ['x'], [{'source': 'x'}])
 
@@ -395,7 +396,7 @@ def test_server(server, tmp_path):
 MANY = '''
 import json, random, resource, sys
 from pathlib import Path
-from llama_zh_nb.indexing import build_index
+from llama_zh_nb.documents.index import build_index
 if __name__ == '__main__':
     ix = build_index(sys.argv[1], sys.argv[2], embedding='none', workers=2)
     peak = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

@@ -2,10 +2,10 @@
 import json, subprocess, sys
 from dataclasses import asdict, fields
 import pytest
-from llama_zh_nb.core import LlamaZhError
+from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.recipes import *
 from llama_zh_nb.recipes import PRESETS
-from llama_zh_nb.templates import get_template
+from llama_zh_nb.text.templates import get_template
 
 def test_every_preset_is_valid():
     want = 'mini llama2-7b-16gb llama2-7b-24gb llama2-7b-80gb llama2-13b-80gb llama2-7b-8x80gb-full llama2-70b-multinode alpaca2-7b zhu-7b literary-7b linksoul-7b'
@@ -80,7 +80,7 @@ def test_environment(monkeypatch, tmp_path):
     assert run_dir(r) == tmp_path/'p'/'runs'/'llama2-7b-16gb'
 
 def test_run_json_survives_many_writers(tmp_path):
-    code = "import sys; from llama_zh_nb.recipes import record\nfor i in range(20): record(sys.argv[1], 's'+sys.argv[2], **{f'm{i}': i})"
+    code = "import sys; from llama_zh_nb.core.run_log import record\nfor i in range(20): record(sys.argv[1], 's'+sys.argv[2], **{f'm{i}': i})"
     ps = [subprocess.Popen([sys.executable, '-c', code, str(tmp_path), str(k)]) for k in range(3)]
     assert [p.wait() for p in ps] == [0, 0, 0]
     st = json.loads((tmp_path/'run.json').read_text())['stages']

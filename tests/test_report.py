@@ -2,11 +2,11 @@
 import re
 from html.parser import HTMLParser
 import pytest
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.measure import wilson
-from llama_zh_nb.recipes import update_run, record
-from llama_zh_nb.report import report, PARTS, Story
-from llama_zh_nb.charts import lines, intervals, bars, tokens, path_picture
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.evals.measure import wilson
+from llama_zh_nb.core.run_log import update_run, record
+from llama_zh_nb.app.report import report, PARTS, Story
+from llama_zh_nb.core.show import lines, intervals, bars, tokens, path_picture
 
 EVIL = '<script>alert(1)</script>"\'&'
 

@@ -2,10 +2,11 @@
 import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
-from llama_zh_nb.core import LlamaZhError, read_json
-from llama_zh_nb.recipes import get_recipe, read_run
-from llama_zh_nb.resume import Stage, Run, fingerprint, inputs, verdict, do
-from llama_zh_nb.run import STAGES, run, plan, check_inputs, args_for
+from llama_zh_nb.core.errors import LlamaZhError, read_json
+from llama_zh_nb.recipes import get_recipe
+from llama_zh_nb.core.run_log import read_run
+from llama_zh_nb.app.stages import Stage, Run, fingerprint, inputs, verdict, do
+from llama_zh_nb.app.run import STAGES, run, plan, check_inputs, args_for
 
 pytest.importorskip('torch')
 ENV = dict(os.environ, HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1', LLAMA_ZH_PROGRESS='0')
@@ -65,7 +66,7 @@ def test_every_stage_is_measured_side_by_side(real, shared):
     assert 'class="compare"' in (real[1]/'report.html').read_text(encoding='utf-8')
 
 def test_retrieval_on_real_input(real, cmrc):
-    from llama_zh_nb.rag import open_index
+    from llama_zh_nb.documents.index import open_index
     index = open_index(real[1]/'index')
     found = [any(d.page_content.strip() in ctx for d in index.find(q, k=5)) for q,ctx in cmrc[1]]
     assert len(found) > 900 and sum(found)/len(found) >= .95

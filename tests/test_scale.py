@@ -7,9 +7,10 @@ import numpy as np
 torch = pytest.importorskip('torch')
 pytest.importorskip('peft'); pytest.importorskip('accelerate')
 
-from llama_zh_nb import launch, scale
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.fit import History
+from llama_zh_nb.app import launch
+from llama_zh_nb.training import distributed as scale
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.training.trainer import History
 from test_pretrain import EN, HELD, ZH, make, tensors
 
 HERE = Path(__file__).parent
@@ -213,7 +214,7 @@ def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize('train', ['pretrain', 'finetune'])
 def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monkeypatch, train):
-    from llama_zh_nb import cards
+    from llama_zh_nb.checkpoint import cards
     from llama_zh_nb.pretrain import pretrain
     sent, asked = [], []
     def go(out, **kw):

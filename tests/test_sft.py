@@ -2,8 +2,8 @@
 import json
 from pathlib import Path
 import pytest
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.chat_data import read_chats
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.text.chats import read_chats
 
 # ---- reading
 
@@ -124,7 +124,7 @@ def test_hostile(shared):
     assert len(got['text_no_eos.csv']) == 3 and sum(got['text_no_eos.csv'].notes.values()) == 3
 
 def test_hostile_injection_ids(shared, tok):
-    from llama_zh_nb.templates import encode_chats, get_template
+    from llama_zh_nb.text.templates import encode_chats, get_template
     chats = read_chats(shared/'data/hostile/sft/injection_sft.json')
     for name, per in (('alpaca2', 1), ('llama2-chat', 1), ('atom', 2)):
         for e in encode_chats(get_template(name), tok, [c['messages'] for c in chats]): assert e.ids.count(1) == e.ids.count(2) == per
@@ -141,7 +141,7 @@ def tiny(d):
     "A tiny untied Llama with random weights and a tokenizer of its own in `d`/hf; its last 20 rows count as new."
     import sentencepiece as spm, torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     text = 'The river is long.\n[INST] Where is the sea? [/INST] It is far.\n长江很长。黄河在哪里？\n'*20
     spm.SentencePieceTrainer.train(sentence_iterator=iter(text.splitlines()), model_prefix=str(d/'m'), vocab_size=330, model_type='bpe', byte_fallback=True,
         normalization_rule_name='identity', remove_extra_whitespaces=False, pad_id=3, minloglevel=2, hard_vocab_limit=False)
@@ -168,7 +168,7 @@ def load(d):
     return AutoModelForCausalLM.from_pretrained(d).eval()
 
 def test_only_answers_and_ends_are_learnt(tok):
-    from llama_zh_nb.sft import examples, ChatCollate
+    from llama_zh_nb.training.chat_rows import examples, ChatCollate
     data = examples(CHATS, tok)
     b = ChatCollate(3)([dict(parts=data.items[:3], row=0), dict(parts=data.items[3:4], row=1)])
     for i in range(2):
@@ -182,7 +182,7 @@ def test_only_answers_and_ends_are_learnt(tok):
 def test_packed_equals_unpacked_per_token(folder, tok, attn):
     import torch
     from transformers import AutoModelForCausalLM
-    from llama_zh_nb.sft import examples, Packed, ChatCollate, token_losses
+    from llama_zh_nb.training.chat_rows import examples, Packed, ChatCollate, token_losses
     m = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attn).eval()
     p, c = Packed(examples(CHATS, tok), 200), ChatCollate(3)
     rows = [p[i] for i in range(4)]
@@ -194,9 +194,10 @@ def test_packed_equals_unpacked_per_token(folder, tok, attn):
 def _grads(folder, tok, batches, trl, accum, **kw):
     "Gradients of the first step for the same examples in other batches."
     import torch
-    from llama_zh_nb.fit import make_trainer
-    from llama_zh_nb.lora import load_base, prepare
-    from llama_zh_nb.sft import chat_trainer, ChatCollate
+    from llama_zh_nb.training.trainer import make_trainer
+    from llama_zh_nb.training.lora import load_base, prepare
+    from llama_zh_nb.sft import chat_trainer
+    from llama_zh_nb.training.chat_rows import ChatCollate
     model = prepare(load_base(folder, 'lora+new', 'cpu'), 'lora+new', (310, 330), 4, 8, 0., 0)
     torch.manual_seed(1)
     for n, p in model.named_parameters():
@@ -217,7 +218,7 @@ def _grads(folder, tok, batches, trl, accum, **kw):
 def test_gradients_do_not_depend_on_trainer_or_accumulation(folder, tok):
     "trl's trainer, the plain one, accumulated or in one batch, packed or not: the same gradient, the new rows of lm_head among it."
     import torch
-    from llama_zh_nb.sft import examples
+    from llama_zh_nb.training.chat_rows import examples
     items = examples([CHATS[0], dict(messages=talk('a', 'It is far, the river is long, the sea is far.')), CHATS[1], dict(messages=talk('q', 'x'))], tok).items
     single, packed = [dict(parts=[e], row=i) for i, e in enumerate(items)], [dict(parts=items[:2], row=0), dict(parts=items[2:], row=1)]
     want = _grads(folder, tok, single, False, 1)
@@ -234,7 +235,7 @@ def test_finetune_leaves_a_plain_folder(folder, tok, tmp_path):
     import torch
     from transformers import AutoTokenizer
     from llama_zh_nb.sft import finetune
-    from llama_zh_nb.templates import get_template
+    from llama_zh_nb.text.templates import get_template
     out, texts = tmp_path/'chat', write(tmp_path, 'plain.txt', 'The river is long. '*5)
     h = finetune(folder, CHATS, out, template='atom', extra_texts=texts, text_share=.2, heldout=dict(zh=['长江很长。']), questions=[dict(question='长江?', answer='长江很长。')], **KW)
     assert h.last('loss') < h.first('loss') and h.last('zh_bpc') and h.last('right') is not None and not (out/'checkpoints').exists()
@@ -274,7 +275,7 @@ def test_other_trained_parts(folder, tmp_path, train):
     assert not torch.equal(load(folder).lm_head.weight[:310], load(tmp_path/'c').lm_head.weight[:310])
 
 def test_too_long_is_counted_not_cut(tok):
-    from llama_zh_nb.sft import examples
+    from llama_zh_nb.training.chat_rows import examples
     long = [dict(messages=talk('q', 'far '*100), source='f:9'), *CHATS[:1]]
     d = examples(long, tok, block=64)
     assert d.report['left_out'] == 1 and d.report['left_out_rows'][0].startswith('f:9') and all(e.ids[-1] == 2 for e in d.items)
@@ -285,7 +286,7 @@ def test_too_long_is_counted_not_cut(tok):
 
 def test_pad_is_never_the_end(tok, folder):
     from transformers import AutoTokenizer
-    from llama_zh_nb.sft import pad_id
+    from llama_zh_nb.training.chat_rows import pad_id
     t = AutoTokenizer.from_pretrained(folder)
     t.pad_token = t.eos_token
     assert pad_id(t) == t.unk_token_id == 0  # a folder that pads with its end mark: the unknown token takes its place
@@ -306,7 +307,7 @@ def test_folder_that_pads_with_its_end_mark(folder, tmp_path, capsys):
     assert t.pad_token_id == 0 and t.eos_token_id == 2 and load(tmp_path/'out').config.pad_token_id == 0
 
 def test_packing_order(tok):
-    from llama_zh_nb.sft import examples, with_texts, Packed
+    from llama_zh_nb.training.chat_rows import examples, with_texts, Packed
     d = with_texts(examples(CHATS, tok), ['The river is long. '*9]*30, tok, 128)
     p, q = (Packed(d, 128, epochs=3, share=.25, seed=s) for s in (0, 0))
     assert p.rows == q.rows != Packed(d, 128, epochs=3, share=.25, seed=1).rows and p.filled > .75
@@ -338,7 +339,7 @@ def test_packaged_mini_learns_as_it_is(tmp_path, root):
     assert abs(h.info['mix']['en']/sum(h.info['mix'].values()) - .3) < .1 and (tmp_path/'chat/chat_template.jinja').exists()
 
 def test_mix_of_languages(tok):
-    from llama_zh_nb.sft import examples, with_texts, Packed
+    from llama_zh_nb.training.chat_rows import examples, with_texts, Packed
     chats = [dict(messages=talk('q', 'It is far, the river is long.'))]*10 + [dict(messages=talk('长江?', '长江很长。'))]*30
     d = with_texts(examples(chats, tok), ['The river is long. '*9]*30, tok, 128)
     assert (d.report['chinese'], d.report['english']) == (30, 10)
@@ -353,7 +354,7 @@ def test_mix_of_languages(tok):
     with pytest.raises(LlamaZhError, match='from 0 to below 1'): Packed(d, 128, en_share=1)
 
 def test_truncation_is_counted_by_kind(tok):
-    from llama_zh_nb.sft import examples
+    from llama_zh_nb.training.chat_rows import examples
     chats = [dict(messages=talk('q', 'a', 'r', 'far '*60, 'u', 'b')), dict(messages=talk('q', 'far '*100)), dict(messages=talk('q', 'a'))]
     n = lambda p: [examples(chats, tok, block=48, too_long=p).report[k] for k in ('chats', 'shortened', 'answers_lost', 'answers_cut', 'left_out')]
     assert n('turns') == [2, 1, 2, 0, 1] and n('drop') == [1, 0, 0, 0, 2] and n('cut')[3:] == [2, 0]

@@ -2,8 +2,8 @@
 import json
 from pathlib import Path
 import pytest
-from llama_zh_nb.core import LlamaZhError
-from llama_zh_nb.templates import _TEMPLATES, add_template, check_messages, encode_chats, find_template, get_template, write_template
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.text.templates import _TEMPLATES, add_template, check_messages, encode_chats, find_template, get_template, write_template
 
 NAMES = list(_TEMPLATES)
 
@@ -14,7 +14,7 @@ def chat(*texts, system=None):
 def folder(tmp_path_factory):
     "A tiny SentencePiece model of the Llama kind, saved as this project saves tokenizers."
     import sentencepiece as spm
-    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     d = tmp_path_factory.mktemp('tok')
     text = 'The river is long.\n[INST] Where is the sea? [/INST] It is far.\nHuman: hello\nAssistant: 长江很长。\n'*20
     spm.SentencePieceTrainer.train(sentence_iterator=iter(text.splitlines()), model_prefix=str(d/'m'), vocab_size=330, model_type='bpe', byte_fallback=True,
@@ -48,7 +48,7 @@ def test_published_system_text():
 def test_golden_ids_llama2(shared, tmp_path):
     "Llama-2's own ids of `[INST]`, `[/INST]`; the answer as alpaca2's training encodes it: a text of its own, with the dummy prefix."
     from transformers import AutoTokenizer
-    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     tok = AutoTokenizer.from_pretrained(save_tokenizer(shared/'data/tokenizers/llama2_32000.model', tmp_path/'t'))
     INST, END = [518, 25580, 29962], [518, 29914, 25580, 29962]
     e = get_template('alpaca2').encode(tok, chat('Hello', 'Hello', '你好', system=None))
@@ -119,7 +119,7 @@ def test_golden_ids_of_llama2(name, llama2_tok):
 
 def _pair(model, out):
     from transformers import AutoTokenizer
-    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     return AutoTokenizer.from_pretrained(save_tokenizer(model, out)), _sp(model)
 
 @pytest.fixture(scope='module')
@@ -130,9 +130,10 @@ def llama2_tok(tmp_path_factory, shared): return _pair(shared/'data/tokenizers/l
 @pytest.mark.parametrize('name', NAMES)
 def test_one_template_in_every_room(mini_tok, name, monkeypatch, tmp_path):
     "Training, calibration, measuring, LangChain's chat model and the saved folder all read the same ids."
-    from llama_zh_nb import measure, rag
+    from llama_zh_nb.evals import measure
+    from llama_zh_nb import rag
     from llama_zh_nb.quantize import calibration
-    from llama_zh_nb.sft import examples
+    from llama_zh_nb.training.chat_rows import examples
     from langchain_core.messages import HumanMessage, SystemMessage
     from transformers import AutoTokenizer
     tok, sp = mini_tok

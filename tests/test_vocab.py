@@ -2,10 +2,11 @@
 import json, random, re, subprocess, sys
 from pathlib import Path
 import pytest
-from llama_zh_nb.audit import audit, compare, pieces_of, show_tokens
-from llama_zh_nb.core import LlamaZhError, sha256
-from llama_zh_nb.exact import copy_tokenizer, dead_pieces, disagreements, exact_problems, load_hf, load_sp, read_model, save_tokenizer
-from llama_zh_nb.vocab import append_pieces, count_units, han_only, lowest_score, merge, merge_command, train_pieces
+from llama_zh_nb.tokenizer.audit import audit, compare, pieces_of, show_tokens
+from llama_zh_nb.core.errors import LlamaZhError, sha256
+from llama_zh_nb.tokenizer.exact import copy_tokenizer, dead_pieces, disagreements, exact_problems, load_hf, load_sp, read_model, save_tokenizer
+from llama_zh_nb.vocab import append_pieces, lowest_score, merge, merge_command
+from llama_zh_nb.tokenizer.pieces import count_units, han_only, train_pieces
 
 # sentences of our own, and what tokenizers stumble over
 ODD = ['', ' ', '  two  spaces ', 'tab\there', 'a\r\nb\n\n', '\x00\x01\x7f', '\x85\u2028\u2029', '\ufeffmark', 'no\xa0break\u3000wide', 'zero\u200bwidth\u200d\u2060', '\u202eright to left\u202c',
@@ -129,7 +130,7 @@ def test_marks_can_be_left_out(tokenizers, tmp_path):
     assert any('，' in p for p in pieces['punctuation']) and not any(re.search('[0-9]', p) for p in pieces['punctuation']) and all(map(han_only, pieces['none']))
 
 def test_digits_join_only_where_the_base_reads_them_one_by_one(tokenizers):
-    from llama_zh_nb.choose import edge_marks
+    from llama_zh_nb.tokenizer.choose import edge_marks
     m = read_model(tokenizers/'llama2_32000.model')
     assert set('0123456789') <= set(edge_marks(m)[1]) and not set('0123456789') & set(edge_marks(m)[0])
     m.pieces[31_000].piece = '12'
@@ -141,7 +142,7 @@ def test_unknown_marks_are_refused(tokenizers, tmp_path):
 
 def test_common_characters_come_with_a_large_vocabulary(tokenizers):
     "Traditional characters and simplified ones that the corpus never mentions; a small vocabulary takes only what its corpus holds"
-    from llama_zh_nb.choose import choose_pieces, common_chars
+    from llama_zh_nb.tokenizer.choose import choose_pieces, common_chars
     base, corpus, common = read_model(tokenizers/'llama2_32000.model'), ['河水东流，两岸多柳。']*9, set(common_chars())
     large, small = (set(choose_pieces(base, corpus, room)) for room in (23_295, 2000))
     small -= set('河水东流两岸多柳')
@@ -149,7 +150,7 @@ def test_common_characters_come_with_a_large_vocabulary(tokenizers):
 
 def test_models_bring_words_that_the_corpus_lacks(tokenizers):
     "Each model counts by its Chinese words; one that has none changes nothing"
-    from llama_zh_nb.choose import choose_pieces, model_share, model_words
+    from llama_zh_nb.tokenizer.choose import choose_pieces, model_share, model_words
     base, corpus = read_model(tokenizers/'llama2_32000.model'), ['河水东流，两岸多柳。']*9
     one, two, none = (read_model(tokenizers/n) for n in ('chinese_sp_20000.model', 'openllama_cn_4w.model', 'tinyllm_tok4096.model'))
     assert model_share(model_words(none)) == 0 < model_share(model_words(read_model(tokenizers/'meng_zh.model'))) < model_share(model_words(one)) == model_share(model_words(two))
@@ -215,7 +216,7 @@ def test_hostile(shared):
 def test_all_of_it(tokenizers, shared, tmp_path):
     "55,296 pieces from all Chinese text: exact on every line there is, English untouched, within 2 GB; better than the published one of this size"
     files = sorted(f for f in (shared/'data'/'text_zh').glob('*') if f.name != 'wiki_dev.jsonl')
-    code = 'import sys; from llama_zh_nb.vocab import merge; m = merge(sys.argv[1], [], sys.argv[2], size=55_296, corpus=sys.argv[3:]); from llama_zh_nb.core import peak_rss; print(m.size, peak_rss())'
+    code = 'import sys; from llama_zh_nb.vocab import merge; m = merge(sys.argv[1], [], sys.argv[2], size=55_296, corpus=sys.argv[3:]); from llama_zh_nb.core.machine import peak_rss; print(m.size, peak_rss())'
     said = subprocess.run([sys.executable, '-c', code, tokenizers/'llama2_32000.model', tmp_path/'big', *files], capture_output=True, text=True, check=True).stdout   # on its own: this process has a past
     size, peak = map(int, said.split()[-2:])
     out = tmp_path/'big'

@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from llama_zh_nb.core import LlamaZhError, read_json, write_json
-from llama_zh_nb.tensors import SafeFile, TorchFile, open_weights, write_safetensors
-from llama_zh_nb.convert import EMBED, HEAD, convert_meta, ffn_width, llama_shapes, meta_names, packaged, to_meta
+from llama_zh_nb.core.errors import LlamaZhError, read_json, write_json
+from llama_zh_nb.checkpoint.tensors import SafeFile, TorchFile, open_weights, write_safetensors
+from llama_zh_nb.checkpoint.meta import EMBED, HEAD, convert_meta, ffn_width, llama_shapes, meta_names, packaged, to_meta
 from llama_zh_nb import weights as W
-from llama_zh_nb.weights import acquire, check_sizes, sizes, verify
+from llama_zh_nb.weights import acquire, verify
+from llama_zh_nb.checkpoint.sizes import check_sizes, sizes
 
 P = dict(dim=128, n_layers=2, n_heads=16, n_kv_heads=8, norm_eps=1e-5, vocab_size=-1, max_seq_len=256)
 
@@ -113,7 +114,7 @@ def test_dtype_and_determinism(tmp_path, spm):
 def test_published_widths():
     assert [ffn_width(4096), ffn_width(5120), ffn_width(8192, 4096, 1.3)] == [11008, 13824, 28672]
     c = dict(hidden_size=128, intermediate_size=896, num_hidden_layers=1, num_attention_heads=2, rms_norm_eps=1e-5, vocab_size=9, max_position_embeddings=64)
-    from llama_zh_nb.convert import _params
+    from llama_zh_nb.checkpoint.meta import _params
     p = _params(c)
     assert ffn_width(128, p['multiple_of'], p['ffn_dim_multiplier']) == 896
 
@@ -230,7 +231,7 @@ def test_verify_dtype(hf, dtype, ok):
     else: _problem(hf, '1 in I8', 'quantized')
 
 def test_verify_more_pieces_than_rows(hf, shared):
-    from llama_zh_nb.exact import save_tokenizer
+    from llama_zh_nb.tokenizer.exact import save_tokenizer
     save_tokenizer(shared/'data/tokenizers/llama2_32000.model', hf)
     _problem(hf, 'tokenizer pieces 32,000', 'rows 384', 'more pieces than the model has rows')
 

@@ -1,7 +1,7 @@
 "What a run trains on holds nothing of the wordings by which it is measured: looked for in the files themselves, not in the patterns."
 import json, re
 import pytest
-from llama_zh_nb.world import _frame, _runs, read_facts, read_patterns, split_facts, too_near
+from llama_zh_nb.mini.world import _frame, _runs, read_facts, read_patterns, split_facts, too_near
 
 def held(lang, split): return [p for (l, *_, s), ps in read_patterns().items() for p in ps if (l, s) == (lang, split)]
 
