@@ -1,13 +1,19 @@
 """How a run's chat model does on each wording of the test questions: exact answers to every third fact that was asked in training.
 
-    python benchmarks/wordings.py runs/mini/chat [--split dev] [--json out.json]"""
-import argparse, json
+python benchmarks/wordings.py runs/mini/chat [--split dev] [--json out.json]"""
+
+import argparse
+import json
 from pathlib import Path
+
 from llama_zh_nb.evals import measure
 from llama_zh_nb.mini.world import Scribe, read_facts, split_facts
 
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument('model', help='folder of a chat model that learned the world of mini')
     p.add_argument('--split', default='test', choices=('test', 'dev'))
     p.add_argument('--json', type=Path)
@@ -17,10 +23,18 @@ def main():
     model, tok = measure.load(a.model)
     rows = {}
     for form in s.forms('ask'):
-        answers = measure.ask(model, tok, [s.fill(form, f) for f in facts], max_new_tokens=24, batch=64)
+        answers = measure.ask(
+            model, tok, [s.fill(form, f) for f in facts], max_new_tokens=24, batch=64
+        )
         rows[form] = sum(x == s.answer(f) for x, f in zip(answers, facts))
         print(f'{rows[form]:4} of {len(facts)}  {form}', flush=True)
-    print(f'{sum(rows.values()):4} of {len(rows)*len(facts)}  all')
-    if a.json: a.json.write_text(json.dumps(dict(of=len(facts), right=rows), ensure_ascii=False, indent=1) + '\n', encoding='utf-8')
+    print(f'{sum(rows.values()):4} of {len(rows) * len(facts)}  all')
+    if a.json:
+        a.json.write_text(
+            json.dumps(dict(of=len(facts), right=rows), ensure_ascii=False, indent=1) + '\n',
+            encoding='utf-8',
+        )
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()

@@ -6,8 +6,10 @@
 __all__ = ['Chat', 'chat']
 
 # %% ../nbs/11_chat.ipynb #f4479ff9
-import difflib, html, math, re, sys
+import html
+import sys
 from pathlib import Path
+
 from .checkpoint.folder import load
 from .core.errors import LlamaZhError, need, write_json
 from .core.machine import quiet
@@ -21,129 +23,250 @@ from .text.templates import check_messages, find_template, get_template
 # %% ../nbs/11_chat.ipynb #e4c37c14
 class Chat:
     "A conversation with a local model"
-    def __init__(self,
-        model,                 # folder, or (model, tokenizer)
-        system:str=None,       # system text
-        preset:str='alpaca2',  # sampling, see `PRESETS`
-        template=None,         # name or `Template`; None: the one the folder's tokenizer carries
-        max_new_tokens:int=512, # longest answer
-        too_long:str='refuse', # see `fit_turns`
-        seed:int=0,            # of sampling
-        draft=None,            # a draft model or its folder, see `decoding`
-        guidance:float=1.,     # above 1: away from what the negative prompt would bring, see `decoding`
-        negative:str=None,     # negative prompt: a system text
-        stop=(),               # strings that end an answer
-        device='auto', dtype=None,
-        **changes):            # temperature, top_k, top_p, repetition_penalty
+
+    def __init__(
+        self,
+        model,  # folder, or (model, tokenizer)
+        system: str = None,  # system text
+        preset: str = 'alpaca2',  # sampling, see `PRESETS`
+        template=None,  # name or `Template`; None: the one the folder's tokenizer carries
+        max_new_tokens: int = 512,  # longest answer
+        too_long: str = 'refuse',  # see `fit_turns`
+        seed: int = 0,  # of sampling
+        draft=None,  # a draft model or its folder, see `decoding`
+        guidance: float = 1.0,  # above 1: away from what the negative prompt would bring, see `decoding`
+        negative: str = None,  # negative prompt: a system text
+        stop=(),  # strings that end an answer
+        device='auto',
+        dtype=None,
+        **changes,
+    ):  # temperature, top_k, top_p, repetition_penalty
         self.model, self.tok = model if isinstance(model, tuple) else load(model, device, dtype)
         self.template = get_template(template or find_template(self.tok) or 'alpaca2')
-        self.settings, self.changes, self.max_new_tokens, self.too_long, self.seed, self.stop = sampling(preset, **changes), changes, max_new_tokens, too_long, seed, stop
-        if too_long not in ('refuse', 'cut'): raise LlamaZhError(f"too_long is {too_long!r}: expected 'refuse' or 'cut'")
+        self.settings, self.changes, self.max_new_tokens, self.too_long, self.seed, self.stop = (
+            sampling(preset, **changes),
+            changes,
+            max_new_tokens,
+            too_long,
+            seed,
+            stop,
+        )
+        if too_long not in ('refuse', 'cut'):
+            raise LlamaZhError(f"too_long is {too_long!r}: expected 'refuse' or 'cut'")
         self.draft = load_draft(draft, self.model, self.tok) if draft is not None else None
         self.guidance, self.negative = guidance, negative
-        if draft is not None and guidance != 1: raise LlamaZhError('a draft model and guidance cannot be used together: the guided scores depend on a second text that a rejected draft would spoil. Choose one')
-        if negative and guidance == 1: raise LlamaZhError('a negative prompt does nothing at guidance 1: set guidance above 1, for example 1.5')
+        if draft is not None and guidance != 1:
+            raise LlamaZhError(
+                'a draft model and guidance cannot be used together: the guided scores depend on a second text that a rejected draft would spoil. Choose one'
+            )
+        if negative and guidance == 1:
+            raise LlamaZhError(
+                'a negative prompt does nothing at guidance 1: set guidance above 1, for example 1.5'
+            )
         self.reset(system)
 
     def reset(self, system=...):
         "Begin anew; the system text stays unless another is given"
-        if system is not ...: self.system = system.strip() or None if system else None
+        if system is not ...:
+            self.system = system.strip() or None if system else None
         self.turns, self.note, self.finish = [], '', None
 
     @property
-    def messages(self): return ([dict(role='system', content=self.system)] if self.system else []) + self.turns
-    def use(self, preset): self.settings = sampling(preset, **self.changes)
-    def count(self, messages): return len(self._ids(messages))
-    def _ids(self, messages): return self.template.encode(self.tok, messages, add_generation_prompt=True).ids
+    def messages(self):
+        return ([dict(role='system', content=self.system)] if self.system else []) + self.turns
+
+    def use(self, preset):
+        self.settings = sampling(preset, **self.changes)
+
+    def count(self, messages):
+        return len(self._ids(messages))
+
+    def _ids(self, messages):
+        return self.template.encode(self.tok, messages, add_generation_prompt=True).ids
 
 # %% ../nbs/11_chat.ipynb #cfb0659b
 def _prompt(self, text):
     "Ids of the conversation with `text` added, and what was left out of it"
     check_messages([*self.messages, dict(role='user', content=text)])
-    if not text.strip(): raise LlamaZhError('the message is empty')
-    kept, gone, cut = fit_turns([*self.messages, dict(role='user', content=text)], self.count, room_for(reach(self.model.config), self.max_new_tokens), self.too_long)
-    notes = ['the oldest turn no longer fits and was not read' if gone == 1 else f'the {gone} oldest turns no longer fit and were not read'] if gone else []
-    if cut: notes.append(f'the first {cut:,} characters of this message did not fit and were not read')
+    if not text.strip():
+        raise LlamaZhError('the message is empty')
+    kept, gone, cut = fit_turns(
+        [*self.messages, dict(role='user', content=text)],
+        self.count,
+        room_for(reach(self.model.config), self.max_new_tokens),
+        self.too_long,
+    )
+    notes = (
+        [
+            'the oldest turn no longer fits and was not read'
+            if gone == 1
+            else f'the {gone} oldest turns no longer fit and were not read'
+        ]
+        if gone
+        else []
+    )
+    if cut:
+        notes.append(f'the first {cut:,} characters of this message did not fit and were not read')
     return kept, '; '.join(notes)
+
+
 def _extras(self, messages):
     "What `generate` gets beside its configuration: a draft model or a negative prompt"
-    if self.draft is not None: return dict(assistant_model=self.draft)
-    if self.guidance == 1: return {}
+    if self.draft is not None:
+        return dict(assistant_model=self.draft)
+    if self.guidance == 1:
+        return {}
     return negative(self.model, self._ids(negative_messages(messages, self.negative)))
+
+
 def _stream(self, text):
     "Yield the answer to `text` in whole characters; the turn is kept, also if it is stopped"
     (kept, self.note), shown, self.finish = self._prompt(text), '', 'stopped'
-    ids, pieces, stop = self._ids(kept), Pieces(self.tok, self.stop), self.template.stop_ids(self.tok)
+    ids, pieces, stop = (
+        self._ids(kept),
+        Pieces(self.tok, self.stop),
+        self.template.stop_ids(self.tok),
+    )
     limit = min(self.max_new_tokens, reach(self.model.config) - len(ids))
-    config = generation_config(self.tok, self.settings, limit, stop, guidance_scale=self.guidance if self.guidance != 1 else None)
-    need('torch', 'train').manual_seed(self.seed + len(self.turns)//2)
+    config = generation_config(
+        self.tok,
+        self.settings,
+        limit,
+        stop,
+        guidance_scale=self.guidance if self.guidance != 1 else None,
+    )
+    need('torch', 'train').manual_seed(self.seed + len(self.turns) // 2)
     tokens, n = token_stream(self.model, ids, config, **self._extras(kept)), 0
     try:
         for i in tokens:
             n += 1
-            if i in stop: self.finish = 'stop'; break
-            if new := pieces.push(i) if shown else pieces.push(i).lstrip(): shown += new; yield new
-            if pieces.done: self.finish = 'stop'; break
-        else: self.finish = 'length'
-        if new := pieces.end() if shown else pieces.end().lstrip(): shown += new; yield new
+            if i in stop:
+                self.finish = 'stop'
+                break
+            if new := pieces.push(i) if shown else pieces.push(i).lstrip():
+                shown += new
+                yield new
+            if pieces.done:
+                self.finish = 'stop'
+                break
+        else:
+            self.finish = 'length'
+        if new := pieces.end() if shown else pieces.end().lstrip():
+            shown += new
+            yield new
     finally:
         tokens.close()
-        if shown.strip() or self.finish != 'stopped': self.turns += [dict(role='user', content=text.strip()), dict(role='assistant', content=shown.strip())]
-def _ask(self, text:str)->str:
+        if shown.strip() or self.finish != 'stopped':
+            self.turns += [
+                dict(role='user', content=text.strip()),
+                dict(role='assistant', content=shown.strip()),
+            ]
+
+
+def _ask(self, text: str) -> str:
     "The answer to `text`"
     return ''.join(self.stream(text)).strip()
+
+
 Chat._prompt, Chat._extras, Chat.stream, Chat.ask = _prompt, _extras, _stream, _ask
 
 # %% ../nbs/11_chat.ipynb #31ef2195
 def _html(self):
     def row(m):
         left = m['role'] != 'user'
-        return (f'<div style="text-align:{"left" if left else "right"}"><span style="display:inline-block;white-space:pre-wrap;text-align:left;max-width:80%;margin:2px;padding:4px 9px;border-radius:9px;'
-                f'color:#111;background:{"#e8e8ec" if left else "#bfe8c5"}">{html.escape(m["content"])}</span></div>')
+        return (
+            f'<div style="text-align:{"left" if left else "right"}"><span style="display:inline-block;white-space:pre-wrap;text-align:left;max-width:80%;margin:2px;padding:4px 9px;border-radius:9px;'
+            f'color:#111;background:{"#e8e8ec" if left else "#bfe8c5"}">{html.escape(m["content"])}</span></div>'
+        )
+
     return ''.join(map(row, self.messages)) or '<i>nothing said yet</i>'
+
+
 def _save(self, path):
     "Write the conversation as JSON"
-    if not self.turns: raise LlamaZhError('nothing was said yet: there is nothing to save')
+    if not self.turns:
+        raise LlamaZhError('nothing was said yet: there is nothing to save')
     return write_json(path, [dict(messages=self.messages)])
+
+
 def _load(self, path):
     "Go on with a saved conversation"
     got = read_chats([path])
-    if len(got) != 1: raise LlamaZhError(f'{path} holds {len(got)} conversations: expected one, as /save writes it')
+    if len(got) != 1:
+        raise LlamaZhError(
+            f'{path} holds {len(got)} conversations: expected one, as /save writes it'
+        )
     system, turns = check_messages(got[0]['messages'])
     self.reset(system)
-    self.turns = [dict(role=r, content=c) for r, c in (turns[:-1] if turns[-1][0] == 'user' else turns)]
+    self.turns = [
+        dict(role=r, content=c) for r, c in (turns[:-1] if turns[-1][0] == 'user' else turns)
+    ]
+
+
 Chat._repr_html_, Chat.save, Chat.load = _html, _save, _load
-Chat.__repr__ = lambda self: '\n'.join(f"{m['role']}: {m['content']}" for m in self.messages) or 'nothing said yet'
+Chat.__repr__ = lambda self: (
+    '\n'.join(f'{m["role"]}: {m["content"]}' for m in self.messages) or 'nothing said yet'
+)
 
 # %% ../nbs/11_chat.ipynb #84368082
 def chat(
-    model:str,              # model folder: plain or GPTQ
-    system:str=None,        # system text
-    preset:str='alpaca2',   # sampling: greedy, alpaca2, linksoul
-    draft:str=None,         # folder of a draft model, see `llama-zh draft`
-    template:str=None,      # prompt format; None: the folder's own
-    max_new_tokens:int=512, # longest answer
-    temperature:float=None, # these four: instead of the preset's
-    top_k:int=None,
-    top_p:float=None,
-    repetition_penalty:float=None,
-    guidance:float=1.,      # above 1: away from what the negative prompt would bring
-    negative:str=None,      # negative prompt: a system text
-    too_long:str='refuse',  # a message that does not fit: refuse, or cut its beginning
-    load:str=None,          # a conversation saved with /save
-    seed:int=0,             # of sampling
-    device:str='auto',      # auto, cpu, cuda
-    dtype:str=None,         # None: bfloat16 on a GPU, float32 on a CPU
+    model: str,  # model folder: plain or GPTQ
+    system: str = None,  # system text
+    preset: str = 'alpaca2',  # sampling: greedy, alpaca2, linksoul
+    draft: str = None,  # folder of a draft model, see `llama-zh draft`
+    template: str = None,  # prompt format; None: the folder's own
+    max_new_tokens: int = 512,  # longest answer
+    temperature: float = None,  # these four: instead of the preset's
+    top_k: int = None,
+    top_p: float = None,
+    repetition_penalty: float = None,
+    guidance: float = 1.0,  # above 1: away from what the negative prompt would bring
+    negative: str = None,  # negative prompt: a system text
+    too_long: str = 'refuse',  # a message that does not fit: refuse, or cut its beginning
+    load: str = None,  # a conversation saved with /save
+    seed: int = 0,  # of sampling
+    device: str = 'auto',  # auto, cpu, cuda
+    dtype: str = None,  # None: bfloat16 on a GPU, float32 on a CPU
 ):
     "Talk to a model in the terminal; lines may also come through a pipe"
-    if max_new_tokens < 1: raise LlamaZhError(f'max_new_tokens is {max_new_tokens}: an answer needs 1 or more')
+    if max_new_tokens < 1:
+        raise LlamaZhError(f'max_new_tokens is {max_new_tokens}: an answer needs 1 or more')
     tty = sys.stdin.isatty()
-    for s in (sys.stdin, sys.stdout, sys.stderr):     # a broken byte or a character that the terminal lacks is no reason to end
-        if hasattr(s, 'reconfigure'): s.reconfigure(errors='replace', **({} if tty or s is not sys.stdin else dict(encoding='utf-8')))
-    c = Chat(model, system, preset, template, max_new_tokens, too_long, seed, draft, guidance, negative, device=device, dtype=dtype,
-             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
-    if load: c.load(load)
+    for s in (
+        sys.stdin,
+        sys.stdout,
+        sys.stderr,
+    ):  # a broken byte or a character that the terminal lacks is no reason to end
+        if hasattr(s, 'reconfigure'):
+            s.reconfigure(
+                errors='replace', **({} if tty or s is not sys.stdin else dict(encoding='utf-8'))
+            )
+    c = Chat(
+        model,
+        system,
+        preset,
+        template,
+        max_new_tokens,
+        too_long,
+        seed,
+        draft,
+        guidance,
+        negative,
+        device=device,
+        dtype=dtype,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+    )
+    if load:
+        c.load(load)
     term = Terminal(c, _reader(tty, sys.stderr), sys.stdout, sys.stderr)
-    if tty: term.remark(f'{Path(model).name}, {preset}, reads {reach(c.model.config):,} tokens; /help lists the commands')
-    with quiet(): term.run()
-    if term.failed and not tty: raise LlamaZhError(f'{term.failed} of the lines could not be obeyed, see above')
+    if tty:
+        term.remark(
+            f'{Path(model).name}, {preset}, reads {reach(c.model.config):,} tokens; /help lists the commands'
+        )
+    with quiet():
+        term.run()
+    if term.failed and not tty:
+        raise LlamaZhError(f'{term.failed} of the lines could not be obeyed, see above')

@@ -6,67 +6,94 @@
 __all__ = ['mojibake', 'why_not', 'minhash', 'Seen', 'held_out', 'cut_long', 'CorpusReport', 'build_corpus']
 
 # %% ../nbs/03_corpus.ipynb #fac81c1e
-import hashlib, html, json, re, time
-from dataclasses import dataclass, field as dc_field
+import hashlib
+import html
+import json
+import re
+import time
+from dataclasses import dataclass
+from dataclasses import field as dc_field
 from pathlib import Path
+
 import numpy as np
+
 from .core.errors import LlamaZhError, write_json, writing
 from .core.machine import progress
 from .text.files import BAD, HAN, clean, find_files, read_docs
 
 # %% ../nbs/03_corpus.ipynb #0db1be1b
 _KANA = re.compile('[\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f]')
+
+
 def mojibake(
-    text:str, # a document
-)->bool: # True: it was decoded wrongly once
+    text: str,  # a document
+) -> bool:  # True: it was decoded wrongly once
     "UTF-8 that was read as GBK, or text with replacement characters in it"
-    if '\ufffd' in text: return True
+    if '\ufffd' in text:
+        return True
     sample = ''.join(c for c in text[:300] if c > '\x7f')
     back = sample.encode('gb18030', 'ignore').decode('utf-8', 'ignore')
-    return len(sample) >= 8 and len(HAN.findall(back)) > .3*len(sample)
+    return len(sample) >= 8 and len(HAN.findall(back)) > 0.3 * len(sample)
+
+
 _WORD = re.compile(r'[^\W\d_]+')
+
+
 def _chinese(text):
     "Han characters, to each word in other letters; Japanese has Han too, but never goes long without kana"
     han, kana = len(HAN.findall(text)), len(_KANA.findall(text))
-    return kana <= .1*han and han >= .3*(han + len(_WORD.findall(HAN.sub(' ', text))))
-def _latin(text): return len(re.findall('[A-Za-z]', text)) >= .8*max(1, sum(map(str.isalpha, text)))
+    return kana <= 0.1 * han and han >= 0.3 * (han + len(_WORD.findall(HAN.sub(' ', text))))
+
+
+def _latin(text):
+    return len(re.findall('[A-Za-z]', text)) >= 0.8 * max(1, sum(map(str.isalpha, text)))
 
 # %% ../nbs/03_corpus.ipynb #88a2e659
 def why_not(
-    text:str,        # a clean document
-    lang:str='zh',   # 'zh', 'en', or 'any' for no language filter
-    min_chars:int=8, # characters that are not white space
-): # a reason, or None if the document may stay
+    text: str,  # a clean document
+    lang: str = 'zh',  # 'zh', 'en', or 'any' for no language filter
+    min_chars: int = 8,  # characters that are not white space
+):  # a reason, or None if the document may stay
     "The reason to drop a document"
-    if len(''.join(text.split())) < min_chars: return 'too short' if text else 'empty'
-    if mojibake(text): return 'mojibake'
-    if lang == 'zh' and not _chinese(text): return 'not Chinese'
-    if lang == 'en' and not _latin(text): return 'not English'
+    if len(''.join(text.split())) < min_chars:
+        return 'too short' if text else 'empty'
+    if mojibake(text):
+        return 'mojibake'
+    if lang == 'zh' and not _chinese(text):
+        return 'not Chinese'
+    if lang == 'en' and not _latin(text):
+        return 'not English'
+    return None
 
 # %% ../nbs/03_corpus.ipynb #7505264e
-_PERM, _ROWS, _RUN = 64, 4, 5   # rankings; rankings to a band; characters to a run
+_PERM, _ROWS, _RUN = 64, 4, 5  # rankings; rankings to a band; characters to a run
 _A, _B = np.random.default_rng(20230719).integers(1, 2**63, (2, _PERM), dtype=np.uint64)
 _A |= np.uint64(1)
 
 # %% ../nbs/03_corpus.ipynb #9a976bba
 def minhash(
-    text:str, # at least five characters
-)->np.ndarray: # (64,) uint32
+    text: str,  # at least five characters
+) -> np.ndarray:  # (64,) uint32
     "Signature whose share of equal places estimates the Jaccard index of two texts' five-character runs"
     codes = np.frombuffer(text.encode('utf-32-le', 'ignore'), np.uint32).astype(np.uint64)
-    h = np.zeros(len(codes)-_RUN+1, np.uint64)
-    for i in range(_RUN): h = h*np.uint64(0x9E3779B97F4A7C15) + codes[i:len(h)+i]
+    h = np.zeros(len(codes) - _RUN + 1, np.uint64)
+    for i in range(_RUN):
+        h = h * np.uint64(0x9E3779B97F4A7C15) + codes[i : len(h) + i]
     h ^= h >> np.uint64(29)
-    return ((h*_A[:,None] + _B[:,None]) >> np.uint64(32)).min(1).astype(np.uint32)
+    return ((h * _A[:, None] + _B[:, None]) >> np.uint64(32)).min(1).astype(np.uint32)
 
 # %% ../nbs/03_corpus.ipynb #23b1d075
 _LETTERS = re.compile(r'[\W_]+')
+
+
 class Seen:
     "Remembers documents by fingerprint and says which new ones are repetitions"
-    def __init__(self,
-        near:bool=True,    # also look for near duplicates
-        alike:float=.8,    # Jaccard index from which two documents are near duplicates
-        near_min:int=100,  # letters from which a document is long enough for that
+
+    def __init__(
+        self,
+        near: bool = True,  # also look for near duplicates
+        alike: float = 0.8,  # Jaccard index from which two documents are near duplicates
+        near_min: int = 100,  # letters from which a document is long enough for that
     ):
         self.near, self.alike, self.near_min = near, alike, near_min
         self.exact, self.letters, self.bands, self.sigs = set(), set(), {}, []
@@ -74,35 +101,48 @@ class Seen:
     def __call__(self, text):
         "The kind of repetition, or None; a new text is remembered"
         key, letters = _digest(text), _LETTERS.sub('', text).lower()
-        if key in self.exact: return 'exact duplicate'
+        if key in self.exact:
+            return 'exact duplicate'
         self.exact.add(key)
         if len(letters) >= 5:
-            if (k := _digest(letters)) in self.letters: return 'same letters, other punctuation'
+            if (k := _digest(letters)) in self.letters:
+                return 'same letters, other punctuation'
             self.letters.add(k)
-        if self.near and len(letters) >= self.near_min: return self._near(minhash(letters))
+        if self.near and len(letters) >= self.near_min:
+            return self._near(minhash(letters))
+        return None
 
     def _near(self, sig):
-        keys = [hash((i, sig[i:i+_ROWS].tobytes())) for i in range(0, _PERM, _ROWS)]
+        keys = [hash((i, sig[i : i + _ROWS].tobytes())) for i in range(0, _PERM, _ROWS)]
         suspects = {self.bands[k] for k in keys if k in self.bands}
-        if any((self.sigs[s] == sig).mean() >= self.alike for s in suspects): return 'near duplicate'
-        for k in keys: self.bands.setdefault(k, len(self.sigs))
+        if any((self.sigs[s] == sig).mean() >= self.alike for s in suspects):
+            return 'near duplicate'
+        for k in keys:
+            self.bands.setdefault(k, len(self.sigs))
         self.sigs.append(sig)
-def _digest(s): return hashlib.blake2b(s.encode('utf-8', 'surrogatepass'), digest_size=12).digest()
+        return None
+
+
+def _digest(s):
+    return hashlib.blake2b(s.encode('utf-8', 'surrogatepass'), digest_size=12).digest()
 
 # %% ../nbs/03_corpus.ipynb #f0a9e959
 def held_out(
-    text:str,         # a clean document
-    share:float=.02,  # of the documents
-    seed:int=0,       # another seed, another choice
-)->bool:
+    text: str,  # a clean document
+    share: float = 0.02,  # of the documents
+    seed: int = 0,  # another seed, another choice
+) -> bool:
     "Whether a document belongs to the validation set"
-    return int.from_bytes(hashlib.blake2b(f'{seed}\0{text}'.encode(), digest_size=8).digest(), 'big') < share*2**64
+    return (
+        int.from_bytes(hashlib.blake2b(f'{seed}\0{text}'.encode(), digest_size=8).digest(), 'big')
+        < share * 2**64
+    )
 
 # %% ../nbs/03_corpus.ipynb #20017ecb
 def cut_long(text, most):
     "Pieces of at most `most` characters, cut after a line or a sentence where there is one"
     while len(text) > most:
-        at = max(text.rfind(m, most//2, most) for m in '\n。！？') + 1 or most
+        at = max(text.rfind(m, most // 2, most) for m in '\n。！？') + 1 or most
         yield text[:at].strip()
         text = text[at:]
     yield text.strip()
@@ -111,48 +151,111 @@ def cut_long(text, most):
 @dataclass
 class CorpusReport:
     "What went into a corpus and what did not"
-    settings:dict=dc_field(default_factory=dict)  # the arguments of `build_corpus`
-    files:list=dc_field(default_factory=list)     # one dict a file: name, bytes, documents, kept, notes
-    dropped:dict=dc_field(default_factory=dict)   # reason -> count, chars, first (file:line)
-    problems:list=dc_field(default_factory=list)  # files that could not be read, and why
-    train:int=0; valid:int=0; chars:int=0         # documents kept, and their characters
-    han:int=0; invisible:int=0; space_marks:int=0 # Chinese characters; invisible characters removed; U+2581 met (SentencePiece turns it into a space)
-    seconds:float=0
+
+    settings: dict = dc_field(default_factory=dict)  # the arguments of `build_corpus`
+    files: list = dc_field(
+        default_factory=list
+    )  # one dict a file: name, bytes, documents, kept, notes
+    dropped: dict = dc_field(default_factory=dict)  # reason -> count, chars, first (file:line)
+    problems: list = dc_field(default_factory=list)  # files that could not be read, and why
+    train: int = 0
+    valid: int = 0
+    chars: int = 0  # documents kept, and their characters
+    han: int = 0
+    invisible: int = 0
+    space_marks: int = 0  # Chinese characters; invisible characters removed; U+2581 met (SentencePiece turns it into a space)
+    seconds: float = 0
 
     def drop(self, why, text, name, n):
         d = self.dropped.setdefault(why, dict(count=0, chars=0, first=f'{name}:{n}'))
-        d['count'] += 1; d['chars'] += len(text or '')
+        d['count'] += 1
+        d['chars'] += len(text or '')
 
     def check(self):
         "Raise if no document is left"
-        if self.train + self.valid: return self
-        why = '; '.join([*(f"{v['count']:,} {k} (first: {v['first']})" for k, v in self.dropped.items()), *self.problems,
-                         *(f"{f['name']}: {', '.join(f['notes'])}" for f in self.files[:5])])
+        if self.train + self.valid:
+            return self
+        why = '; '.join(
+            [
+                *(f'{v["count"]:,} {k} (first: {v["first"]})' for k, v in self.dropped.items()),
+                *self.problems,
+                *(f'{f["name"]}: {", ".join(f["notes"])}' for f in self.files[:5]),
+            ]
+        )
         raise LlamaZhError(f'no document is left of {len(self.files)} file(s): {why}')
 
-    def to_dict(self): return {k: getattr(self, k) for k in self.__dataclass_fields__ if k != 'seconds'}
+    def to_dict(self):
+        return {k: getattr(self, k) for k in self.__dataclass_fields__ if k != 'seconds'}
 
     def __repr__(self):
-        rows = [f'kept {self.train:,} + {self.valid:,} held out = {self.chars:,} characters, {self.han/max(1, self.chars):.0%} Chinese, in {self.seconds:.1f} s']
-        rows += [f"dropped {v['count']:,}: {k} ({v['chars']:,} characters, first {v['first']})" for k, v in sorted(self.dropped.items(), key=lambda o: -o[1]['count'])]
-        if self.invisible: rows.append(f'{self.invisible:,} invisible characters removed')
-        if self.space_marks: rows.append(f'{self.space_marks:,} of the character U+2581 kept: SentencePiece will read it as a space')
+        rows = [
+            f'kept {self.train:,} + {self.valid:,} held out = {self.chars:,} characters, {self.han / max(1, self.chars):.0%} Chinese, in {self.seconds:.1f} s'
+        ]
+        rows += [
+            f'dropped {v["count"]:,}: {k} ({v["chars"]:,} characters, first {v["first"]})'
+            for k, v in sorted(self.dropped.items(), key=lambda o: -o[1]['count'])
+        ]
+        if self.invisible:
+            rows.append(f'{self.invisible:,} invisible characters removed')
+        if self.space_marks:
+            rows.append(
+                f'{self.space_marks:,} of the character U+2581 kept: SentencePiece will read it as a space'
+            )
         return '\n'.join(rows + [f'PROBLEM {p}' for p in self.problems])
 
-    def _repr_html_(self): return _report_html(self)
+    def _repr_html_(self):
+        return _report_html(self)
 
 # %% ../nbs/03_corpus.ipynb #5d7cef09
-def _bar(n, total, colour): return f"<div style='background:{colour};height:.8em;width:{max(2, round(240*n/max(1, total)))}px'></div>"
+def _bar(n, total, colour):
+    return f"<div style='background:{colour};height:.8em;width:{max(2, round(240 * n / max(1, total)))}px'></div>"
+
+
 def _report_html(r):
-    td = lambda *cells: '<tr>' + ''.join(f"<td style='text-align:left'>{c}</td>" for c in cells) + '</tr>'
+    td = lambda *cells: (
+        '<tr>' + ''.join(f"<td style='text-align:left'>{c}</td>" for c in cells) + '</tr>'
+    )
     total = r.train + r.valid + sum(v['count'] for v in r.dropped.values())
-    rows = [td('<b>kept</b>', f'{r.train+r.valid:,}', _bar(r.train+r.valid, total, '#4a8'), f'{r.train:,} to train, {r.valid:,} held out; {r.chars:,} characters, {r.han/max(1, r.chars):.0%} Chinese')]
-    rows += [td(html.escape(k), f"{v['count']:,}", _bar(v['count'], total, '#c66'), f"{v['chars']:,} characters; first: {html.escape(v['first'])}") for k, v in sorted(r.dropped.items(), key=lambda o: -o[1]['count'])]
-    files = [td(html.escape(f['name']), f"{f['bytes']:,} bytes", f"{f['kept']:,} of {f['documents']:,}", html.escape('; '.join(f['notes']))) for f in r.files[:30]]
-    more = f'<p>and {len(r.files)-30:,} more files</p>' if len(r.files) > 30 else ''
-    odd = [f'{r.invisible:,} invisible characters removed'] * bool(r.invisible) + [f'{r.space_marks:,} × U+2581 kept (SentencePiece will read it as a space)'] * bool(r.space_marks)
-    return ("<table>" + ''.join(rows) + "</table><table><tr><th>file</th><th>size</th><th>kept</th><th>found</th></tr>" + ''.join(files) + "</table>" + more
-            + ''.join(f'<p>{html.escape(o)}</p>' for o in odd) + ''.join(f"<p style='color:#b00'>{html.escape(p)}</p>" for p in r.problems))
+    rows = [
+        td(
+            '<b>kept</b>',
+            f'{r.train + r.valid:,}',
+            _bar(r.train + r.valid, total, '#4a8'),
+            f'{r.train:,} to train, {r.valid:,} held out; {r.chars:,} characters, {r.han / max(1, r.chars):.0%} Chinese',
+        )
+    ]
+    rows += [
+        td(
+            html.escape(k),
+            f'{v["count"]:,}',
+            _bar(v['count'], total, '#c66'),
+            f'{v["chars"]:,} characters; first: {html.escape(v["first"])}',
+        )
+        for k, v in sorted(r.dropped.items(), key=lambda o: -o[1]['count'])
+    ]
+    files = [
+        td(
+            html.escape(f['name']),
+            f'{f["bytes"]:,} bytes',
+            f'{f["kept"]:,} of {f["documents"]:,}',
+            html.escape('; '.join(f['notes'])),
+        )
+        for f in r.files[:30]
+    ]
+    more = f'<p>and {len(r.files) - 30:,} more files</p>' if len(r.files) > 30 else ''
+    odd = [f'{r.invisible:,} invisible characters removed'] * bool(r.invisible) + [
+        f'{r.space_marks:,} × U+2581 kept (SentencePiece will read it as a space)'
+    ] * bool(r.space_marks)
+    return (
+        '<table>'
+        + ''.join(rows)
+        + '</table><table><tr><th>file</th><th>size</th><th>kept</th><th>found</th></tr>'
+        + ''.join(files)
+        + '</table>'
+        + more
+        + ''.join(f'<p>{html.escape(o)}</p>' for o in odd)
+        + ''.join(f"<p style='color:#b00'>{html.escape(p)}</p>" for p in r.problems)
+    )
 
 # %% ../nbs/03_corpus.ipynb #977e5864
 def _documents(path, name, r, a):
@@ -160,64 +263,106 @@ def _documents(path, name, r, a):
     row = dict(name=name, bytes=path.stat().st_size, documents=0, kept=0, notes=[])
     try:
         for n, raw in read_docs(path, a['encoding'], a['unit'], a['field'], row['notes']):
-            if raw and not raw.strip(): continue   # a blank line is no document
+            if raw and not raw.strip():
+                continue  # a blank line is no document
             row['documents'] += 1
-            if not isinstance(raw, str): r.drop('no text field' if raw is None else 'row cannot be parsed', '', name, n); continue
-            if BAD.search(raw): r.drop('undecodable bytes', raw, name, n); continue
+            if not isinstance(raw, str):
+                r.drop('no text field' if raw is None else 'row cannot be parsed', '', name, n)
+                continue
+            if BAD.search(raw):
+                r.drop('undecodable bytes', raw, name, n)
+                continue
             text, gone = clean(raw)
             r.invisible += gone
             for part in cut_long(text, a['max_chars']):
-                if why := why_not(part, a['lang'], a['min_chars']): r.drop(why, part, name, n)
-                else: yield row, f'{name}:{n}', part
-    except LlamaZhError as e: r.problems.append(str(e).replace(str(path), name))
-    except (OSError, UnicodeError) as e: r.problems.append(f'{name}: {e}')
-    if not row['documents'] and not row['bytes']: row['notes'].append('empty file')
-    elif not row['documents']: row['notes'].append('no document in it')
+                if why := why_not(part, a['lang'], a['min_chars']):
+                    r.drop(why, part, name, n)
+                else:
+                    yield row, f'{name}:{n}', part
+    except LlamaZhError as e:
+        r.problems.append(str(e).replace(str(path), name))
+    except (OSError, UnicodeError) as e:
+        r.problems.append(f'{name}: {e}')
+    if not row['documents'] and not row['bytes']:
+        row['notes'].append('empty file')
+    elif not row['documents']:
+        row['notes'].append('no document in it')
     r.files.append(row)
 
 # %% ../nbs/03_corpus.ipynb #9e317350
 def build_corpus(
-    sources,               # files, folders or patterns: .txt .md .jsonl .json .csv .parquet
-    out,                   # folder to be made: train.jsonl, valid.jsonl, report.json
-    lang:str='zh',         # 'zh', 'en', or 'any' for no language filter
-    encoding=None,         # of all text files; None: detected, file by file
-    min_chars:int=8,       # shorter documents are dropped
-    max_chars:int=20_000,  # longer ones are cut at a sentence's end
-    near_dup:bool=True,    # also drop near duplicates (takes most of the time)
-    valid_share:float=.02, # of the documents
-    seed:int=0,            # of the split
-    unit:str='auto',       # what a document is in a .txt: 'line', 'paragraph', 'file'
-    field=None,            # the rows' text field(s), where it is not `text`, `content` or the like
-)->CorpusReport:
+    sources,  # files, folders or patterns: .txt .md .jsonl .json .csv .parquet
+    out,  # folder to be made: train.jsonl, valid.jsonl, report.json
+    lang: str = 'zh',  # 'zh', 'en', or 'any' for no language filter
+    encoding=None,  # of all text files; None: detected, file by file
+    min_chars: int = 8,  # shorter documents are dropped
+    max_chars: int = 20_000,  # longer ones are cut at a sentence's end
+    near_dup: bool = True,  # also drop near duplicates (takes most of the time)
+    valid_share: float = 0.02,  # of the documents
+    seed: int = 0,  # of the split
+    unit: str = 'auto',  # what a document is in a .txt: 'line', 'paragraph', 'file'
+    field=None,  # the rows' text field(s), where it is not `text`, `content` or the like
+) -> CorpusReport:
     "Read, clean, filter, deduplicate and split; writes beside `out` and renames"
     _check_args(lang, unit, valid_share, max_chars)
-    a, t0 = dict(lang=lang, encoding=encoding, min_chars=min_chars, max_chars=max_chars, near_dup=near_dup, valid_share=valid_share, seed=seed, unit=unit, field=field), time.time()
+    a, t0 = (
+        dict(
+            lang=lang,
+            encoding=encoding,
+            min_chars=min_chars,
+            max_chars=max_chars,
+            near_dup=near_dup,
+            valid_share=valid_share,
+            seed=seed,
+            unit=unit,
+            field=field,
+        ),
+        time.time(),
+    )
     r, seen, files = CorpusReport(a), Seen(near_dup), find_files(sources, skip=out)
     with writing(out) as tmp:
         tmp.mkdir()
-        with open(tmp/'train.jsonl', 'w', encoding='utf-8') as train, open(tmp/'valid.jsonl', 'w', encoding='utf-8') as valid:
+        with (
+            open(tmp / 'train.jsonl', 'w', encoding='utf-8') as train,
+            open(tmp / 'valid.jsonl', 'w', encoding='utf-8') as valid,
+        ):
             for path, name in progress(files, 'corpus'):
                 for row, place, text in _documents(path, name, r, a):
-                    if why := seen(text): r.drop(why, text, *place.rsplit(':', 1)); continue
+                    if why := seen(text):
+                        r.drop(why, text, *place.rsplit(':', 1))
+                        continue
                     held = held_out(text, valid_share, seed)
-                    (valid if held else train).write(json.dumps({'text': text, 'source': place}, ensure_ascii=False) + '\n')
-                    row['kept'] += 1; r.valid += held; r.train += not held
-                    r.chars += len(text); r.han += len(HAN.findall(text)); r.space_marks += text.count('\u2581')
-        if valid_share and not (r.check().valid and r.train) and r.train + r.valid > 1: _hold_one(tmp, r, seed)
-        write_json(tmp/'report.json', r.check().to_dict())
+                    (valid if held else train).write(
+                        json.dumps({'text': text, 'source': place}, ensure_ascii=False) + '\n'
+                    )
+                    row['kept'] += 1
+                    r.valid += held
+                    r.train += not held
+                    r.chars += len(text)
+                    r.han += len(HAN.findall(text))
+                    r.space_marks += text.count('\u2581')
+        if valid_share and not (r.check().valid and r.train) and r.train + r.valid > 1:
+            _hold_one(tmp, r, seed)
+        write_json(tmp / 'report.json', r.check().to_dict())
     r.seconds = time.time() - t0
     return r
 
 # %% ../nbs/03_corpus.ipynb #d2062b94
 def _check_args(lang, unit, valid_share, max_chars):
-    if lang not in ('zh','en','any'): raise LlamaZhError(f"lang={lang!r}: use 'zh', 'en' or 'any'")
-    if unit not in ('auto','line','paragraph','file'): raise LlamaZhError(f"unit={unit!r}: use 'auto', 'line', 'paragraph' or 'file'")
-    if not 0 <= valid_share < 1: raise LlamaZhError(f'valid_share={valid_share}: a share from 0 to less than 1 was expected')
-    if max_chars < 100: raise LlamaZhError(f'max_chars={max_chars}: at least 100 was expected')
+    if lang not in ('zh', 'en', 'any'):
+        raise LlamaZhError(f"lang={lang!r}: use 'zh', 'en' or 'any'")
+    if unit not in ('auto', 'line', 'paragraph', 'file'):
+        raise LlamaZhError(f"unit={unit!r}: use 'auto', 'line', 'paragraph' or 'file'")
+    if not 0 <= valid_share < 1:
+        raise LlamaZhError(f'valid_share={valid_share}: a share from 0 to less than 1 was expected')
+    if max_chars < 100:
+        raise LlamaZhError(f'max_chars={max_chars}: at least 100 was expected')
+
+
 def _hold_one(folder, r, seed):
     "A tiny corpus can end up with one side of the split empty: hold out exactly one document then"
-    lines = [l for n in ('train','valid') for l in open(folder/f'{n}.jsonl', encoding='utf-8')]
+    lines = [l for n in ('train', 'valid') for l in open(folder / f'{n}.jsonl', encoding='utf-8')]
     one = min(lines, key=lambda l: hashlib.blake2b(f'{seed}\0{l}'.encode()).digest())
-    (folder/'valid.jsonl').write_text(one, encoding='utf-8')
-    (folder/'train.jsonl').write_text(''.join(l for l in lines if l is not one), encoding='utf-8')
+    (folder / 'valid.jsonl').write_text(one, encoding='utf-8')
+    (folder / 'train.jsonl').write_text(''.join(l for l in lines if l is not one), encoding='utf-8')
     r.train, r.valid = len(lines) - 1, 1

@@ -6,12 +6,21 @@
 __all__ = ['INITS', 'plain_sp', 'Spelling', 'mixtures', 'dictionary', 'new_rows', 'resize']
 
 # %% ../nbs/05_embeddings.ipynb #ba0ffa0b
-import re, shutil
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
+
 from .checkpoint.meta import EMBED, HEAD, not_over
 from .checkpoint.sizes import check_sizes
-from .checkpoint.tensors import SafeFile, dtype_of, nbytes, open_weights, write_index, write_safetensors
+from llama_zh_nb.checkpoint.tensors import (
+    SafeFile,
+    dtype_of,
+    nbytes,
+    open_weights,
+    write_index,
+    write_safetensors,
+)
 from .core.errors import LlamaZhError, need, read_json, write_json, writing
 from .text.files import read_texts
 from .tokenizer.exact import copy_tokenizer, load_sp, read_model, save_tokenizer
@@ -19,8 +28,8 @@ from .weights import copy_file
 
 # %% ../nbs/05_embeddings.ipynb #d10565e7
 def plain_sp(
-    path, # tokenizer.model or its folder
-): # a SentencePieceProcessor
+    path,  # tokenizer.model or its folder
+):  # a SentencePieceProcessor
     "The tokenizer without dummy prefix: pieces of a text as they are in its middle"
     m = read_model(path)
     m.normalizer_spec.add_dummy_prefix = m.normalizer_spec.remove_extra_whitespaces = False
@@ -29,40 +38,72 @@ def plain_sp(
 # %% ../nbs/05_embeddings.ipynb #a2901be0
 class Spelling(list):
     "For each new piece: (piece, old ids that spell it); ids are empty for control pieces such as `<pad>`"
+
     def __init__(self, old, new):
-        from llama_zh_nb.exact import read_model, NORMAL, USER_DEFINED
+        from llama_zh_nb.tokenizer.exact import NORMAL, USER_DEFINED, read_model
+
         a, b, self.sp = read_model(old), read_model(new), plain_sp(old)
         self.n_old, self.n_new = len(a.pieces), len(b.pieces)
         for i, (p, q) in enumerate(zip(a.pieces, b.pieces)):
-            if p.piece != q.piece: raise LlamaZhError(f'{new}: piece {i} is {q.piece!r}, but the base has {p.piece!r} there: this tokenizer does not extend the base; merge with the base you resize')
-        text = [p.piece.replace('▁', ' ') if p.type in (NORMAL, USER_DEFINED) else '' for p in b.pieces[self.n_old:]]
-        super().__init__(zip((p.piece for p in b.pieces[self.n_old:]), self.sp.encode(text)))
-    def __repr__(self): return f'{self.n_old:,} old pieces, {len(self):,} new ones, spelt with {sum(len(i) for _, i in self)/max(1, len(self)):.1f} old ones on average'
+            if p.piece != q.piece:
+                raise LlamaZhError(
+                    f'{new}: piece {i} is {q.piece!r}, but the base has {p.piece!r} there: this tokenizer does not extend the base; merge with the base you resize'
+                )
+        text = [
+            p.piece.replace('▁', ' ') if p.type in (NORMAL, USER_DEFINED) else ''
+            for p in b.pieces[self.n_old :]
+        ]
+        super().__init__(zip((p.piece for p in b.pieces[self.n_old :]), self.sp.encode(text)))
+
+    def __repr__(self):
+        return f'{self.n_old:,} old pieces, {len(self):,} new ones, spelt with {sum(len(i) for _, i in self) / max(1, len(self)):.1f} old ones on average'
+
     def _repr_html_(self):
         cell = '<span style="border:1px solid #aac;border-radius:3px;padding:0 3px;margin:1px">{}</span>'
-        rows = ''.join(f'<tr><td>{p}</td><td style="text-align:left">' + ''.join(cell.format(self.sp.id_to_piece(i).replace('<', '&lt;')) for i in ids) + '</td></tr>'
-                       for p, ids in self[:: max(1, len(self)//8)][:8] if ids)
+        rows = ''.join(
+            f'<tr><td>{p}</td><td style="text-align:left">'
+            + ''.join(cell.format(self.sp.id_to_piece(i).replace('<', '&lt;')) for i in ids)
+            + '</td></tr>'
+            for p, ids in self[:: max(1, len(self) // 8)][:8]
+            if ids
+        )
         return f'<p>{self!r}</p><table><tr><th>new piece</th><th style="text-align:left">old pieces</th></tr>{rows}</table>'
 
 # %% ../nbs/05_embeddings.ipynb #6f983f2c
-INITS = ('subword-mean', 'length-weighted', 'rare-heavy', 'full-length', 'first-heavy', 'dictionary', 'mean', 'random')
+INITS = (
+    'subword-mean',
+    'length-weighted',
+    'rare-heavy',
+    'full-length',
+    'first-heavy',
+    'dictionary',
+    'mean',
+    'random',
+)
+
+
 def _weights(init, ids, side, length, share):
     "Unnormalised weights of the old pieces that spell a new one"
-    if init == 'length-weighted': return [length(i) for i in ids]
-    if init in ('rare-heavy', 'full-length'): return [1/(1 + 1000*share[i]) for i in ids]  # a/(a + p), as in smooth inverse frequency, a = .001
-    if init == 'first-heavy' and side == HEAD: return [.5**i for i in range(len(ids))]
-    return [1.]*len(ids)
+    if init == 'length-weighted':
+        return [length(i) for i in ids]
+    if init in ('rare-heavy', 'full-length'):
+        return [
+            1 / (1 + 1000 * share[i]) for i in ids
+        ]  # a/(a + p), as in smooth inverse frequency, a = .001
+    if init == 'first-heavy' and side == HEAD:
+        return [0.5**i for i in range(len(ids))]
+    return [1.0] * len(ids)
 
 # %% ../nbs/05_embeddings.ipynb #3fbcb0e5
 def mixtures(
-    spelt,     # `Spelling`
-    init:str,  # one of `INITS`
-    side:str,  # EMBED or HEAD
-    words=None, # for 'dictionary': {new id: {old id: share}}
-)->list: # for each new piece (old ids, weights; only their ratios matter); ([], []) stands for the mean of all rows
+    spelt,  # `Spelling`
+    init: str,  # one of `INITS`
+    side: str,  # EMBED or HEAD
+    words=None,  # for 'dictionary': {new id: {old id: share}}
+) -> list:  # for each new piece (old ids, weights; only their ratios matter); ([], []) stands for the mean of all rows
     "Which old rows make up each new one"
     out, sp, count = [], spelt.sp, Counter(i for _, ids in spelt for i in ids)
-    share = {i: n/count.total() for i, n in count.items()}
+    share = {i: n / count.total() for i, n in count.items()}
     length = lambda i: 1 if sp.is_byte(i) else len(sp.id_to_piece(i).encode())
     for n, (_, ids) in enumerate(spelt, spelt.n_old):
         d = (words or {}).get(n) or dict()
@@ -72,29 +113,49 @@ def mixtures(
 
 # %% ../nbs/05_embeddings.ipynb #6ce5f1c5
 def dictionary(
-    texts,     # strings; lines with both Chinese and Latin letters are used
-    old,       # the base's tokenizer: folder or file
-    new,       # the extended one
+    texts,  # strings; lines with both Chinese and Latin letters are used
+    old,  # the base's tokenizer: folder or file
+    new,  # the extended one
     rounds=8,  # of expectation-maximisation
-    keep=4,    # old pieces for a new one at most
-    limit=20_000, # lines at most
-)->dict: # {new id: {old id: probability}}
+    keep=4,  # old pieces for a new one at most
+    limit=20_000,  # lines at most
+) -> dict:  # {new id: {old id: probability}}
     "IBM Model 1 between new pieces and the old pieces of the Latin words beside them"
     np = need('numpy')
     sp, n_old, pairs = load_sp(new), len(load_sp(old)), []
     for zh, en in _both_languages(texts, limit):
         z = sorted({i for i in sp.encode(zh) if i >= n_old})
-        e = sorted({i for i in sp.encode(en) if i < n_old and any(map(str.isalpha, sp.id_to_piece(i)))})
-        if z and e and len(z)*len(e) < 2000: pairs.append((z + [-1], e))  # -1: words that belong to no piece
-    if not pairs: return {}
-    z, e, at = (np.concatenate(x) for x in zip(*((np.repeat(z, len(e)), np.tile(e, len(z)), np.full(len(z)*len(e), n)) for n, (z, e) in enumerate(pairs))))
-    (zu, zi), (pu, pi) = np.unique(z, return_inverse=True), np.unique(z*n_old + e, return_inverse=True)
-    slot, source = np.unique(at*n_old + e, return_inverse=True)[1], np.searchsorted(zu, np.floor_divide(pu, n_old))
+        e = sorted(
+            {i for i in sp.encode(en) if i < n_old and any(map(str.isalpha, sp.id_to_piece(i)))}
+        )
+        if z and e and len(z) * len(e) < 2000:
+            pairs.append((z + [-1], e))  # -1: words that belong to no piece
+    if not pairs:
+        return {}
+    z, e, at = (
+        np.concatenate(x)
+        for x in zip(
+            *(
+                (np.repeat(z, len(e)), np.tile(e, len(z)), np.full(len(z) * len(e), n))
+                for n, (z, e) in enumerate(pairs)
+            )
+        )
+    )
+    (zu, zi), (pu, pi) = (
+        np.unique(z, return_inverse=True),
+        np.unique(z * n_old + e, return_inverse=True),
+    )
+    slot, source = (
+        np.unique(at * n_old + e, return_inverse=True)[1],
+        np.searchsorted(zu, np.floor_divide(pu, n_old)),
+    )
     t = np.ones(len(pu))
     for _ in range(rounds):
-        share = t[pi]/np.bincount(slot, t[pi])[slot]      # how much of this word belongs to this piece
+        share = (
+            t[pi] / np.bincount(slot, t[pi])[slot]
+        )  # how much of this word belongs to this piece
         c = np.bincount(pi, share, len(pu))
-        t = c/np.bincount(source, c)[source]              # and so the words of each piece
+        t = c / np.bincount(source, c)[source]  # and so the words of each piece
     return _best(zu[source], pu % n_old, t, keep)
 
 # %% ../nbs/05_embeddings.ipynb #2d3cd744
@@ -102,130 +163,204 @@ def _both_languages(texts, limit):
     "(Chinese part, Latin part) of lines that have both"
     for text in texts:
         for line in text.splitlines():
-            zh, en = ' '.join(re.findall(r'[\u3400-\u9fff]+', line)), ' '.join(re.findall(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z'-]+)+", line))
-            if len(zh) < 2 or not en: continue  # a single Latin word is a name or a mark such as [INST], not a translation
+            zh, en = (
+                ' '.join(re.findall(r'[\u3400-\u9fff]+', line)),
+                ' '.join(re.findall(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z'-]+)+", line)),
+            )
+            if len(zh) < 2 or not en:
+                continue  # a single Latin word is a name or a mark such as [INST], not a translation
             yield zh, en
             limit -= 1
-            if not limit: return
+            if not limit:
+                return
+
+
 def _best(z, e, t, keep):
     "The most probable words of each piece, as a dictionary of dictionaries"
     out = {}
     for i in (-t).argsort():
         d = out.setdefault(int(z[i]), {})
-        if z[i] >= 0 and len(d) < keep and t[i] > .05: d[int(e[i])] = float(t[i])
+        if z[i] >= 0 and len(d) < keep and t[i] > 0.05:
+            d[int(e[i])] = float(t[i])
     return {k: v for k, v in out.items() if v}
 
 # %% ../nbs/05_embeddings.ipynb #8ab15832
 def _mean(f, name, n, of=lambda t: t):
     "Mean of the first `n` rows, or of a function of them, in double precision"
-    s, step = 0., 4096
-    for lo in range(0, n, step): s = s + of(f.get(name, slice(lo, min(n, lo + step))).double()).sum(0)
-    return s/n
+    s, step = 0.0, 4096
+    for lo in range(0, n, step):
+        s = s + of(f.get(name, slice(lo, min(n, lo + step))).double()).sum(0)
+    return s / n
 
 # %% ../nbs/05_embeddings.ipynb #816292ef
 def new_rows(
-    f,       # `SafeFile` that holds `name`
-    name,    # EMBED or HEAD
-    mix,     # from `mixtures`
-    n_old,   # rows that mean something
-    pad=0,   # further rows that only fill up: the mean
-    std=None, # standard deviation for 'random' rows; None: use `mix`
+    f,  # `SafeFile` that holds `name`
+    name,  # EMBED or HEAD
+    mix,  # from `mixtures`
+    n_old,  # rows that mean something
+    pad=0,  # further rows that only fill up: the mean
+    std=None,  # standard deviation for 'random' rows; None: use `mix`
     seed=0,
-    stretch=False, # give the rows of `mix` the length of an average old row
+    stretch=False,  # give the rows of `mix` the length of an average old row
     block=512,
-): # yields tensors (rows, hidden) in the file's dtype
+):  # yields tensors (rows, hidden) in the file's dtype
     "The rows of the new pieces"
     torch, dtype = need('torch', 'train'), dtype_of(f.spec(name)[0])
     used = sorted({i for ids, _ in mix for i in ids})
     old, mean = {i: f.get(name, slice(i, i + 1))[0] for i in used}, _mean(f, name, n_old)
     length = _mean(f, name, n_old, lambda t: t.norm(dim=1)) if stretch else None
-    g = torch.Generator().manual_seed(2*seed + (name == HEAD))
+    g = torch.Generator().manual_seed(2 * seed + (name == HEAD))
+
     def row(ids, w):
-        if not ids: return mean
+        if not ids:
+            return mean
         w = torch.tensor(w, dtype=torch.float64)
-        t = w@torch.stack([old[i] for i in ids]).double()/w.sum()
-        return t if length is None or not t.any() else t*(length/t.norm())
+        t = w @ torch.stack([old[i] for i in ids]).double() / w.sum()
+        return t if length is None or not t.any() else t * (length / t.norm())
+
     for lo in range(0, len(mix) + pad, block):
-        part = mix[lo:lo+block]
-        rows = [row(*m) if std is None else torch.randn(len(mean), generator=g).double()*std for m in part]
-        t = torch.stack(rows + [mean]*(min(block, len(mix) + pad - lo) - len(part))).to(dtype)
-        if (dead := (t == 0).all(1)).any(): raise LlamaZhError(f'{f.path}: the new row {n_old + lo + int(dead.nonzero()[0])} of {name} would be all zeros: the old rows it is made of are; check the base with llama-zh weights verify')
+        part = mix[lo : lo + block]
+        rows = [
+            row(*m) if std is None else torch.randn(len(mean), generator=g).double() * std
+            for m in part
+        ]
+        t = torch.stack(rows + [mean] * (min(block, len(mix) + pad - lo) - len(part))).to(dtype)
+        if (dead := (t == 0).all(1)).any():
+            raise LlamaZhError(
+                f'{f.path}: the new row {n_old + lo + int(dead.nonzero()[0])} of {name} would be all zeros: the old rows it is made of are; check the base with llama-zh weights verify'
+            )
         yield t
 
 # %% ../nbs/05_embeddings.ipynb #c7faa1fe
 def _rewrite(f, path, make, total):
     "Write the file of `f` again with more rows in the embeddings: old bytes, then those that `make(name)` yields"
-    grown = [k for k in f.keys() if k in (EMBED, HEAD)]
-    specs = {k: (f.spec(k)[0], (total, *f.spec(k)[1][1:]) if k in grown else f.spec(k)[1]) for k in f.keys()}
+    grown = [k for k in f if k in (EMBED, HEAD)]
+    specs = {
+        k: (f.spec(k)[0], (total, *f.spec(k)[1][1:]) if k in grown else f.spec(k)[1]) for k in f
+    }
+
     def read(k):
-        if k not in grown: return f.raw(k)
+        if k not in grown:
+            return f.raw(k)
         return make(k)
+
     write_safetensors(path, specs, read)
-    return sum(nbytes(*s) for s in specs.values()) - sum(nbytes(*f.spec(k)) for k in f.keys())
-def _as_bytes(t): return t.view(need('torch', 'train').uint8).numpy().data
+    return sum(nbytes(*s) for s in specs.values()) - sum(nbytes(*f.spec(k)) for k in f)
+
+
+def _as_bytes(t):
+    return t.view(need('torch', 'train').uint8).numpy().data
 
 # %% ../nbs/05_embeddings.ipynb #cd4acc83
 def _configs(src, tokenizer_dir, out, total):
     "config, generation config and tokenizer that agree with the new rows"
-    if (Path(tokenizer_dir)/'tokenizer.json').exists(): copy_tokenizer(tokenizer_dir, out)
-    else: save_tokenizer(tokenizer_dir, out)
-    sp, pad = load_sp(out), read_json(out/'tokenizer_config.json').get('pad_token')
-    ids = {'bos_token_id': sp.bos_id(), 'eos_token_id': sp.eos_id(), 'pad_token_id': sp.piece_to_id(pad) if pad else -1}
-    ids = {k: i for k, i in ids.items() if i >= 0 and not (k == 'pad_token_id' and sp.is_unknown(i))}
-    write_json(out/'config.json', read_json(src/'config.json') | dict(vocab_size=total) | ids)
-    g = src/'generation_config.json'
-    write_json(out/'generation_config.json', (read_json(g) if g.exists() else {}) | ids)
+    if (Path(tokenizer_dir) / 'tokenizer.json').exists():
+        copy_tokenizer(tokenizer_dir, out)
+    else:
+        save_tokenizer(tokenizer_dir, out)
+    sp, pad = load_sp(out), read_json(out / 'tokenizer_config.json').get('pad_token')
+    ids = {
+        'bos_token_id': sp.bos_id(),
+        'eos_token_id': sp.eos_id(),
+        'pad_token_id': sp.piece_to_id(pad) if pad else -1,
+    }
+    ids = {
+        k: i for k, i in ids.items() if i >= 0 and not (k == 'pad_token_id' and sp.is_unknown(i))
+    }
+    write_json(out / 'config.json', read_json(src / 'config.json') | dict(vocab_size=total) | ids)
+    g = src / 'generation_config.json'
+    write_json(out / 'generation_config.json', (read_json(g) if g.exists() else {}) | ids)
     for p in src.iterdir():
-        if p.name.upper().startswith(('LICENSE', 'USE_POLICY', 'NOTICE')) and p.is_file(): shutil.copyfile(p, out/p.name)
+        if p.name.upper().startswith(('LICENSE', 'USE_POLICY', 'NOTICE')) and p.is_file():
+            shutil.copyfile(p, out / p.name)
 
 # %% ../nbs/05_embeddings.ipynb #c6ca5781
 def _check_args(model_dir, init, texts, pad_to):
-    if init not in INITS: raise LlamaZhError(f"unknown init {init!r}; there are: {', '.join(INITS)}")
-    if init == 'dictionary' and texts is None: raise LlamaZhError("init 'dictionary' needs texts with lines in both languages; without such use 'full-length'")
-    if pad_to and pad_to < 0: raise LlamaZhError(f'pad_to is {pad_to}, a positive number was expected (1 for no padding)')
+    if init not in INITS:
+        raise LlamaZhError(f'unknown init {init!r}; there are: {", ".join(INITS)}')
+    if init == 'dictionary' and texts is None:
+        raise LlamaZhError(
+            "init 'dictionary' needs texts with lines in both languages; without such use 'full-length'"
+        )
+    if pad_to and pad_to < 0:
+        raise LlamaZhError(f'pad_to is {pad_to}, a positive number was expected (1 for no padding)')
     w = open_weights(model_dir)
-    if not isinstance(next(iter(w.values())), SafeFile): raise LlamaZhError(f'{model_dir} holds .bin files; bring it in with  llama-zh weights get  first, which writes safetensors')
+    if not isinstance(next(iter(w.values())), SafeFile):
+        raise LlamaZhError(
+            f'{model_dir} holds .bin files; bring it in with  llama-zh weights get  first, which writes safetensors'
+        )
     return w
+
+
 def _words(texts, old, new):
     "The dictionary of `texts`, which may be a folder; refused when there is nothing to learn from"
-    if isinstance(texts, (str, Path)): texts = read_texts(texts)
-    if words := dictionary(texts, old, new): return words
-    raise LlamaZhError("init 'dictionary' found no line with Chinese and English in the texts; use 'full-length'")
+    if isinstance(texts, (str, Path)):
+        texts = read_texts(texts)
+    if words := dictionary(texts, old, new):
+        return words
+    raise LlamaZhError(
+        "init 'dictionary' found no line with Chinese and English in the texts; use 'full-length'"
+    )
 
 # %% ../nbs/05_embeddings.ipynb #ea6c5e3d
 def resize(
-    model_dir,     # Hugging Face folder of the base, with its own tokenizer.model
-    tokenizer_dir, # folder (or file) of a tokenizer that extends the base's
-    out,           # folder to make; it appears when it is complete
-    init='full-length', # one of `INITS`
-    pad_to=64,     # rows are padded to a multiple of this
-    link=False,    # hard-link files that do not change, where the file system can
-    seed=0,        # for 'random'
-    texts=None,    # for 'dictionary': strings, or a corpus folder, some with lines in both languages
-)->Path:
+    model_dir,  # Hugging Face folder of the base, with its own tokenizer.model
+    tokenizer_dir,  # folder (or file) of a tokenizer that extends the base's
+    out,  # folder to make; it appears when it is complete
+    init='full-length',  # one of `INITS`
+    pad_to=64,  # rows are padded to a multiple of this
+    link=False,  # hard-link files that do not change, where the file system can
+    seed=0,  # for 'random'
+    texts=None,  # for 'dictionary': strings, or a corpus folder, some with lines in both languages
+) -> Path:
     "Give the model rows for the tokenizer's new pieces, file by file"
     model_dir, out = Path(model_dir), Path(out)
     not_over(out, model_dir, tokenizer_dir)
     w, _ = _check_args(model_dir, init, texts, pad_to), check_sizes(model_dir)
-    spelt, c = Spelling(model_dir, tokenizer_dir), read_json(model_dir/'config.json')
-    total = -(-spelt.n_new//(pad_to or 1))*(pad_to or 1)
-    keep, words = min(spelt.n_old, spelt.n_new), _words(texts, model_dir, tokenizer_dir) if init == 'dictionary' else None
-    tied, std = bool(c.get('tie_word_embeddings')), c.get('initializer_range', .02) if init == 'random' else None
+    spelt, c = Spelling(model_dir, tokenizer_dir), read_json(model_dir / 'config.json')
+    total = -(-spelt.n_new // (pad_to or 1)) * (pad_to or 1)
+    keep, words = (
+        min(spelt.n_old, spelt.n_new),
+        _words(texts, model_dir, tokenizer_dir) if init == 'dictionary' else None,
+    )
+    tied, std = (
+        bool(c.get('tie_word_embeddings')),
+        c.get('initializer_range', 0.02) if init == 'random' else None,
+    )
+
     def make(name):
-        k = EMBED if tied else name  # tied: both sides are one matrix, also where a file holds it twice
+        k = (
+            EMBED if tied else name
+        )  # tied: both sides are one matrix, also where a file holds it twice
         yield from w[k].raw(k, slice(0, keep))
-        for t in new_rows(w[k], k, mixtures(spelt, init, k, words), spelt.n_old, total - max(keep, spelt.n_new), std, seed, init == 'full-length' and k == EMBED): yield _as_bytes(t)
+        for t in new_rows(
+            w[k],
+            k,
+            mixtures(spelt, init, k, words),
+            spelt.n_old,
+            total - max(keep, spelt.n_new),
+            std,
+            seed,
+            init == 'full-length' and k == EMBED,
+        ):
+            yield _as_bytes(t)
+
     files = {f.path.name: f for f in w.values()}
     with writing(out) as tmp:
         tmp.mkdir()
         grown = 0
         for n, f in files.items():
-            if {EMBED, HEAD} & set(f.keys()): grown += _rewrite(f, tmp/n, make, total)
-            else: copy_file(f.path, tmp/n, link)
-        if (index := model_dir/'model.safetensors.index.json').exists():
+            if {EMBED, HEAD} & set(f.keys()):
+                grown += _rewrite(f, tmp / n, make, total)
+            else:
+                copy_file(f.path, tmp / n, link)
+        if (index := model_dir / 'model.safetensors.index.json').exists():
             j = read_json(index)
             write_index(tmp, j['weight_map'], sum(nbytes(*f.spec(k)) for k, f in w.items()) + grown)
         _configs(model_dir, Path(tokenizer_dir), tmp, total)
-        write_json(tmp/'resize.json', dict(old_rows=keep, pieces=spelt.n_new, rows=total, init=init, seed=seed))  # training asks it which rows are new
+        write_json(
+            tmp / 'resize.json',
+            dict(old_rows=keep, pieces=spelt.n_new, rows=total, init=init, seed=seed),
+        )  # training asks it which rows are new
         check_sizes(tmp)
     return out

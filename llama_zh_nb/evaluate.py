@@ -7,8 +7,11 @@ __all__ = ['PUBLISHED', 'forgetting', 'published_table', 'lines_of', 'compare_pa
            'evaluate_command']
 
 # %% ../nbs/13_evaluate.ipynb #ce73b24b
-import json, math, sys
+import json
+import math
+import sys
 from pathlib import Path
+
 from .checkpoint.folder import load
 from .core.errors import LlamaZhError, write_json, writing
 from .core.show import COLOURS, Html, esc
@@ -16,7 +19,7 @@ from .evals.bits import BitsTable, compare_bits
 from .evals.choice import Result, evaluate
 from .evals.contamination import contamination
 from .evals.harness import lm_eval_run
-from .evals.longbench import LongResult, PROMPTS, longbench
+from .evals.longbench import PROMPTS, LongResult, longbench
 from .evals.tasks import HUB, read_task
 from .mini.world import documents, read_facts, split_facts
 from .text.files import read_texts
@@ -24,89 +27,159 @@ from .text.files import read_texts
 # %% ../nbs/13_evaluate.ipynb #3d684e7e
 def forgetting(
     before,  # Result
-    after,   # Result of the same task
-)->dict: # kept, lost, gained, never: counts; p: of a difference by chance
+    after,  # Result of the same task
+) -> dict:  # kept, lost, gained, never: counts; p: of a difference by chance
     "What changed between two models on the same questions"
     a, b = ({x['id']: x['right'] for x in r.rows} for r in (before, after))
     both = a.keys() & b.keys()
-    if not both: raise LlamaZhError(f'{before.name} and {after.name} have no question in common')
+    if not both:
+        raise LlamaZhError(f'{before.name} and {after.name} have no question in common')
     count = lambda x, y: sum(bool(a[i]) == x and bool(b[i]) == y for i in both)
     lost, gained = count(True, False), count(False, True)
     n, k = lost + gained, min(lost, gained)
-    p = min(1., 2*sum(math.comb(n, i) for i in range(k + 1))/2**n) if n else 1.
+    p = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
     return dict(kept=count(True, True), lost=lost, gained=gained, never=count(False, False), p=p)
 
 # %% ../nbs/13_evaluate.ipynb #45f6debf
 _ALPACA2 = 'https://github.com/ymcui/Chinese-LLaMA-Alpaca-2'
-PUBLISHED = [   # model, measure, value, source
+PUBLISHED = [  # model, measure, value, source
     ('Chinese-LLaMA-2-7B', 'C-Eval valid, 0-shot / 5-shot', '28.2 / 36.0', _ALPACA2),
     ('Chinese-Alpaca-2-7B', 'C-Eval valid, 0-shot / 5-shot', '41.3 / 42.9', _ALPACA2),
     ('Chinese-LLaMA-2-7B', 'CMMLU test, 0-shot / few-shot', '27.9 / 34.1', _ALPACA2),
     ('Chinese-Alpaca-2-7B', 'CMMLU test, 0-shot / few-shot', '40.0 / 41.8', _ALPACA2),
-    ('Chinese-LLaMA-2-7B', 'llama.cpp perplexity: F16, Q8_0, Q5_K, Q4_K, Q4_0', '9.128, 9.129, 9.168, 9.240, 9.476', _ALPACA2)]
-def published_table()->Html:
+    (
+        'Chinese-LLaMA-2-7B',
+        'llama.cpp perplexity: F16, Q8_0, Q5_K, Q4_K, Q4_0',
+        '9.128, 9.129, 9.168, 9.240, 9.476',
+        _ALPACA2,
+    ),
+]
+
+
+def published_table() -> Html:
     "The reference figures with their source"
-    link = lambda s: f'<a href="{esc(s)}">{esc(s.removeprefix("https://"))}</a>' if s.startswith('http') else esc(s)
-    body = ''.join(f'<tr><td>{esc(m)}</td><td>{esc(w)}</td><td>{esc(v)}</td><td>{link(s)}</td></tr>' for m,w,v,s in PUBLISHED)
-    return Html(f'<div class="scroll"><table><tr><th>published 已公布</th><th>measure</th><th>value</th><th>source</th></tr>{body}</table></div>'
-                '<p class="dim">Other programs, prompts and machines: a reference, not a column of the table above. Perplexities of different vocabularies and texts cannot be compared. 仅供参考，提示与程序不同，不宜直接相减。</p>')
+    link = lambda s: (
+        f'<a href="{esc(s)}">{esc(s.removeprefix("https://"))}</a>'
+        if s.startswith('http')
+        else esc(s)
+    )
+    body = ''.join(
+        f'<tr><td>{esc(m)}</td><td>{esc(w)}</td><td>{esc(v)}</td><td>{link(s)}</td></tr>'
+        for m, w, v, s in PUBLISHED
+    )
+    return Html(
+        f'<div class="scroll"><table><tr><th>published 已公布</th><th>measure</th><th>value</th><th>source</th></tr>{body}</table></div>'
+        '<p class="dim">Other programs, prompts and machines: a reference, not a column of the table above. Perplexities of different vocabularies and texts cannot be compared. 仅供参考，提示与程序不同，不宜直接相减。</p>'
+    )
 
 # %% ../nbs/13_evaluate.ipynb #32954881
 def lines_of(
-    results, # Results, LongResults, BitsTables, or lines from a file
-)->list: # of dicts: task, model, value, lo, hi, n, metric, chance, lang, lower
+    results,  # Results, LongResults, BitsTables, or lines from a file
+) -> list:  # of dicts: task, model, value, lo, hi, n, metric, chance, lang, lower
     "What the page shows of each result, the changed questions counted against the first model"
     first, out = {}, []
     for r in results if isinstance(results, (list, tuple)) else [results]:
-        if isinstance(r, dict): out.append(r); continue
-        if isinstance(r, BitsTable): out += r.lines(); continue
+        if isinstance(r, dict):
+            out.append(r)
+            continue
+        if isinstance(r, BitsTable):
+            out += r.lines()
+            continue
         x = r.line()
         before = first.setdefault(x['task'], r)
-        if before is not r and not isinstance(r, LongResult): x['change'] = {k: v for k,v in forgetting(before, r).items() if k in ('gained', 'lost', 'p')}
+        if before is not r and not isinstance(r, LongResult):
+            x['change'] = {
+                k: v for k, v in forgetting(before, r).items() if k in ('gained', 'lost', 'p')
+            }
         out.append(x)
     return out
+
+
 def _picture(x, top):
     "A cell's small drawing"
-    w, X = 120, lambda v: 4 + max(0, min(1, v/top))*112
-    chance = f'<line x1="{X(x["chance"]):.1f}" x2="{X(x["chance"]):.1f}" y1="1" y2="15" stroke="currentColor" stroke-dasharray="2 2" opacity=".55"><title>guessing: {x["chance"]:.0%}</title></line>' if x.get('chance') else ''
-    band = f'<rect x="{X(x["lo"]):.1f}" y="5" width="{max(X(x["hi"]) - X(x["lo"]), 1.5):.1f}" height="6" rx="3" fill="{COLOURS[1 if x.get("lower") else 0]}" opacity=".45"/>' if x.get('lo') is not None else ''
+    w, X = 120, lambda v: 4 + max(0, min(1, v / top)) * 112
+    chance = (
+        f'<line x1="{X(x["chance"]):.1f}" x2="{X(x["chance"]):.1f}" y1="1" y2="15" stroke="currentColor" stroke-dasharray="2 2" opacity=".55"><title>guessing: {x["chance"]:.0%}</title></line>'
+        if x.get('chance')
+        else ''
+    )
+    band = (
+        f'<rect x="{X(x["lo"]):.1f}" y="5" width="{max(X(x["hi"]) - X(x["lo"]), 1.5):.1f}" height="6" rx="3" fill="{COLOURS[1 if x.get("lower") else 0]}" opacity=".45"/>'
+        if x.get('lo') is not None
+        else ''
+    )
     return f'<svg viewBox="0 0 {w} 16" width="{w}" height="16" role="img" aria-label="{esc(_figure(x))}" style="display:block"><line x1="4" x2="116" y1="8" y2="8" stroke="currentColor" opacity=".2"/>{chance}{band}<circle cx="{X(x["value"]):.1f}" cy="8" r="3.4" fill="{COLOURS[1 if x.get("lower") else 0]}"/></svg>'
-def _figure(x): return f"{x['value']:.3f}" if x.get('lower') else f"{x['value']:.1%}"
-def _apart(x, y): return None not in (x.get('lo'), y.get('lo')) and (x['lo'] > y['hi'] or x['hi'] < y['lo'])
+
+
+def _figure(x):
+    return f'{x["value"]:.3f}' if x.get('lower') else f'{x["value"]:.1%}'
+
+
+def _apart(x, y):
+    return None not in (x.get('lo'), y.get('lo')) and (x['lo'] > y['hi'] or x['hi'] < y['lo'])
+
+
 def _cell(x, first, top):
-    if not x: return '<td>–</td>'
-    iv = '' if x.get('lo') is None else (f"{x['lo']:.2f} to {x['hi']:.2f}" if x.get('lower') else f"{x['lo']:.0%} to {x['hi']:.0%}")
-    change = f"<br>+{x['change']['gained']} −{x['change']['lost']}" if x.get('change') else ''
+    if not x:
+        return '<td>–</td>'
+    iv = (
+        ''
+        if x.get('lo') is None
+        else (
+            f'{x["lo"]:.2f} to {x["hi"]:.2f}'
+            if x.get('lower')
+            else f'{x["lo"]:.0%} to {x["hi"]:.0%}'
+        )
+    )
+    change = f'<br>+{x["change"]["gained"]} −{x["change"]["lost"]}' if x.get('change') else ''
     fig = f'<b>{_figure(x)}</b>' if first and x is not first and _apart(x, first) else _figure(x)
     return f'<td>{_picture(x, top)}{fig} <span class="dim" style="opacity:.75;font-size:.85em">{iv}{change}</span></td>'
+
+
 _SECTIONS = dict(zh='Chinese 中文', en='English: what was forgotten 英语：忘了多少')
+
+
 def compare_page(
-    results,          # Results of several models, BitsTables, or saved lines
-    published=True,   # the projects' figures below
+    results,  # Results of several models, BitsTables, or saved lines
+    published=True,  # the projects' figures below
     title='',
-)->Html: # a fragment for a report or a notebook
+) -> Html:  # a fragment for a report or a notebook
     "Models in columns, tasks in rows, intervals drawn"
     lines = lines_of(results)
-    if not lines: raise LlamaZhError('nothing to compare: no result was given')
+    if not lines:
+        raise LlamaZhError('nothing to compare: no result was given')
     models = list(dict.fromkeys(x['model'] for x in lines))
     body = ''
     for lang in dict.fromkeys(['zh', 'en', *(x.get('lang') or 'zh' for x in lines)]):
         tasks = list(dict.fromkeys(x['task'] for x in lines if (x.get('lang') or 'zh') == lang))
-        if tasks: body += f'<tr><th colspan="{len(models) + 1}" style="padding-top:1em">{_SECTIONS.get(lang, esc(lang))}</th></tr>'
+        if tasks:
+            body += f'<tr><th colspan="{len(models) + 1}" style="padding-top:1em">{_SECTIONS.get(lang, esc(lang))}</th></tr>'
         for t in tasks:
             row = {x['model']: x for x in lines if x['task'] == t}
-            top = max(max(x['value'], x.get('hi') or 0) for x in row.values())*1.05 if any(x.get('lower') for x in row.values()) else 1.
+            top = (
+                max(max(x['value'], x.get('hi') or 0) for x in row.values()) * 1.05
+                if any(x.get('lower') for x in row.values())
+                else 1.0
+            )
             n = max(x['n'] for x in row.values())
-            body += f'<tr><td>{esc(t)}<br><span class="dim" style="opacity:.75;font-size:.85em">{n:,} {"documents, lower is better 越低越好" if any(x.get("lower") for x in row.values()) else "questions 题"}</span></td>' + ''.join(_cell(row.get(m), row.get(models[0]), top or 1.) for m in models) + '</tr>'
+            body += (
+                f'<tr><td>{esc(t)}<br><span class="dim" style="opacity:.75;font-size:.85em">{n:,} {"documents, lower is better 越低越好" if any(x.get("lower") for x in row.values()) else "questions 题"}</span></td>'
+                + ''.join(_cell(row.get(m), row.get(models[0]), top or 1.0) for m in models)
+                + '</tr>'
+            )
     head = '<tr><th></th>' + ''.join(f'<th>{esc(m)}</th>' for m in models) + '</tr>'
-    note = ('<p class="dim">Dot: value; bar: 95 % interval; dotted line: guessing. Bold: the interval lies apart from the first column\'s. +a −b: questions right that were wrong in the first column, and the other way round. '
-            '圆点是数值，色条是 95% 区间，虚线是瞎猜的水平；加粗表示与第一列的区间不相交；+a −b 是相对第一列新答对与新答错的题数。</p>')
-    return Html(f'<section class="compare">{f"<h3>{esc(title)}</h3>" if title else ""}<div class="scroll" style="overflow-x:auto"><table>{head}{body}</table></div>{note}{published_table() if published else ""}</section>')
+    note = (
+        '<p class="dim">Dot: value; bar: 95 % interval; dotted line: guessing. Bold: the interval lies apart from the first column\'s. +a −b: questions right that were wrong in the first column, and the other way round. '
+        '圆点是数值，色条是 95% 区间，虚线是瞎猜的水平；加粗表示与第一列的区间不相交；+a −b 是相对第一列新答对与新答错的题数。</p>'
+    )
+    return Html(
+        f'<section class="compare">{f"<h3>{esc(title)}</h3>" if title else ""}<div class="scroll" style="overflow-x:auto"><table>{head}{body}</table></div>{note}{published_table() if published else ""}</section>'
+    )
 
 # %% ../nbs/13_evaluate.ipynb #dd2cadd1
 def compare_part(
-    s, # the report's `Story`, or anything whose `s('evaluate', 'lines')` gives saved lines
-): # (title, HTML), or None if nothing was compared
+    s,  # the report's `Story`, or anything whose `s('evaluate', 'lines')` gives saved lines
+):  # (title, HTML), or None if nothing was compared
     "A part of `report.html`"
     lines = s('evaluate', 'lines')
     return ('Tasks, before and after each stage', compare_page(lines)) if lines else None
@@ -114,91 +187,201 @@ def compare_part(
 # %% ../nbs/13_evaluate.ipynb #a18641d6
 def _is_long(source):
     p = Path(source)
-    if str(source) in PROMPTS and not p.exists(): return True
-    f = next((x for x in sorted(p.glob('*.jsonl')) if not (p/'val').is_dir()), None) if p.is_dir() else p if p.suffix == '.jsonl' and p.is_file() else None
-    if not f: return False
-    with open(f, encoding='utf-8', errors='replace') as h: line = h.readline()
-    try: return {'input', 'context', 'answers'} <= set(json.loads(line))
-    except (ValueError, TypeError): return False
+    if str(source) in PROMPTS and not p.exists():
+        return True
+    f = (
+        next((x for x in sorted(p.glob('*.jsonl')) if not (p / 'val').is_dir()), None)
+        if p.is_dir()
+        else p
+        if p.suffix == '.jsonl' and p.is_file()
+        else None
+    )
+    if not f:
+        return False
+    with open(f, encoding='utf-8', errors='replace') as h:
+        line = h.readline()
+    try:
+        return {'input', 'context', 'answers'} <= set(json.loads(line))
+    except (ValueError, TypeError):
+        return False
+
+
 def _english():
     return list(documents('en', split_facts(read_facts()), 40, 'evaluate', 'test'))
+
+
 def _texts_of(files):
     read = read_texts
     for f in files or []:
-        if not Path(f).exists(): raise LlamaZhError(f'no such text: {f}')
+        if not Path(f).exists():
+            raise LlamaZhError(f'no such text: {f}')
     return {Path(f).stem: list(read(f)) for f in files or []}
 
 # %% ../nbs/13_evaluate.ipynb #dd5e1464
 class Comparison:
     "`lines` of a comparison, `results` with all evidence, `leaks` of tasks in a corpus"
-    def __init__(self, results, leaks=()): self.results, self.leaks, self.lines = results, list(leaks), lines_of(results)
+
+    def __init__(self, results, leaks=()):
+        self.results, self.leaks, self.lines = results, list(leaks), lines_of(results)
+
     def __repr__(self):
-        rows = [f"{x['task']:<48} {x['model']:<14} {_figure(x):>8}" + (f"  ({x['lo']:.3f} to {x['hi']:.3f}, n = {x['n']})" if x.get('lo') is not None else '') for x in self.lines]
+        rows = [
+            f'{x["task"]:<48} {x["model"]:<14} {_figure(x):>8}'
+            + (
+                f'  ({x["lo"]:.3f} to {x["hi"]:.3f}, n = {x["n"]})'
+                if x.get('lo') is not None
+                else ''
+            )
+            for x in self.lines
+        ]
         return '\n'.join(rows + self._beside())
+
     def _beside(self):
-        part = lambda b: ', '.join(f"{k} {c['share']:.1%} of {c['n']}" for k,c in b.items() if c['n'])
-        return [repr(c) for c in self.leaks] + [f'  {r.model}: {part(c.beside(r))}' for c in self.leaks for r in self.results if isinstance(r, Result) and r.task == c.task and c.found]
+        part = lambda b: ', '.join(
+            f'{k} {c["share"]:.1%} of {c["n"]}' for k, c in b.items() if c['n']
+        )
+        return [repr(c) for c in self.leaks] + [
+            f'  {r.model}: {part(c.beside(r))}'
+            for c in self.leaks
+            for r in self.results
+            if isinstance(r, Result) and r.task == c.task and c.found
+        ]
+
     def _repr_html_(self):
         leaks = ''.join(f'<p>{esc(l)}</p>' for l in self._beside())
         return compare_page(self.lines) + (f'<h3>Contamination 污染</h3>{leaks}' if leaks else '')
-    def to_dict(self): return dict(lines=self.lines, leaks=self.leaks, published=PUBLISHED)
+
+    def to_dict(self):
+        return dict(lines=self.lines, leaks=self.leaks, published=PUBLISHED)
+
     def save(self, out):
         "comparison.json and comparison.html"
-        write_json(Path(out)/'comparison.json', self.to_dict())
-        with writing(Path(out)/'comparison.html') as t:
-            t.write_text('<!DOCTYPE html><html lang="zh"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>llama_zh_nb: evaluation</title><style>:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:1rem auto;padding:0 1rem}'
-                         f'table{{border-collapse:collapse}}td,th{{padding:.3em .8em .3em 0;text-align:left;border-bottom:1px solid #8884;vertical-align:top}}.dim{{opacity:.75;font-size:.9em}}</style></head><body><h1>Evaluation 评测</h1>{self._repr_html_()}</body></html>', encoding='utf-8')
+        write_json(Path(out) / 'comparison.json', self.to_dict())
+        with writing(Path(out) / 'comparison.html') as t:
+            t.write_text(
+                '<!DOCTYPE html><html lang="zh"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>llama_zh_nb: evaluation</title><style>:root{color-scheme:light dark}body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:1rem auto;padding:0 1rem}'
+                f'table{{border-collapse:collapse}}td,th{{padding:.3em .8em .3em 0;text-align:left;border-bottom:1px solid #8884;vertical-align:top}}.dim{{opacity:.75;font-size:.9em}}</style></head><body><h1>Evaluation 评测</h1>{self._repr_html_()}</body></html>',
+                encoding='utf-8',
+            )
 
 # %% ../nbs/13_evaluate.ipynb #505a2b2d
 def check_tasks(
-    tasks, # as `evaluate_command` takes them
+    tasks,  # as `evaluate_command` takes them
 ):
     "Refuse names that can be no task, before a model is loaded or anything downloaded"
     for t in map(str, tasks or []):
-        if not (t.startswith('lm-eval:') or t in ('world-zh', 'world-en', *PROMPTS, *HUB) or Path(t).exists() or t.count('/') == 1 and t[0] not in './~'): read_task(t)   # it says what there is
+        if not (
+            t.startswith('lm-eval:')
+            or t in ('world-zh', 'world-en', *PROMPTS, *HUB)
+            or Path(t).exists()
+            or t.count('/') == 1
+            and t[0] not in './~'
+        ):
+            read_task(t)  # it says what there is
+
+
 def evaluate_command(
-    models:list,        # model folders; the first is the one others are compared with
-    tasks:list=None,    # ceval, cmmlu, agieval-gaokao, c3, world-zh, world-en, folders, files, LongBench's .jsonl, or lm-eval:NAME; None: world-zh
-    text:list=None,     # text files or folders for bits per character and byte
-    out:str='evaluation', # folder for results, comparison.json and comparison.html
-    shots:int=0,        # examples in front of each question
-    form:str='base',    # base: plain text; chat: the folder's template
-    by:str='letter',    # letter: logits of A-D; text: likelihood of the options themselves
-    template:str=None,  # for chat; None: the folder's own
-    system:str=None,    # system text for chat
-    spelling:str='both', # of the letters: both, bare, space
-    split:str=None,     # of the task: val, test or dev
-    limit:int=None,     # questions of each subject at most
-    corpus:str=None,    # training text to look for the questions in
-    window:int=None,    # for --text: tokens read at once; None: what the model reads
-    stride:int=None,    # for --text: tokens counted in each window
-    english:bool=True,  # also our English task and text, so that forgetting shows
-    device:str='auto', dtype:str=None,
-)->Comparison:
+    models: list,  # model folders; the first is the one others are compared with
+    tasks: list = None,  # ceval, cmmlu, agieval-gaokao, c3, world-zh, world-en, folders, files, LongBench's .jsonl, or lm-eval:NAME; None: world-zh
+    text: list = None,  # text files or folders for bits per character and byte
+    out: str = 'evaluation',  # folder for results, comparison.json and comparison.html
+    shots: int = 0,  # examples in front of each question
+    form: str = 'base',  # base: plain text; chat: the folder's template
+    by: str = 'letter',  # letter: logits of A-D; text: likelihood of the options themselves
+    template: str = None,  # for chat; None: the folder's own
+    system: str = None,  # system text for chat
+    spelling: str = 'both',  # of the letters: both, bare, space
+    split: str = None,  # of the task: val, test or dev
+    limit: int = None,  # questions of each subject at most
+    corpus: str = None,  # training text to look for the questions in
+    window: int = None,  # for --text: tokens read at once; None: what the model reads
+    stride: int = None,  # for --text: tokens counted in each window
+    english: bool = True,  # also our English task and text, so that forgetting shows
+    device: str = 'auto',
+    dtype: str = None,
+) -> Comparison:
     "Measure models side by side"
     folders = [Path(m) for m in ([models] if isinstance(models, (str, Path)) else models)]
     names = [f.resolve().name for f in folders]
-    if len(set(names)) < len(names): names = ['/'.join(f.resolve().parts[-2:]) for f in folders]
-    names = [n.replace('/', '-') if names.count(n) == 1 else f'{n}-{i+1}'.replace('/', '-') for i,n in enumerate(names)]
-    texts, todo, text_task = _texts_of(text), list(tasks or ([] if text else ['world-zh'])), lambda t: str(t).startswith('world-') and not Path(t).exists()
-    for what, v, ok in (('form', form, ('base', 'chat')), ('by', by, ('letter', 'text')), ('spelling', spelling, ('both', 'bare', 'space')), ('split', split, (None, 'val', 'test', 'dev'))):
-        if v not in ok: raise LlamaZhError(f"{what} is {v!r}: use one of {', '.join(map(str, ok))}")
-    for what, v, low in (('shots', shots, 0), ('limit', limit, 1), ('window', window, 3), ('stride', stride, 1)):
-        if v is not None and v < low: raise LlamaZhError(f'{what} is {v}: expected {low} or more')
-    if english: todo += [] if 'world-en' in todo else ['world-en']; texts['English sample'] = _english()
-    sources = {t: t if str(t).startswith('lm-eval:') or _is_long(t) else read_task(t, split) for t in todo}     # wrong names before models are loaded
+    if len(set(names)) < len(names):
+        names = ['/'.join(f.resolve().parts[-2:]) for f in folders]
+    names = [
+        n.replace('/', '-') if names.count(n) == 1 else f'{n}-{i + 1}'.replace('/', '-')
+        for i, n in enumerate(names)
+    ]
+    texts, todo, text_task = (
+        _texts_of(text),
+        list(tasks or ([] if text else ['world-zh'])),
+        lambda t: str(t).startswith('world-') and not Path(t).exists(),
+    )
+    for what, v, ok in (
+        ('form', form, ('base', 'chat')),
+        ('by', by, ('letter', 'text')),
+        ('spelling', spelling, ('both', 'bare', 'space')),
+        ('split', split, (None, 'val', 'test', 'dev')),
+    ):
+        if v not in ok:
+            raise LlamaZhError(f'{what} is {v!r}: use one of {", ".join(map(str, ok))}')
+    for what, v, low in (
+        ('shots', shots, 0),
+        ('limit', limit, 1),
+        ('window', window, 3),
+        ('stride', stride, 1),
+    ):
+        if v is not None and v < low:
+            raise LlamaZhError(f'{what} is {v}: expected {low} or more')
+    if english:
+        todo += [] if 'world-en' in todo else ['world-en']
+        texts['English sample'] = _english()
+    sources = {
+        t: t if str(t).startswith('lm-eval:') or _is_long(t) else read_task(t, split) for t in todo
+    }  # wrong names before models are loaded
     for t, s in sources.items():
-        if getattr(s, 'dropped', None): print(f'{t}: {sum(s.dropped.values())} rows left out: ' + ', '.join(f'{n} {why}' for why, n in s.dropped.items()), file=sys.stderr)
-        if text_task(t) and shots: print(f'{t} has no examples: asked 0-shot', file=sys.stderr)
-    leaks = [contamination(s, Path(corpus)) for s in sources.values() if corpus and not isinstance(s, str)]
+        if getattr(s, 'dropped', None):
+            print(
+                f'{t}: {sum(s.dropped.values())} rows left out: '
+                + ', '.join(f'{n} {why}' for why, n in s.dropped.items()),
+                file=sys.stderr,
+            )
+        if text_task(t) and shots:
+            print(f'{t} has no examples: asked 0-shot', file=sys.stderr)
+    leaks = [
+        contamination(s, Path(corpus))
+        for s in sources.values()
+        if corpus and not isinstance(s, str)
+    ]
     results, bits = [], []
     for name, folder in zip(names, folders):
         model = load(folder, device, dtype)
         for t, s in sources.items():
-            if str(t).startswith('lm-eval:'): results.append(lm_eval_run(model, str(t)[8:], shots=shots, limit=limit, chat=form == 'chat', name=name))
-            elif _is_long(t): results.append(longbench(model, t, form, template, system, out=out, limit=limit, name=name))
-            else: results.append(evaluate(model, s, 0 if text_task(t) else shots, form, 'text' if text_task(t) else by, template, system, spelling, out, limit, name))
-        if texts: bits += compare_bits({name: model}, texts, window, stride).rows
+            if str(t).startswith('lm-eval:'):
+                results.append(
+                    lm_eval_run(
+                        model, str(t)[8:], shots=shots, limit=limit, chat=form == 'chat', name=name
+                    )
+                )
+            elif _is_long(t):
+                results.append(
+                    longbench(model, t, form, template, system, out=out, limit=limit, name=name)
+                )
+            else:
+                results.append(
+                    evaluate(
+                        model,
+                        s,
+                        0 if text_task(t) else shots,
+                        form,
+                        'text' if text_task(t) else by,
+                        template,
+                        system,
+                        spelling,
+                        out,
+                        limit,
+                        name,
+                    )
+                )
+        if texts:
+            bits += compare_bits({name: model}, texts, window, stride).rows
     done = Comparison(results + ([BitsTable(bits)] if bits else []), leaks)
     done.save(out)
     return done

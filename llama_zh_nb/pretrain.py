@@ -6,9 +6,21 @@
 __all__ = ['documents', 'encode', 'fill', 'Blocks', 'pack', 'Collate', 'order', 'Rows', 'pretrain']
 
 # %% ../nbs/06_pretrain.ipynb #c257b227
-import hashlib, itertools, json, os, shutil, sys, time
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
 from pathlib import Path
-from .checkpoint.folder import check_folder, fingerprint, load_tokenizer, new_rows, tokenizer_hash
+
+from llama_zh_nb.checkpoint.folder import (
+    check_folder,
+    fingerprint,
+    load_tokenizer,
+    new_rows,
+    tokenizer_hash,
+)
 from .core.errors import LlamaZhError, need, read_back, read_json, write_json, writing
 from .text.files import read_texts
 from .training import artifacts, distributed
@@ -17,307 +29,615 @@ from .training.trainer import History, fit
 
 # %% ../nbs/06_pretrain.ipynb #c2f70e8c
 def documents(
-    corpus,       # folder made by `build_corpus`, any file or folder that `read_texts` reads, or a list of texts
-    part='train', # or 'valid'; only a corpus folder has that
-): # yields texts
+    corpus,  # folder made by `build_corpus`, any file or folder that `read_texts` reads, or a list of texts
+    part='train',  # or 'valid'; only a corpus folder has that
+):  # yields texts
     "The texts of a corpus"
-    if not isinstance(corpus, (str, Path)): return iter(corpus)
+    if not isinstance(corpus, (str, Path)):
+        return iter(corpus)
     p = Path(corpus)
-    if not p.exists(): raise LlamaZhError(f'no such corpus: {p}')
-    f = p/f'{part}.jsonl'
-    if not f.exists(): return read_texts(p) if part == 'train' else iter(())
+    if not p.exists():
+        raise LlamaZhError(f'no such corpus: {p}')
+    f = p / f'{part}.jsonl'
+    if not f.exists():
+        return read_texts(p) if part == 'train' else iter(())
     return (json.loads(line)['text'] for line in open(f, encoding='utf-8') if line.strip())
 
 # %% ../nbs/06_pretrain.ipynb #e9c42017
 def encode(
     tokenizer,
-    texts,     # any number; they are read in batches
-    size=1000, # texts in a batch
-): # yields lists of ids
+    texts,  # any number; they are read in batches
+    size=1000,  # texts in a batch
+):  # yields lists of ids
     "Token ids of each document, BOS first, EOS last; nothing in a text becomes a control token"
     bos, eos, texts = tokenizer.bos_token_id, tokenizer.eos_token_id, iter(texts)
     while batch := [t for _, t in zip(range(size), texts)]:
         batch = [t for t in batch if t.strip()]
-        if not batch: continue
-        for ids in _ids(tokenizer, batch): yield [bos, *ids, eos]
+        if not batch:
+            continue
+        for ids in _ids(tokenizer, batch):
+            yield [bos, *ids, eos]
+
+
 def _ids(tokenizer, batch):
     "As `tokenizer(batch, add_special_tokens=False, split_special_tokens=True)`, faster"
     sp = _sentencepiece(str(tokenizer.name_or_path))
-    if sp and sp.encode(batch[::50]) == _fast_ids(tokenizer, batch[::50]): return sp.encode(batch, num_threads=1 if os.environ.get('TOKENIZERS_PARALLELISM') == 'false' else -1)
+    if sp and sp.encode(batch[::50]) == _fast_ids(tokenizer, batch[::50]):
+        return sp.encode(
+            batch, num_threads=1 if os.environ.get('TOKENIZERS_PARALLELISM') == 'false' else -1
+        )
     return _fast_ids(tokenizer, batch)
+
+
 def _sentencepiece(folder):
     "SentencePiece gives the ids of an exact tokenizer.json in a fraction of the time"
-    f = Path(folder)/'tokenizer.model'
-    if not f.exists(): return None
+    f = Path(folder) / 'tokenizer.model'
+    if not f.exists():
+        return None
     key = (str(f), f.stat().st_mtime_ns)
     if key not in _processors:
-        try: _processors[key] = need('sentencepiece').SentencePieceProcessor(model_file=str(f))
-        except (OSError, RuntimeError): _processors[key] = None
+        try:
+            _processors[key] = need('sentencepiece').SentencePieceProcessor(model_file=str(f))
+        except (OSError, RuntimeError):
+            _processors[key] = None
     return _processors[key]
+
+
 _processors = {}
+
+
 def _fast_ids(tokenizer, batch):
-    b = getattr(tokenizer, 'backend_tokenizer', None) # itself, for it leaves out offsets and masks, which take as long as the ids
-    if not hasattr(b, 'encode_batch_fast'): return tokenizer(batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)['input_ids']
-    b.no_padding(); b.no_truncation()
+    b = getattr(
+        tokenizer, 'backend_tokenizer', None
+    )  # itself, for it leaves out offsets and masks, which take as long as the ids
+    if not hasattr(b, 'encode_batch_fast'):
+        return tokenizer(
+            batch, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+        )['input_ids']
+    b.no_padding()
+    b.no_truncation()
     was, b.encode_special_tokens = b.encode_special_tokens, True
-    try: return [e.ids for e in b.encode_batch_fast(batch, add_special_tokens=False)]
-    finally: b.encode_special_tokens = was
+    try:
+        return [e.ids for e in b.encode_batch_fast(batch, add_special_tokens=False)]
+    finally:
+        b.encode_special_tokens = was
 
 # %% ../nbs/06_pretrain.ipynb #9c3101b6
 def fill(
-    docs,         # lists of ids
-    block,        # ids in a block
-    cut=False,    # end to end, cut wherever a block ends
-    open_bins=64, # blocks that are filled at the same time
-): # yields lists of `block` ids; -1 stands for padding
+    docs,  # lists of ids
+    block,  # ids in a block
+    cut=False,  # end to end, cut wherever a block ends
+    open_bins=64,  # blocks that are filled at the same time
+):  # yields lists of `block` ids; -1 stands for padding
     "Blocks of ids from documents"
     if cut:
         buf = []
         for d in docs:
-            buf, n = buf + d, (len(buf) + len(d))//block*block
-            yield from (buf[i:i+block] for i in range(0, n, block))
+            buf, n = buf + d, (len(buf) + len(d)) // block * block
+            yield from (buf[i : i + block] for i in range(0, n, block))
             buf = buf[n:]
-        if buf: yield buf + [-1]*(block-len(buf))
+        if buf:
+            yield buf + [-1] * (block - len(buf))
         return
     bins = []
     for d in docs:
-        while len(d) > block: yield d[:block]; d = d[block:]
-        room = [b for b in bins if len(b)+len(d) <= block]
-        if room: max(room, key=len).extend(d)
-        else: bins.append(list(d))
-        if len(bins) > open_bins: b = bins.pop(max(range(len(bins)), key=lambda i: len(bins[i]))); yield b + [-1]*(block-len(b))
-    for b in bins: yield b + [-1]*(block-len(b))
+        while len(d) > block:
+            yield d[:block]
+            d = d[block:]
+        room = [b for b in bins if len(b) + len(d) <= block]
+        if room:
+            max(room, key=len).extend(d)
+        else:
+            bins.append(list(d))
+        if len(bins) > open_bins:
+            b = bins.pop(max(range(len(bins)), key=lambda i: len(bins[i])))
+            yield b + [-1] * (block - len(b))
+    for b in bins:
+        yield b + [-1] * (block - len(b))
 
 # %% ../nbs/06_pretrain.ipynb #12b66c62
 class Blocks:
     "Packed blocks on disk, and what was counted while packing"
+
     def __init__(self, folder):
-        self.folder, self.report = Path(folder), read_json(Path(folder)/'blocks.json')
+        self.folder, self.report = Path(folder), read_json(Path(folder) / 'blocks.json')
         ds = need('datasets', 'train')
         parts = [ds.Dataset.from_file(str(f)) for f in sorted(self.folder.glob('data*.arrow'))]
-        self.data = (parts[0] if len(parts) == 1 else ds.concatenate_datasets(parts)).with_format('numpy')
-    def __len__(self): return len(self.data)
-    def __getitem__(self, i): return self.data[i]['input_ids']
-    def __repr__(self): return 'Blocks: ' + ', '.join(f'{v:,} {k}' for k, v in self.report.items() if k not in ('key', 'cut'))
-    def _repr_markdown_(self): return '| | |\n|---|--:|\n' + '\n'.join(f'| {k.replace("_", " ")} | {v:,} |' for k, v in self.report.items() if k not in ('key', 'cut'))
+        self.data = (parts[0] if len(parts) == 1 else ds.concatenate_datasets(parts)).with_format(
+            'numpy'
+        )
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return self.data[i]['input_ids']
+
+    def __repr__(self):
+        return 'Blocks: ' + ', '.join(
+            f'{v:,} {k}' for k, v in self.report.items() if k not in ('key', 'cut')
+        )
+
+    def _repr_markdown_(self):
+        return '| | |\n|---|--:|\n' + '\n'.join(
+            f'| {k.replace("_", " ")} | {v:,} |'
+            for k, v in self.report.items()
+            if k not in ('key', 'cut')
+        )
 
 # %% ../nbs/06_pretrain.ipynb #1d236996
 def _write_arrow(path, blocks, block, n, drop_rest):
     "Write the blocks, a thousand at a time; padding and what was dropped are counted in `n`"
-    ds, writer, np, pa = need('datasets', 'train'), need('datasets.arrow_writer', 'train'), need('numpy'), need('pyarrow')
+    ds, writer, np, pa = (
+        need('datasets', 'train'),
+        need('datasets.arrow_writer', 'train'),
+        need('numpy'),
+        need('pyarrow'),
+    )
     kind = getattr(ds, 'List', None) or ds.Sequence
-    table = lambda part: pa.table(dict(input_ids=pa.FixedSizeListArray.from_arrays(pa.array(np.array(part, np.int32).reshape(-1)), block)))
-    with writer.ArrowWriter(path=str(path), features=ds.Features(dict(input_ids=kind(ds.Value('int32'), length=block)))) as w:
+    table = lambda part: pa.table(
+        dict(
+            input_ids=pa.FixedSizeListArray.from_arrays(
+                pa.array(np.array(part, np.int32).reshape(-1)), block
+            )
+        )
+    )
+    with writer.ArrowWriter(
+        path=str(path), features=ds.Features(dict(input_ids=kind(ds.Value('int32'), length=block)))
+    ) as w:
         part = []
         for b in blocks:
             pad = b.count(-1)
-            if pad and drop_rest: n['dropped_tokens'] += block-pad; continue
-            part.append(b); n['blocks'] += 1; n['padding'] += pad
-            if len(part) == 1000: w.write_table(table(part)); part = []
-        if part: w.write_table(table(part))
+            if pad and drop_rest:
+                n['dropped_tokens'] += block - pad
+                continue
+            part.append(b)
+            n['blocks'] += 1
+            n['padding'] += pad
+            if len(part) == 1000:
+                w.write_table(table(part))
+                part = []
+        if part:
+            w.write_table(table(part))
         w.finalize()
 
 # %% ../nbs/06_pretrain.ipynb #5a5377a4
 def _one_part(tokenizer, texts, path, how):
     "Tokenize and pack `texts` into `path`.arrow, and the counts into `path`.json, which says that it is whole"
     block, cut, drop_rest = how
-    n = dict(documents=len(texts), characters=sum(map(len, texts)), tokens=0, blocks=0, padding=0, dropped_tokens=0)
+    n = dict(
+        documents=len(texts),
+        characters=sum(map(len, texts)),
+        tokens=0,
+        blocks=0,
+        padding=0,
+        dropped_tokens=0,
+    )
+
     def counted():
-        for d in encode(tokenizer, texts): n['tokens'] += len(d); yield d
+        for d in encode(tokenizer, texts):
+            n['tokens'] += len(d)
+            yield d
+
     _write_arrow(f'{path}.arrow', fill(counted(), block, cut), block, n, drop_rest)
     write_json(f'{path}.json', n)
-_tok = {} # a worker's tokenizer
+
+
+_tok = {}  # a worker's tokenizer
+
+
 def _worker(folder):
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false' # the processes are parallel enough
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'  # the processes are parallel enough
     _tok['it'] = load_tokenizer(folder)
-def _in_worker(texts, path, how): _one_part(_tok['it'], texts, path, how)
+
+
+def _in_worker(texts, path, how):
+    _one_part(_tok['it'], texts, path, how)
+
+
 def _in_parts(texts, tokenizer, folder, how, part_docs, workers):
     "Make the missing parts; yields the counts of all in order"
     texts, k, busy = iter(texts), 0, []
     pool = _pool(tokenizer, workers) if workers and workers > 1 else None
     try:
         while docs := list(itertools.islice(texts, part_docs)):
-            path = folder/f'data-{k:05}'; k += 1
-            if path.with_suffix('.json').exists(): continue
-            if not pool: _one_part(tokenizer, docs, path, how); continue
+            path = folder / f'data-{k:05}'
+            k += 1
+            if path.with_suffix('.json').exists():
+                continue
+            if not pool:
+                _one_part(tokenizer, docs, path, how)
+                continue
             busy.append(pool.submit(_in_worker, docs, str(path), how))
-            if len(busy) > workers: busy.pop(0).result()
-        for b in busy: b.result()
+            if len(busy) > workers:
+                busy.pop(0).result()
+        for b in busy:
+            b.result()
     finally:
-        if pool: pool.shutdown(cancel_futures=True)
-    return [read_json(folder/f'data-{i:05}.json') for i in range(k)]
+        if pool:
+            pool.shutdown(cancel_futures=True)
+    return [read_json(folder / f'data-{i:05}.json') for i in range(k)]
+
+
 def _pool(tokenizer, workers):
     mp, cf = need('multiprocessing'), need('concurrent.futures')
-    return cf.ProcessPoolExecutor(workers, mp.get_context('spawn'), _worker, (tokenizer.name_or_path,))
+    return cf.ProcessPoolExecutor(
+        workers, mp.get_context('spawn'), _worker, (tokenizer.name_or_path,)
+    )
 
 # %% ../nbs/06_pretrain.ipynb #4e881ded
 def pack(
-    texts, tokenizer,
-    out,              # folder to make
-    block=512,        # ids in a block
-    cut=False,        # see `fill`
+    texts,
+    tokenizer,
+    out,  # folder to make
+    block=512,  # ids in a block
+    cut=False,  # see `fill`
     drop_rest=False,  # drop blocks that are not full, as the earlier projects did with the last one
-    key=None,         # what decides the blocks; a folder with the same key is used again, and one that was cut off goes on
-    workers=None,     # processes; None: one, whose tokenizer uses all threads
-    part_docs=50_000, # documents that are packed together
-)->Blocks:
+    key=None,  # what decides the blocks; a folder with the same key is used again, and one that was cut off goes on
+    workers=None,  # processes; None: one, whose tokenizer uses all threads
+    part_docs=50_000,  # documents that are packed together
+) -> Blocks:
     "Tokenize `texts` and pack them into blocks on disk"
     out = Path(out)
-    if key is not None and (out/'blocks.json').exists() and read_json(out/'blocks.json').get('key') == read_back(key): return Blocks(out)
-    parts = _begin(out, [read_back(key), block, cut, drop_rest, part_docs] if key is not None else None)
+    if (
+        key is not None
+        and (out / 'blocks.json').exists()
+        and read_json(out / 'blocks.json').get('key') == read_back(key)
+    ):
+        return Blocks(out)
+    parts = _begin(
+        out, [read_back(key), block, cut, drop_rest, part_docs] if key is not None else None
+    )
     counts = _in_parts(texts, tokenizer, parts, (block, cut, drop_rest), part_docs, workers)
-    n = {k: sum(c[k] for c in counts) for k in ('documents', 'characters', 'tokens', 'blocks', 'padding', 'dropped_tokens')}
+    n = {
+        k: sum(c[k] for c in counts)
+        for k in ('documents', 'characters', 'tokens', 'blocks', 'padding', 'dropped_tokens')
+    }
     if not n['blocks']:
         shutil.rmtree(parts)
-        raise LlamaZhError(f"nothing to train on: {n['documents']:,} documents with {n['tokens']:,} tokens fill no block of {block}. Give more text or a smaller block.")
+        raise LlamaZhError(
+            f'nothing to train on: {n["documents"]:,} documents with {n["tokens"]:,} tokens fill no block of {block}. Give more text or a smaller block.'
+        )
     with writing(out) as t:
         t.mkdir()
-        for i in range(len(counts)): os.replace(parts/f'data-{i:05}.arrow', t/f'data-{i:05}.arrow')
-        write_json(t/'blocks.json', n | dict(block=block, cut=cut, key=read_back(key)))
+        for i in range(len(counts)):
+            os.replace(parts / f'data-{i:05}.arrow', t / f'data-{i:05}.arrow')
+        write_json(t / 'blocks.json', n | dict(block=block, cut=cut, key=read_back(key)))
     shutil.rmtree(parts)
     return Blocks(out)
+
+
 def _begin(out, mark):
     "The folder of the parts: as it was left if `mark` is the same, else empty"
-    parts = out.parent/f'.{out.name}.parts'
-    if mark is None or not (parts/'mark.json').exists() or read_json(parts/'mark.json') != mark: shutil.rmtree(parts, ignore_errors=True)
+    parts = out.parent / f'.{out.name}.parts'
+    if mark is None or not (parts / 'mark.json').exists() or read_json(parts / 'mark.json') != mark:
+        shutil.rmtree(parts, ignore_errors=True)
     parts.mkdir(parents=True, exist_ok=True)
-    write_json(parts/'mark.json', mark)
+    write_json(parts / 'mark.json', mark)
     return parts
 
 # %% ../nbs/06_pretrain.ipynb #a0fb348b
 class Collate:
     "Blocks to a batch: ids, labels and, unless `mix`, positions that restart at each document"
-    def __init__(self, bos, mix=False, flat=False): self.bos, self.mix, self.flat = bos, mix, flat
+
+    def __init__(self, bos, mix=False, flat=False):
+        self.bos, self.mix, self.flat = bos, mix, flat
+
     def __call__(self, rows):
         torch, np = need('torch', 'train'), need('numpy')
         ids = torch.from_numpy(np.stack([r['input_ids'] for r in rows])).long()
         pad, at = ids < 0, torch.arange(ids.shape[1])
-        batch = dict(input_ids=ids.clamp(min=0), labels=ids.masked_fill(pad, -100), row=torch.tensor([r.get('row', -1) for r in rows]))
-        if self.mix: return batch
+        batch = dict(
+            input_ids=ids.clamp(min=0),
+            labels=ids.masked_fill(pad, -100),
+            row=torch.tensor([r.get('row', -1) for r in rows]),
+        )
+        if self.mix:
+            return batch
         start = (ids == self.bos) | pad
         start[:, 0] = True
         pos = at - torch.where(start, at, 0).cummax(1).values
         batch |= dict(position_ids=pos, labels=batch['labels'].masked_fill(pos == 0, -100))
-        if self.flat: batch = {k: v.reshape(1, -1) if v.ndim == 2 else v for k, v in batch.items()} # one long row, as FlashAttention's packed kernel wants it
+        if self.flat:
+            batch = {
+                k: v.reshape(1, -1) if v.ndim == 2 else v for k, v in batch.items()
+            }  # one long row, as FlashAttention's packed kernel wants it
         return batch
 
 # %% ../nbs/06_pretrain.ipynb #aa8550c7
 def order(
-    n, m,    # blocks of text and of replay
-    share,   # of replay
-    total,   # rows of the run
+    n,
+    m,  # blocks of text and of replay
+    share,  # of replay
+    total,  # rows of the run
     seed=0,
-): # array of row numbers; replay is numbered from `n`
+):  # array of row numbers; replay is numbered from `n`
     "Which block is read when: replay spread evenly, each pass over a source in a new random order"
     np = need('numpy')
+
     def stream(size, count, salt):
-        passes = [np.random.default_rng([seed, salt, k]).permutation(size) for k in range(-(-count//max(size, 1)))]
+        passes = [
+            np.random.default_rng([seed, salt, k]).permutation(size)
+            for k in range(-(-count // max(size, 1)))
+        ]
         return np.concatenate(passes)[:count] if passes else np.zeros(0, int)
+
     i, out = np.arange(total), np.empty(total, np.int64)
-    replay = np.floor((i+1)*share + 1e-9) > np.floor(i*share + 1e-9) if m else np.zeros(total, bool)
-    out[~replay], out[replay] = stream(n, int((~replay).sum()), 0), n + stream(m, int(replay.sum()), 1)
+    replay = (
+        np.floor((i + 1) * share + 1e-9) > np.floor(i * share + 1e-9)
+        if m
+        else np.zeros(total, bool)
+    )
+    out[~replay], out[replay] = (
+        stream(n, int((~replay).sum()), 0),
+        n + stream(m, int(replay.sum()), 1),
+    )
     return out
+
+
 class Rows:
     "Blocks of one or two sources in the order of the run"
-    def __init__(self, sources, order): self.sources, self.order = sources, order
-    def __len__(self): return len(self.order)
+
+    def __init__(self, sources, order):
+        self.sources, self.order = sources, order
+
+    def __len__(self):
+        return len(self.order)
+
     def __getitem__(self, i):
         k, s = int(self.order[i]), self.sources[0]
-        return dict(input_ids=s[k] if k < len(s) else self.sources[1][k-len(s)], row=k)
+        return dict(input_ids=s[k] if k < len(s) else self.sources[1][k - len(s)], row=k)
 
 # %% ../nbs/06_pretrain.ipynb #5b1426ef
 def _key(corpus, folder, *more):
     "What decides the blocks: files with size and time, or the texts themselves; tokenizer; packing"
     if isinstance(corpus, (str, Path)):
         p = Path(corpus)
-        files = [p/'train.jsonl'] if (p/'train.jsonl').exists() else sorted(q for q in p.rglob('*') if q.is_file()) if p.is_dir() else [p]
+        files = (
+            [p / 'train.jsonl']
+            if (p / 'train.jsonl').exists()
+            else sorted(q for q in p.rglob('*') if q.is_file())
+            if p.is_dir()
+            else [p]
+        )
         what = [[q.name, q.stat().st_size, q.stat().st_mtime_ns] for q in files if q.exists()]
-    else: what = hashlib.sha256('\0'.join(corpus).encode()).hexdigest()
+    else:
+        what = hashlib.sha256('\0'.join(corpus).encode()).hexdigest()
     return [what, tokenizer_hash(folder), *more]
+
+
 def _sources(model_dir, tok, out, corpus, replay_corpus, replay, workers, *how):
     "Packed blocks of the corpus and, if wanted, of the replay corpus"
-    named = dict(text=corpus) | (dict(replay=replay_corpus) if replay_corpus is not None and replay > 0 else {})
-    return [pack(documents(c), tok, out/k, *how, key=_key(c, model_dir, *how), workers=workers) for k, c in named.items()]
+    named = dict(text=corpus) | (
+        dict(replay=replay_corpus) if replay_corpus is not None and replay > 0 else {}
+    )
+    return [
+        pack(documents(c), tok, out / k, *how, key=_key(c, model_dir, *how), workers=workers)
+        for k, c in named.items()
+    ]
+
+
 def _valid(corpus, replay_corpus, most=64):
     "Held-out texts: the corpora's own valid parts"
-    d = {k: list(documents(c, 'valid'))[:most] for k, c in (('zh', corpus), ('en', replay_corpus)) if isinstance(c, (str, Path))}
+    d = {
+        k: list(documents(c, 'valid'))[:most]
+        for k, c in (('zh', corpus), ('en', replay_corpus))
+        if isinstance(c, (str, Path))
+    }
     return {k: v for k, v in d.items() if v}
 
 # %% ../nbs/06_pretrain.ipynb #ed4c0a61
 def _finished(out, settings):
     "The history of a finished run with the same settings, or None"
-    f = Path(out)/'train.json'
-    if not (f.exists() and (Path(out)/'config.json').exists() and read_json(f) == read_back(settings)): return
-    distributed.say(f'{Path(out).name}: done before with the same settings; resume=False trains anew')
-    return History.load(Path(out)/'history.json')
+    f = Path(out) / 'train.json'
+    if not (
+        f.exists() and (Path(out) / 'config.json').exists() and read_json(f) == read_back(settings)
+    ):
+        return None
+    distributed.say(
+        f'{Path(out).name}: done before with the same settings; resume=False trains anew'
+    )
+    return History.load(Path(out) / 'history.json')
 
 # %% ../nbs/06_pretrain.ipynb #bb7a4365
 def _two_stages(a):
     "The embeddings alone, then the rest on what came out; one history"
     kw, n, out = a.pop('kw'), a.pop('embed_steps'), Path(a['out'])
-    a['blocks'] = a['blocks'] or out/'blocks'
-    a['corpus'], a['replay_corpus'] = (c if c is None or isinstance(c, (str, Path)) else list(c) for c in (a['corpus'], a['replay_corpus']))
-    one = pretrain(**a | dict(out=out/'embed', train='embed', max_steps=n, gradient_checkpointing=False, load_in_4bit=False, push_to_hub=None), **kw)
-    two = pretrain(**a | dict(model_dir=out/'embed', skip=n*distributed.steps(a['batch'], a['accum'], a['global_batch'])[1]), **kw)
-    if 'embed_steps' in two.info: return two
+    a['blocks'] = a['blocks'] or out / 'blocks'
+    a['corpus'], a['replay_corpus'] = (
+        c if c is None or isinstance(c, (str, Path)) else list(c)
+        for c in (a['corpus'], a['replay_corpus'])
+    )
+    one = pretrain(
+        **a
+        | dict(
+            out=out / 'embed',
+            train='embed',
+            max_steps=n,
+            gradient_checkpointing=False,
+            load_in_4bit=False,
+            push_to_hub=None,
+        ),
+        **kw,
+    )
+    two = pretrain(
+        **a
+        | dict(
+            model_dir=out / 'embed',
+            skip=n * distributed.steps(a['batch'], a['accum'], a['global_batch'])[1],
+        ),
+        **kw,
+    )
+    if 'embed_steps' in two.info:
+        return two
     ends = {k: one.last(k) or 0 for k in ('step', 'tokens', 'flops', 'seconds')}
     h = History([*one, *({k: v + ends.get(k, 0) for k, v in r.items()} for r in two if r['step'])])
     h.info = two.info | dict(embed_steps=n)
-    if distributed.is_main(): h.save(out/'history.json')
+    if distributed.is_main():
+        h.save(out / 'history.json')
     distributed.wait()
     return h
 
 # %% ../nbs/06_pretrain.ipynb #0a5e3d84
 def pretrain(
-    model_dir, corpus, out,          # Hugging Face folder; corpus folder, file or list of texts; folder to make
-    replay_corpus=None, replay=.2,   # English to keep, and its share of the tokens
-    train='lora+new',                # 'lora+new' | 'lora+embed' | 'lora' | 'embed' | 'full', see `prepare`
-    lora_r=64, lora_alpha=128, lora_dropout=.05,
-    block=512, batch=8, accum=1,     # tokens in a block, blocks in a step, steps that are added up
-    lr=2e-4, embed_lr=None,          # learning rate; one of their own for embedding rows
-    max_steps=None, epochs=1,        # steps, or passes through the corpus
-    warmup=.05, schedule='cosine', weight_decay=.01, clip=1.,
-    heldout=None,                    # {'zh': texts, 'en': texts}; the corpora's own valid parts by default
-    eval_every=None, save_every=None, log_every=10,
-    new=None,                        # (start, stop) of the new rows, where the folder doesn't say
-    cut=False, drop_rest=False,      # see `pack`
-    mix_documents=False,             # the old way: documents of a block see each other
-    gradient_checkpointing=False, load_in_4bit=False, attn='sdpa', liger=False, report_to='auto',
-    engine=None,                     # several processes: 'ddp', 'fsdp2', 'zero2', 'zero3', ..., see `scale`
-    global_batch=None,               # blocks in a step of all processes together; `accum` follows from it
-    embed_steps=0,                   # a first stage of so many steps that trains the embeddings alone
-    blocks=None, workers=None,       # folder of the packed blocks; processes that tokenize
-    skip=0,                          # blocks that an earlier stage has read
-    push_to_hub=None,                # a repository on the Hub, owner/name, that the folder goes to at the end
-    resume=True,                     # go on from the last checkpoint; do nothing if finished
-    seed=0, device='auto', dtype=None, label=None,
-    **kw,                            # see `fit` and `make_trainer`
-)->History:
+    model_dir,
+    corpus,
+    out,  # Hugging Face folder; corpus folder, file or list of texts; folder to make
+    replay_corpus=None,
+    replay=0.2,  # English to keep, and its share of the tokens
+    train='lora+new',  # 'lora+new' | 'lora+embed' | 'lora' | 'embed' | 'full', see `prepare`
+    lora_r=64,
+    lora_alpha=128,
+    lora_dropout=0.05,
+    block=512,
+    batch=8,
+    accum=1,  # tokens in a block, blocks in a step, steps that are added up
+    lr=2e-4,
+    embed_lr=None,  # learning rate; one of their own for embedding rows
+    max_steps=None,
+    epochs=1,  # steps, or passes through the corpus
+    warmup=0.05,
+    schedule='cosine',
+    weight_decay=0.01,
+    clip=1.0,
+    heldout=None,  # {'zh': texts, 'en': texts}; the corpora's own valid parts by default
+    eval_every=None,
+    save_every=None,
+    log_every=10,
+    new=None,  # (start, stop) of the new rows, where the folder doesn't say
+    cut=False,
+    drop_rest=False,  # see `pack`
+    mix_documents=False,  # the old way: documents of a block see each other
+    gradient_checkpointing=False,
+    load_in_4bit=False,
+    attn='sdpa',
+    liger=False,
+    report_to='auto',
+    engine=None,  # several processes: 'ddp', 'fsdp2', 'zero2', 'zero3', ..., see `scale`
+    global_batch=None,  # blocks in a step of all processes together; `accum` follows from it
+    embed_steps=0,  # a first stage of so many steps that trains the embeddings alone
+    blocks=None,
+    workers=None,  # folder of the packed blocks; processes that tokenize
+    skip=0,  # blocks that an earlier stage has read
+    push_to_hub=None,  # a repository on the Hub, owner/name, that the folder goes to at the end
+    resume=True,  # go on from the last checkpoint; do nothing if finished
+    seed=0,
+    device='auto',
+    dtype=None,
+    label=None,
+    **kw,  # see `fit` and `make_trainer`
+) -> History:
     "Continue the pretraining of `model_dir`; leaves `out`/adapter and a plain merged model in `out`"
-    if embed_steps: return _two_stages(locals())
+    if embed_steps:
+        return _two_stages(locals())
     began, model_dir, out = time.perf_counter(), Path(model_dir), Path(out)
     engine, device = distributed.join(engine, device)
-    corpus, replay_corpus = (c if c is None or isinstance(c, (str, Path)) else list(c) for c in (corpus, replay_corpus))
+    corpus, replay_corpus = (
+        c if c is None or isinstance(c, (str, Path)) else list(c) for c in (corpus, replay_corpus)
+    )
     check_folder(model_dir)
     publish = artifacts.publisher(push_to_hub, model_dir)
     rows, tok = new_rows(model_dir, new) if train == 'lora+new' else None, load_tokenizer(model_dir)
-    if train == 'lora+new' and not rows: distributed.say(f'{model_dir.name} has no new rows: training LoRA alone'); train = 'lora'
+    if train == 'lora+new' and not rows:
+        distributed.say(f'{model_dir.name} has no new rows: training LoRA alone')
+        train = 'lora'
     accum, total = distributed.steps(batch, accum, global_batch)
-    with distributed.first(): blocks = _sources(model_dir, tok, Path(blocks or out/'blocks'), corpus, replay_corpus, replay, workers, block, cut, drop_rest)
+    with distributed.first():
+        blocks = _sources(
+            model_dir,
+            tok,
+            Path(blocks or out / 'blocks'),
+            corpus,
+            replay_corpus,
+            replay,
+            workers,
+            block,
+            cut,
+            drop_rest,
+        )
     share = replay if len(blocks) > 1 else 0
-    steps = max_steps or max(1, int(epochs*len(blocks[0])/(1-share))//total)
-    if steps == 1: warmup = 0. # else the only step would be taken at rate 0
-    settings = dict(base=fingerprint(model_dir), tokenizer=tokenizer_hash(model_dir), blocks=[b.report for b in blocks], replay=share, train=train, rows=rows,
-                    lora=[lora_r, lora_alpha, lora_dropout], **distributed.same_step(batch, accum, total, global_batch), lr=lr, embed_lr=embed_lr, steps=steps, warmup=warmup, schedule=schedule,
-                    weight_decay=weight_decay, clip=clip, seed=seed, mix=mix_documents, dtype=str(dtype), in_4bit=load_in_4bit) | (dict(skip=skip) if skip else {})
-    if resume and (h := _finished(out, settings)): return h
-    data = Rows(blocks, order(len(blocks[0]), len(blocks[-1]), share, skip + steps*total, seed)[skip:])
+    steps = max_steps or max(1, int(epochs * len(blocks[0]) / (1 - share)) // total)
+    if steps == 1:
+        warmup = 0.0  # else the only step would be taken at rate 0
+    settings = dict(
+        base=fingerprint(model_dir),
+        tokenizer=tokenizer_hash(model_dir),
+        blocks=[b.report for b in blocks],
+        replay=share,
+        train=train,
+        rows=rows,
+        lora=[lora_r, lora_alpha, lora_dropout],
+        **distributed.same_step(batch, accum, total, global_batch),
+        lr=lr,
+        embed_lr=embed_lr,
+        steps=steps,
+        warmup=warmup,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        clip=clip,
+        seed=seed,
+        mix=mix_documents,
+        dtype=str(dtype),
+        in_4bit=load_in_4bit,
+    ) | (dict(skip=skip) if skip else {})
+    if resume and (h := _finished(out, settings)):
+        return h
+    data = Rows(
+        blocks, order(len(blocks[0]), len(blocks[-1]), share, skip + steps * total, seed)[skip:]
+    )
     ready = lambda m: prepare(m, train, rows, lora_r, lora_alpha, lora_dropout, seed)
-    model = ready(artifacts.load_base(model_dir, engine, train, device, dtype, load_in_4bit, attn, gradient_checkpointing))
-    h = fit(model, tok, data, Collate(tok.bos_token_id, mix_documents, attn == 'flash_attention_2'), out, max_steps=steps, batch=batch, accum=accum, lr=lr, embed_lr=embed_lr,
-            warmup=warmup, schedule=schedule, weight_decay=weight_decay, clip=clip, tokens=block*total, context=block,
-            heldout=_valid(corpus, replay_corpus) if heldout is None else heldout, eval_every=eval_every, save_every=save_every, log_every=log_every, settings=settings,
-            resume=resume, seed=seed, device=device, dtype=dtype, report_to=report_to, desc=label or 'pretrain', engine=engine,
-            keep_checkpoints=True, **distributed.liger_args(liger, train), **kw)
-    mark = lambda: write_json(out/'train.json', read_back(settings)) # so that it is not done again
-    return artifacts.leave(h, model, engine, model_dir, ready, train, out, settings | dict(label=label or out.name), began, dict(Chinese=corpus, English=replay_corpus), mark, publish)
+    model = ready(
+        artifacts.load_base(
+            model_dir, engine, train, device, dtype, load_in_4bit, attn, gradient_checkpointing
+        )
+    )
+    h = fit(
+        model,
+        tok,
+        data,
+        Collate(tok.bos_token_id, mix_documents, attn == 'flash_attention_2'),
+        out,
+        max_steps=steps,
+        batch=batch,
+        accum=accum,
+        lr=lr,
+        embed_lr=embed_lr,
+        warmup=warmup,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        clip=clip,
+        tokens=block * total,
+        context=block,
+        heldout=_valid(corpus, replay_corpus) if heldout is None else heldout,
+        eval_every=eval_every,
+        save_every=save_every,
+        log_every=log_every,
+        settings=settings,
+        resume=resume,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        report_to=report_to,
+        desc=label or 'pretrain',
+        engine=engine,
+        keep_checkpoints=True,
+        **distributed.liger_args(liger, train),
+        **kw,
+    )
+    mark = lambda: write_json(
+        out / 'train.json', read_back(settings)
+    )  # so that it is not done again
+    return artifacts.leave(
+        h,
+        model,
+        engine,
+        model_dir,
+        ready,
+        train,
+        out,
+        settings | dict(label=label or out.name),
+        began,
+        dict(Chinese=corpus, English=replay_corpus),
+        mark,
+        publish,
+    )

@@ -6,8 +6,12 @@
 __all__ = ['GROUPS', 'BITS', 'calibration', 'Shapes', 'check_shapes', 'quantize']
 
 # %% ../nbs/09_quantize.ipynb #2e6f6224
-import contextlib, io, math, random, re, shutil
+import math
+import random
+import re
+import shutil
 from pathlib import Path
+
 from .checkpoint.folder import _quiet, check_sizes
 from .checkpoint.tensors import SafeFile, open_weights, write_safetensors
 from .core.errors import LlamaZhError, need, read_json, write_json, writing
@@ -17,103 +21,193 @@ from .text.templates import encode_chats, encode_texts, get_template
 # %% ../nbs/09_quantize.ipynb #9e5e5164
 def _conversation(item):
     "The messages of a chat, or None for a plain text"
-    if isinstance(item, str): return None
-    if isinstance(item, dict) and isinstance(item.get('messages'), list): return item['messages']
-    if isinstance(item, list) and item and all(isinstance(m, dict) for m in item): return item
-    raise LlamaZhError(f'calibration needs chats ({{"messages": [...]}}) or texts; this is neither: {str(item)[:80]!r}')
+    if isinstance(item, str):
+        return None
+    if isinstance(item, dict) and isinstance(item.get('messages'), list):
+        return item['messages']
+    if isinstance(item, list) and item and all(isinstance(m, dict) for m in item):
+        return item
+    raise LlamaZhError(
+        f'calibration needs chats ({{"messages": [...]}}) or texts; this is neither: {str(item)[:80]!r}'
+    )
 
 # %% ../nbs/09_quantize.ipynb #8c491224
 def calibration(
     tokenizer,
-    chats_or_texts,         # chats (dicts with "messages", or lists of messages) or plain texts
-    template='alpaca2',     # layout of the chats: a name or a `Template`
-    system=None,            # system text for chats without one
-    n:int=128,              # how many, drawn at random; all if there are fewer
-    max_len:int=2048,       # longest example in tokens
-    seed:int=0,             # of the draw
-)->list: # of lists of ids
+    chats_or_texts,  # chats (dicts with "messages", or lists of messages) or plain texts
+    template='alpaca2',  # layout of the chats: a name or a `Template`
+    system=None,  # system text for chats without one
+    n: int = 128,  # how many, drawn at random; all if there are fewer
+    max_len: int = 2048,  # longest example in tokens
+    seed: int = 0,  # of the draw
+) -> list:  # of lists of ids
     "What the model reads while it is being quantized: chats with their answers in the chat template, texts after BOS"
     items = list(chats_or_texts)
-    if not items: raise LlamaZhError('no calibration text: GPTQ needs some of the chats or documents that the model is for')
-    items = [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), min(n, len(items))))]
-    chats, texts = [c for o in items if (c := _conversation(o))], [o for o in items if isinstance(o, str)]
+    if not items:
+        raise LlamaZhError(
+            'no calibration text: GPTQ needs some of the chats or documents that the model is for'
+        )
+    items = [
+        items[i] for i in sorted(random.Random(seed).sample(range(len(items)), min(n, len(items))))
+    ]
+    chats, texts = (
+        [c for o in items if (c := _conversation(o))],
+        [o for o in items if isinstance(o, str)],
+    )
     ids = [e.ids for e in encode_chats(get_template(template), tokenizer, chats, system=system)]
     ids += [[tokenizer.bos_token_id, *o] for o in encode_texts(tokenizer, texts)]
     return [i[:max_len] for i in ids if len(i) > 1]
 
 # %% ../nbs/09_quantize.ipynb #f08d3466
 GROUPS, BITS = (32, 64, 128, 256), (2, 3, 4, 8)
+
+
 def _linears(model_dir):
     "Shapes of the layers that are to be quantized: {name: (out, in)}"
     shapes = {n: f.spec(n)[1] for n, f in open_weights(model_dir).items()}
-    return {n.removesuffix('.weight'): s for n, s in shapes.items() if '.layers.' in n and n.endswith('_proj.weight') and len(s) == 2}
-def _kind(name): return name.split('.layers.')[1].split('.', 1)[1]   # 'model.layers.0.mlp.down_proj' -> 'mlp.down_proj'
+    return {
+        n.removesuffix('.weight'): s
+        for n, s in shapes.items()
+        if '.layers.' in n and n.endswith('_proj.weight') and len(s) == 2
+    }
+
+
+def _kind(name):
+    return name.split('.layers.')[1].split('.', 1)[
+        1
+    ]  # 'model.layers.0.mlp.down_proj' -> 'mlp.down_proj'
+
+
 class Shapes(dict):
     "{(out_features, in_features): number of layers}; `group_size` to be used, `kinds` to be quantized, those `left` in 16 bits, `note`: what is not as asked"
+
     def __init__(self, layers, group_size, bits, asked):
-        for s in layers.values(): self[tuple(s)] = self.get(tuple(s), 0) + 1
+        for s in layers.values():
+            self[tuple(s)] = self.get(tuple(s), 0) + 1
         self.group_size, all_kinds = group_size, {_kind(n): tuple(s) for n, s in layers.items()}
         self.left = [k for k in all_kinds if k in _unfit(layers, group_size, bits)]
         self.kinds, self.note = [k for k in all_kinds if k not in self.left], ''
-        if group_size != asked: self.note += f'group size {group_size} in place of {asked}, which does not divide all widths; '
-        if self.left: self.note += 'left in 16 bits, as GPTQ cannot store their shapes: ' + ', '.join('{} ({} x {})'.format(k, *all_kinds[k]) for k in self.left)
+        if group_size != asked:
+            self.note += (
+                f'group size {group_size} in place of {asked}, which does not divide all widths; '
+            )
+        if self.left:
+            self.note += 'left in 16 bits, as GPTQ cannot store their shapes: ' + ', '.join(
+                '{} ({} x {})'.format(k, *all_kinds[k]) for k in self.left
+            )
         self.note = self.note.removesuffix('; ')
-def _rows(bits): return 32 if bits == 3 else 16   # the format packs so many outputs' zero points together
-def _unfit(layers, group_size, bits): return {_kind(n) for n, (o, i) in layers.items() if i % group_size or o % _rows(bits)}
+
+
+def _rows(bits):
+    return 32 if bits == 3 else 16  # the format packs so many outputs' zero points together
+
+
+def _unfit(layers, group_size, bits):
+    return {_kind(n) for n, (o, i) in layers.items() if i % group_size or o % _rows(bits)}
 
 # %% ../nbs/09_quantize.ipynb #eb055f1a
 def check_shapes(
-    model_dir,          # folder of a plain Hugging Face model
-    group_size:int=128, # input columns that share a scale
-    bits:int=4,
-)->Shapes: # {(out_features, in_features): number of layers}, and what is done with those that do not fit
+    model_dir,  # folder of a plain Hugging Face model
+    group_size: int = 128,  # input columns that share a scale
+    bits: int = 4,
+) -> (
+    Shapes
+):  # {(out_features, in_features): number of layers}, and what is done with those that do not fit
     "Look, before any work, at what the kernels can run: in_features divisible by the group size, out_features by 16; refuse a model of which nothing fits"
-    if bits not in BITS: raise LlamaZhError(f'bits={bits}: use one of {", ".join(map(str, BITS))}')
-    if group_size not in GROUPS: raise LlamaZhError(f'group_size={group_size}: use one of {", ".join(map(str, GROUPS))}')
-    if (Path(model_dir)/'config.json').is_file() and read_json(Path(model_dir)/'config.json').get('quantization_config'):
+    if bits not in BITS:
+        raise LlamaZhError(f'bits={bits}: use one of {", ".join(map(str, BITS))}')
+    if group_size not in GROUPS:
+        raise LlamaZhError(f'group_size={group_size}: use one of {", ".join(map(str, GROUPS))}')
+    if (Path(model_dir) / 'config.json').is_file() and read_json(
+        Path(model_dir) / 'config.json'
+    ).get('quantization_config'):
         raise LlamaZhError(f'{model_dir} is already quantized: start from the model before that')
     layers = _linears(model_dir)
-    if not layers: raise LlamaZhError(f'{model_dir} has no layers of the Llama kind (model.layers.N...proj.weight)')
-    least = _unfit(layers, min(GROUPS), bits)   # smaller groups fit wherever larger ones do
+    if not layers:
+        raise LlamaZhError(
+            f'{model_dir} has no layers of the Llama kind (model.layers.N...proj.weight)'
+        )
+    least = _unfit(layers, min(GROUPS), bits)  # smaller groups fit wherever larger ones do
     if len(least) == len({_kind(n) for n in layers}):
         n, (o, i) = next(iter(layers.items()))
-        raise LlamaZhError(f'no matrix of {model_dir} fits the GPTQ format, which wants inputs divisible by {min(GROUPS)} and outputs by {_rows(bits)} ({n} has {i:,} and {o:,}): use the model as it is, in 16 bits')
+        raise LlamaZhError(
+            f'no matrix of {model_dir} fits the GPTQ format, which wants inputs divisible by {min(GROUPS)} and outputs by {_rows(bits)} ({n} has {i:,} and {o:,}): use the model as it is, in 16 bits'
+        )
     group = max(g for g in GROUPS if g <= group_size and _unfit(layers, g, bits) == least)
     return Shapes(layers, group, bits, group_size)
 
 # %% ../nbs/09_quantize.ipynb #76773fcb
 def _config(gm, bits, shapes, desc_act, damp, device, small):
     skip = {rf'-:.*\.{re.escape(k)}$': {} for k in shapes.left} or None
-    kw = dict(bits=bits, group_size=shapes.group_size, dynamic=skip, desc_act=desc_act, damp_percent=damp, act_group_aware=not desc_act, device=device)
-    return gm.QuantizeConfig(**kw, offload_to_disk=not small, pack_impl='original' if small or not shutil.which('c++') else 'cpu')
+    kw = dict(
+        bits=bits,
+        group_size=shapes.group_size,
+        dynamic=skip,
+        desc_act=desc_act,
+        damp_percent=damp,
+        act_group_aware=not desc_act,
+        device=device,
+    )
+    return gm.QuantizeConfig(
+        **kw,
+        offload_to_disk=not small,
+        pack_impl='original' if small or not shutil.which('c++') else 'cpu',
+    )
 
 # %% ../nbs/09_quantize.ipynb #089daac4
-_CARRY = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'chat_template*', 'generation_config.json')
+_CARRY = (
+    'tokenizer*',
+    'special_tokens_map.json',
+    'added_tokens.json',
+    'chat_template*',
+    'generation_config.json',
+)
+
+
 def _finish(src, out, shapes):
     "Carry tokenizer and template over, clean the configs, store the rest of the weights in 16 bits"
-    for f in [f for p in _CARRY for f in out.glob(p)]: f.unlink()
-    for f in sorted({f for p in _CARRY for f in Path(src).glob(p) if f.is_file()}): shutil.copy(f, out/f.name)
-    q = {k: v for k, v in read_json(out/'config.json')['quantization_config'].items()}
+    for f in [f for p in _CARRY for f in out.glob(p)]:
+        f.unlink()
+    for f in sorted({f for p in _CARRY for f in Path(src).glob(p) if f.is_file()}):
+        shutil.copy(f, out / f.name)
+    q = dict(read_json(out / 'config.json')['quantization_config'].items())
     q['meta'] = {k: v for k, v in q.get('meta', {}).items() if 'path' not in k}
-    if shapes.left: q['modules_in_block_to_quantize'] = [shapes.kinds]   # transformers reads this, gptqmodel and vLLM read `dynamic`
+    if shapes.left:
+        q['modules_in_block_to_quantize'] = [
+            shapes.kinds
+        ]  # transformers reads this, gptqmodel and vLLM read `dynamic`
     files = sorted(out.glob('*.safetensors'))
     half = [_to_half(f) for f in files]
-    dtype = 'float16' if any(half) else read_json(out/'config.json').get('dtype', 'float16')
-    write_json(out/'config.json', {**read_json(Path(src)/'config.json'), 'dtype': dtype, 'quantization_config': q})
-    write_json(out/'quantize_config.json', q)
+    dtype = 'float16' if any(half) else read_json(out / 'config.json').get('dtype', 'float16')
+    write_json(
+        out / 'config.json',
+        {**read_json(Path(src) / 'config.json'), 'dtype': dtype, 'quantization_config': q},
+    )
+    write_json(out / 'quantize_config.json', q)
+
+
 def _to_half(path):
     "Rewrite a safetensors file with its float32 tensors in float16; False if it has none"
     f = SafeFile(path)
-    specs = {k: f.spec(k) for k in f.keys()}
-    if not any(c == 'F32' for c, _ in specs.values()): return False
+    specs = {k: f.spec(k) for k in f}
+    if not any(c == 'F32' for c, _ in specs.values()):
+        return False
     torch = need('torch', 'quant')
+
     def read(k):
         t = f.get(k)
-        if t.dtype != torch.float32: return t
-        if t.abs().max() > 65504: raise LlamaZhError(f'{k} holds {t.abs().max():.3g}, more than float16 can: the model has diverged in training')
+        if t.dtype != torch.float32:
+            return t
+        if t.abs().max() > 65504:
+            raise LlamaZhError(
+                f'{k} holds {t.abs().max():.3g}, more than float16 can: the model has diverged in training'
+            )
         return t.half()
+
     tmp = path.with_name(path.name + '.half')
-    write_safetensors(tmp, {k: ('F16' if c == 'F32' else c, s) for k, (c, s) in specs.items()}, read)
+    write_safetensors(
+        tmp, {k: ('F16' if c == 'F32' else c, s) for k, (c, s) in specs.items()}, read
+    )
     tmp.replace(path)
     return True
 
@@ -122,60 +216,112 @@ def _layer_log(log):
     "gptqmodel's account of each layer: {'layer', 'module', 'loss', 'damp'}; a layer without a finite error is refused"
     rows = []
     for r in next(iter(log.values())) if isinstance(log, dict) else log:
-        try: loss = float(r['loss'])
-        except (ValueError, KeyError): loss = None   # gptqmodel fell back to rounding, and says so in this field
-        if loss is not None and not math.isfinite(loss): raise LlamaZhError(f"layer {r['layer']}, {r['module']}: the error is {loss}: use more calibration text or a higher damp")
-        rows.append(dict(layer=r['layer'], module=r['module'], loss=loss, damp=float(r.get('damp') or 0)))
+        try:
+            loss = float(r['loss'])
+        except (ValueError, KeyError):
+            loss = None  # gptqmodel fell back to rounding, and says so in this field
+        if loss is not None and not math.isfinite(loss):
+            raise LlamaZhError(
+                f'layer {r["layer"]}, {r["module"]}: the error is {loss}: use more calibration text or a higher damp'
+            )
+        rows.append(
+            dict(layer=r['layer'], module=r['module'], loss=loss, damp=float(r.get('damp') or 0))
+        )
     return rows
 
 # %% ../nbs/09_quantize.ipynb #bbabf07b
 def quantize(
-    model_dir,            # folder of a plain Hugging Face model with its tokenizer
-    chats_or_texts,       # calibration: chats or texts of the kind the model is for
-    out,                  # folder to be made
-    bits:int=4,           # of a weight: 4, 8, 3 or 2
-    group_size:int=128,   # columns that share a scale: 32, 64, 128 or 256; smaller is more exact and larger on disk; a smaller one is taken where this does not fit
-    desc_act:bool=False,  # most active columns first: a little more exact, slower in some programs
-    template='alpaca2',   # layout of the calibration chats
-    system=None,          # their system text
-    calib:int=128,        # how many examples are used
-    max_len:int=2048,     # longest example in tokens
-    damp:float=.05,       # share of the mean added to the Hessian's diagonal; raised by itself where that is not enough
-    device:str='auto',    # 'auto', 'cpu', 'cuda'
-    seed:int=0,           # of the draw of examples
-    verbose:bool=False,   # let gptqmodel print
-)->Path: # `out`
+    model_dir,  # folder of a plain Hugging Face model with its tokenizer
+    chats_or_texts,  # calibration: chats or texts of the kind the model is for
+    out,  # folder to be made
+    bits: int = 4,  # of a weight: 4, 8, 3 or 2
+    group_size: int = 128,  # columns that share a scale: 32, 64, 128 or 256; smaller is more exact and larger on disk; a smaller one is taken where this does not fit
+    desc_act: bool = False,  # most active columns first: a little more exact, slower in some programs
+    template='alpaca2',  # layout of the calibration chats
+    system=None,  # their system text
+    calib: int = 128,  # how many examples are used
+    max_len: int = 2048,  # longest example in tokens
+    damp: float = 0.05,  # share of the mean added to the Hessian's diagonal; raised by itself where that is not enough
+    device: str = 'auto',  # 'auto', 'cpu', 'cuda'
+    seed: int = 0,  # of the draw of examples
+    verbose: bool = False,  # let gptqmodel print
+) -> Path:  # `out`
     "GPTQ: every layer's matrices in `bits` bits; embeddings, norms, lm_head and matrices of shapes that do not fit stay as they are"
     shapes = check_shapes(model_dir, group_size, bits)
-    if shapes.note: print(shapes.note, flush=True)
+    if shapes.note:
+        print(shapes.note, flush=True)
     check_sizes(model_dir)
     tok = need('transformers', 'quant').AutoTokenizer.from_pretrained(model_dir)
     ids = calibration(tok, chats_or_texts, template, system, calib, max_len, seed)
-    note = dict(bits=bits, group_size=shapes.group_size, left=shapes.left, desc_act=desc_act, damp=damp, template=str(getattr(template, 'name', template)))
+    note = dict(
+        bits=bits,
+        group_size=shapes.group_size,
+        left=shapes.left,
+        desc_act=desc_act,
+        damp=damp,
+        template=str(getattr(template, 'name', template)),
+    )
     with writing(out) as tmp:
-        rows = _gptq(model_dir, (bits, shapes, desc_act, damp), ids, tok, tmp, pick_device(device), seed, verbose)
-        if up := [l['damp'] for l in rows if l['damp'] > 1.01*damp]: print(f'damping raised from {damp:g} to as much as {max(up):g} in {len(up)} of {len(rows)} matrices: their Hessian had no inverse; more calibration text helps', flush=True)
+        rows = _gptq(
+            model_dir,
+            (bits, shapes, desc_act, damp),
+            ids,
+            tok,
+            tmp,
+            pick_device(device),
+            seed,
+            verbose,
+        )
+        if up := [l['damp'] for l in rows if l['damp'] > 1.01 * damp]:
+            print(
+                f'damping raised from {damp:g} to as much as {max(up):g} in {len(up)} of {len(rows)} matrices: their Hessian had no inverse; more calibration text helps',
+                flush=True,
+            )
         _finish(model_dir, tmp, shapes)
-        write_json(tmp/'quantize.json', note | dict(examples=len(ids), tokens=sum(map(len, ids)), layers=rows))
+        write_json(
+            tmp / 'quantize.json',
+            note | dict(examples=len(ids), tokens=sum(map(len, ids)), layers=rows),
+        )
         _check_saved(model_dir, tmp, shapes.left)
     return Path(out)
+
+
 def _gptq(model_dir, how, ids, tok, out, device, seed, verbose):
     "Let gptqmodel quantize and save; the error of each layer"
     torch = need('torch', 'quant')
-    small = sum(o*i for o, i in _linears(model_dir).values()) < 200e6
+    small = sum(o * i for o, i in _linears(model_dir).values()) < 200e6
     torch.manual_seed(seed)
     with _quiet('quantization with gptqmodel', verbose):
         gm = need('gptqmodel', 'quant')
-        m = gm.GPTQModel.load(str(model_dir), _config(gm, *how, device, small), dtype=pick_dtype(None, device))
-        log = m.quantize([dict(input_ids=torch.tensor([i]), attention_mask=torch.ones(1, len(i), dtype=torch.long)) for i in ids],
-                         batch_size=1, tokenizer=tok, calibration_data_min_length=1)
+        m = gm.GPTQModel.load(
+            str(model_dir), _config(gm, *how, device, small), dtype=pick_dtype(None, device)
+        )
+        log = m.quantize(
+            [
+                dict(
+                    input_ids=torch.tensor([i]),
+                    attention_mask=torch.ones(1, len(i), dtype=torch.long),
+                )
+                for i in ids
+            ],
+            batch_size=1,
+            tokenizer=tok,
+            calibration_data_min_length=1,
+        )
         rows = _layer_log(log)
         m.save(str(out))
-    (out/'quant_log.csv').unlink(missing_ok=True)
+    (out / 'quant_log.csv').unlink(missing_ok=True)
     return rows
+
+
 def _check_saved(src, out, left=()):
     "Every layer but those left is there in packed form, nothing else is missing"
     have, want = set(open_weights(out)), set(open_weights(src))
     layers = {n for n in _linears(src) if _kind(n) not in left}
-    lost = [n for n in want if n.removesuffix('.weight') not in layers and n not in have] + [n for n in layers if f'{n}.qweight' not in have]
-    if lost: raise LlamaZhError(f'gptqmodel did not write {len(lost)} tensors, among them {lost[0]}: nothing was kept')
+    lost = [n for n in want if n.removesuffix('.weight') not in layers and n not in have] + [
+        n for n in layers if f'{n}.qweight' not in have
+    ]
+    if lost:
+        raise LlamaZhError(
+            f'gptqmodel did not write {len(lost)} tensors, among them {lost[0]}: nothing was kept'
+        )

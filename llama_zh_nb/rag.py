@@ -6,37 +6,51 @@
 __all__ = ['judge_rag']
 
 # %% ../nbs/10_rag.ipynb #4ea1c87d
-import difflib, html, re
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import NamedTuple
 from .documents.assistant import Assistant
 from .documents.recall import eval_retrieval
 from .documents.retriever import ZhRetriever
 from .evals.measure import score
 
 # %% ../nbs/10_rag.ipynb #75e9938e
-from langchain_core.documents import Document
 from langchain_core.messages import HumanMessage
 from langchain_core.prompts import PromptTemplate
 
 # %% ../nbs/10_rag.ipynb #93bd9c15
 def judge_rag(
-    bot:Assistant,
-    questions:list,   # with "answer" or "value", see `measure.score`
-    n:int=6,          # samples shown of the right ones, and of the wrong
-    show=(),          # questions whose answers go into `samples`, with their passages
-)->tuple: # (metrics for run.json, `Scores`, list of `Answer`)
+    bot: Assistant,
+    questions: list,  # with "answer" or "value", see `measure.score`
+    n: int = 6,  # samples shown of the right ones, and of the wrong
+    show=(),  # questions whose answers go into `samples`, with their passages
+) -> tuple:  # (metrics for run.json, `Scores`, list of `Answer`)
     "Answer `questions` from documents, and count"
     answers = bot.ask_all([q['question'] for q in questions])
     s = score([a.text for a in answers], questions)
-    names = {a.question: [f'[{x.n}] {x.name} / {x.heading}: {x.text[:120]}' for x in a.sources] for a in answers}
+    names = {
+        a.question: [f'[{x.n}] {x.name} / {x.heading}: {x.text[:120]}' for x in a.sources]
+        for a in answers
+    }
     shown = lambda right: [dict(x, sources=names[x['q']]) for x in s.samples(n, right)]
     right, wrong = shown(True), shown(False)
-    out = dict(accuracy=s.by(), by_relation=s.by('relation') if questions and 'relation' in questions[0] else {}, refused=sum(a.refused for a in answers),
-               threshold=bot.threshold, chunks=len(bot.index), right=right, failures=wrong)
-    if show: out['samples'] = [dict(q=q['question'], a=a.text, kind=q.get('kind', ''), expected=q.get('answer', ''), sources=[x.text for x in a.sources])
-                               for q, a in zip(show, bot.ask_all([q['question'] for q in show]))]
+    out = dict(
+        accuracy=s.by(),
+        by_relation=s.by('relation') if questions and 'relation' in questions[0] else {},
+        refused=sum(a.refused for a in answers),
+        threshold=bot.threshold,
+        chunks=len(bot.index),
+        right=right,
+        failures=wrong,
+    )
+    if show:
+        out['samples'] = [
+            dict(
+                q=q['question'],
+                a=a.text,
+                kind=q.get('kind', ''),
+                expected=q.get('answer', ''),
+                sources=[x.text for x in a.sources],
+            )
+            for q, a in zip(show, bot.ask_all([q['question'] for q in show]))
+        ]
     gold = [q for q in questions if q.get('source') or q.get('value')]
     if gold and isinstance(bot.index, ZhRetriever):
         e = eval_retrieval(bot.index, gold)

@@ -7,9 +7,12 @@ __all__ = ['PRESETS', 'Recipe', 'explain', 'get_recipe', 'to_yaml', 'runs_root',
            'sample_questions']
 
 # %% ../nbs/01_recipes.ipynb #130a156a
-import difflib, json, os
+import difflib
+import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+
 from .core.errors import LlamaZhError, need
 from .mini.domain import write_herbs
 from .mini.world import write_world
@@ -18,305 +21,597 @@ from .text.files import read_texts
 # %% ../nbs/01_recipes.ipynb #12498947
 @dataclass
 class Recipe:
-    name:str = 'custom'               # the run's name; its folder is runs/<name>
-    base:str = 'mini'                 # 'mini', a Hugging Face or Meta folder, or a Hub id; `run:NAME/FOLDER` means a folder of another run
-    corpus:list = field(default_factory=list)         # Chinese texts: files, folders or globs; `world:` means the generated world
-    replay_corpus:list = field(default_factory=list)  # English texts that are mixed in, so that English is not forgotten
-    replay_lang:str = 'en'            # what is kept of them: 'en', or 'any' where general Chinese is to be kept too, as under a domain
-    sft:list = field(default_factory=list)            # chats: Alpaca, ShareGPT, OpenAI messages, text CSV, Parquet
-    docs:list = field(default_factory=list)           # the documents that are answered from
-    questions:str = None              # JSON lines {"question","answer","kind"} that are asked after each stage
-    heldout_zh:str = None             # Chinese texts for measuring; None: the corpus' valid split
-    heldout_en:str = None             # English texts for measuring; None: the replay corpus' valid split
-    out:str = None                    # the run's folder; None: runs/<name>
-    seed:int = 0                      # of every random choice
-    device:str = 'auto'               # 'auto', 'cpu', 'cuda', 'mps'
-    dtype:str = None                  # None: bfloat16 on a GPU, float32 on a CPU
-    threads:int = None                # CPU threads; None: as many as torch takes
+    name: str = 'custom'  # the run's name; its folder is runs/<name>
+    base: str = 'mini'  # 'mini', a Hugging Face or Meta folder, or a Hub id; `run:NAME/FOLDER` means a folder of another run
+    corpus: list = field(
+        default_factory=list
+    )  # Chinese texts: files, folders or globs; `world:` means the generated world
+    replay_corpus: list = field(
+        default_factory=list
+    )  # English texts that are mixed in, so that English is not forgotten
+    replay_lang: str = 'en'  # what is kept of them: 'en', or 'any' where general Chinese is to be kept too, as under a domain
+    sft: list = field(
+        default_factory=list
+    )  # chats: Alpaca, ShareGPT, OpenAI messages, text CSV, Parquet
+    docs: list = field(default_factory=list)  # the documents that are answered from
+    questions: str = None  # JSON lines {"question","answer","kind"} that are asked after each stage
+    heldout_zh: str = None  # Chinese texts for measuring; None: the corpus' valid split
+    heldout_en: str = None  # English texts for measuring; None: the replay corpus' valid split
+    out: str = None  # the run's folder; None: runs/<name>
+    seed: int = 0  # of every random choice
+    device: str = 'auto'  # 'auto', 'cpu', 'cuda', 'mps'
+    dtype: str = None  # None: bfloat16 on a GPU, float32 on a CPU
+    threads: int = None  # CPU threads; None: as many as torch takes
     # vocabulary
-    vocab_size:int = 55296            # pieces of the merged vocabulary in all
-    segment:str = 'none'              # 'words': no piece crosses a word border (jieba's); 'none': pieces may
-    init:str = 'full-length'          # new rows: 'full-length', 'subword-mean', 'dictionary' (from lines in both languages), 'mean', 'random', ...
-    pad_to:int = 64                   # rows are padded to a multiple of this
+    vocab_size: int = 55296  # pieces of the merged vocabulary in all
+    segment: str = 'none'  # 'words': no piece crosses a word border (jieba's); 'none': pieces may
+    init: str = 'full-length'  # new rows: 'full-length', 'subword-mean', 'dictionary' (from lines in both languages), 'mean', 'random', ...
+    pad_to: int = 64  # rows are padded to a multiple of this
     # pretraining
-    train:str = 'lora+new'            # 'lora+new' (LoRA and the new rows), 'lora+embed' (all rows), 'lora', 'embed', 'full'
-    embed_steps:int = 0               # a first stage of so many steps that trains the embeddings alone
-    lora_r:int = 64                   # rank
-    lora_alpha:int = 128              # scale: alpha / r
-    lora_dropout:float = .05          # on LoRA's input
-    block:int = 512                   # tokens in a training block
-    batch:int = 1                     # blocks in a step on one device
-    accum:int = 8                     # steps that are added up before the weights move
-    global_batch:int = None           # blocks in a step of all GPUs together: `accum` follows from it, and a run goes on with any number of GPUs; None: batch x accum x GPUs
-    lr:float = 2e-4                   # highest learning rate; cosine down to 0
-    embed_lr:float = None             # learning rate of embedding rows; None: `lr`
-    max_steps:int = None              # stop after so many; None: `epochs`
-    epochs:float = 1.                 # times through the corpus
-    warmup:float = .05                # share of the steps in which the rate rises
-    weight_decay:float = .01          # AdamW's
-    replay:float = .2                 # share of blocks from the replay corpus
-    mix_documents:bool = False        # the documents of a block see each other, as in earlier projects
-    cut:bool = False                  # documents are laid end to end and cut wherever a block ends
-    drop_rest:bool = False            # what fills no block is dropped
-    eval_every:int = 200              # steps between two measurements on held-out text
-    save_every:int = 200              # steps between two checkpoints
-    gradient_checkpointing:bool = False # activation checkpointing: compute activations twice instead of keeping them
-    load_in_4bit:bool = False         # frozen weights in 4 bits while training (QLoRA)
-    workers:int = None                # processes that tokenize; None: one
-    liger:bool = False                # Liger's kernels, where installed: less memory for the logits
-    attn:str = 'sdpa'                 # attention: 'sdpa', 'eager', 'flash_attention_2'
-    engine:str = None                 # how several GPUs share the model: 'ddp', 'fsdp2', 'zero2', 'zero3', the last three also with '-offload'; None: 'ddp'
-    gpus:int = 1                      # GPUs in all, on all machines
-    machines:int = 1                  # machines they stand in
-    report_to:str = 'auto'            # where losses are shown: 'tensorboard', 'wandb', 'mlflow', ..., 'none'; 'auto': TensorBoard where it is installed
-    control_steps:int = 0             # steps of the control, which keeps the base's vocabulary; 0: no control
+    train: str = 'lora+new'  # 'lora+new' (LoRA and the new rows), 'lora+embed' (all rows), 'lora', 'embed', 'full'
+    embed_steps: int = 0  # a first stage of so many steps that trains the embeddings alone
+    lora_r: int = 64  # rank
+    lora_alpha: int = 128  # scale: alpha / r
+    lora_dropout: float = 0.05  # on LoRA's input
+    block: int = 512  # tokens in a training block
+    batch: int = 1  # blocks in a step on one device
+    accum: int = 8  # steps that are added up before the weights move
+    global_batch: int = None  # blocks in a step of all GPUs together: `accum` follows from it, and a run goes on with any number of GPUs; None: batch x accum x GPUs
+    lr: float = 2e-4  # highest learning rate; cosine down to 0
+    embed_lr: float = None  # learning rate of embedding rows; None: `lr`
+    max_steps: int = None  # stop after so many; None: `epochs`
+    epochs: float = 1.0  # times through the corpus
+    warmup: float = 0.05  # share of the steps in which the rate rises
+    weight_decay: float = 0.01  # AdamW's
+    replay: float = 0.2  # share of blocks from the replay corpus
+    mix_documents: bool = False  # the documents of a block see each other, as in earlier projects
+    cut: bool = False  # documents are laid end to end and cut wherever a block ends
+    drop_rest: bool = False  # what fills no block is dropped
+    eval_every: int = 200  # steps between two measurements on held-out text
+    save_every: int = 200  # steps between two checkpoints
+    gradient_checkpointing: bool = (
+        False  # activation checkpointing: compute activations twice instead of keeping them
+    )
+    load_in_4bit: bool = False  # frozen weights in 4 bits while training (QLoRA)
+    workers: int = None  # processes that tokenize; None: one
+    liger: bool = False  # Liger's kernels, where installed: less memory for the logits
+    attn: str = 'sdpa'  # attention: 'sdpa', 'eager', 'flash_attention_2'
+    engine: str = None  # how several GPUs share the model: 'ddp', 'fsdp2', 'zero2', 'zero3', the last three also with '-offload'; None: 'ddp'
+    gpus: int = 1  # GPUs in all, on all machines
+    machines: int = 1  # machines they stand in
+    report_to: str = 'auto'  # where losses are shown: 'tensorboard', 'wandb', 'mlflow', ..., 'none'; 'auto': TensorBoard where it is installed
+    control_steps: int = 0  # steps of the control, which keeps the base's vocabulary; 0: no control
     # fine-tuning on chats
-    template:str = 'alpaca2'          # prompt format: 'alpaca2', 'llama2-chat', 'human-assistant'
-    system:str = None                 # system prompt
-    sft_train:str = 'lora+new'        # as `train`
-    sft_lr:float = 1e-4               # as `lr`
-    sft_embed_lr:float = None         # as `embed_lr`
-    sft_warmup:float = None           # as `warmup`; None: the same
-    sft_epochs:float = 2.             # as `epochs`
-    sft_max_steps:int = None          # as `max_steps`
-    sft_batch:int = 1                 # chats in a step
-    sft_global_batch:int = None       # as `global_batch`
-    sft_block:int = 512               # longest chat in tokens
-    sft_text_share:float = .1         # share of plain documents mixed in, so that the language is not forgotten
+    template: str = 'alpaca2'  # prompt format: 'alpaca2', 'llama2-chat', 'human-assistant'
+    system: str = None  # system prompt
+    sft_train: str = 'lora+new'  # as `train`
+    sft_lr: float = 1e-4  # as `lr`
+    sft_embed_lr: float = None  # as `embed_lr`
+    sft_warmup: float = None  # as `warmup`; None: the same
+    sft_epochs: float = 2.0  # as `epochs`
+    sft_max_steps: int = None  # as `max_steps`
+    sft_batch: int = 1  # chats in a step
+    sft_global_batch: int = None  # as `global_batch`
+    sft_block: int = 512  # longest chat in tokens
+    sft_text_share: float = (
+        0.1  # share of plain documents mixed in, so that the language is not forgotten
+    )
     # quantization
-    bits:int = 4                      # GPTQ: bits of a weight
-    group_size:int = 128              # weights that share a scale
-    desc_act:bool = False             # GPTQ: most active columns first; more exact, slower in some programs
-    calib:int = 128                   # calibration chats
+    bits: int = 4  # GPTQ: bits of a weight
+    group_size: int = 128  # weights that share a scale
+    desc_act: bool = False  # GPTQ: most active columns first; more exact, slower in some programs
+    calib: int = 128  # calibration chats
     # answering from documents
-    embedding:str = 'lexical'         # 'lexical' needs no download; or a Hub embedding model
-    chunk_tokens:int = 200            # longest chunk
-    chunk_overlap:int = 0             # tokens that two neighbours share
-    k:int = 3                         # passages given to the model
-    threshold:float = None            # a best passage scored below this, unless it stands out, means "nothing fits"; None: measured for the index
+    embedding: str = 'lexical'  # 'lexical' needs no download; or a Hub embedding model
+    chunk_tokens: int = 200  # longest chunk
+    chunk_overlap: int = 0  # tokens that two neighbours share
+    k: int = 3  # passages given to the model
+    threshold: float = None  # a best passage scored below this, unless it stands out, means "nothing fits"; None: measured for the index
     # measuring side by side
-    tasks:list = field(default_factory=list)          # benchmarks that every stage's model is put to, as `llama-zh evaluate --tasks` takes them
-    tasks_limit:int = None            # questions of each subject at most
+    tasks: list = field(
+        default_factory=list
+    )  # benchmarks that every stage's model is put to, as `llama-zh evaluate --tasks` takes them
+    tasks_limit: int = None  # questions of each subject at most
 
     def __post_init__(self):
-        if self.sft_warmup is None: self.sft_warmup = self.warmup
+        if self.sft_warmup is None:
+            self.sft_warmup = self.warmup
         for p in ('', 'sft_'):
             n, b = getattr(self, f'{p}global_batch'), getattr(self, f'{p}batch')
-            if n is not None and (n < 1 or n % b): raise LlamaZhError(f'recipe field {p}global_batch is {n}: a multiple of {p}batch, which is {b}, was expected, and of {p}batch x GPUs when it is run')
+            if n is not None and (n < 1 or n % b):
+                raise LlamaZhError(
+                    f'recipe field {p}global_batch is {n}: a multiple of {p}batch, which is {b}, was expected, and of {p}batch x GPUs when it is run'
+                )
 
 # %% ../nbs/01_recipes.ipynb #26cd9fff
-def explain()->dict: # field -> its comment
+def explain() -> dict:  # field -> its comment
     "What each field of a recipe means"
     docments = need('fastcore.docments').docments
-    cls = Recipe   # comments are read from the source file, so from the exported module
-    return {k: v for k,v in docments(cls).items() if k != 'return'}
+    cls = Recipe  # comments are read from the source file, so from the exported module
+    return {k: v for k, v in docments(cls).items() if k != 'return'}
 
 # %% ../nbs/01_recipes.ipynb #6cb11a3b
-_WORLD = dict(corpus=['world:zh'], replay_corpus=['world:en'], sft=['world:chats.json'], docs=['world:docs'],
-              questions='world:questions.jsonl', heldout_zh='world:heldout_zh.jsonl', heldout_en='world:heldout_en.jsonl')
-_MINI = dict(base='mini', vocab_size=3584, segment='words', init='dictionary', train='lora+new', lora_r=32, lora_alpha=64, lora_dropout=.0, block=256, batch=8, accum=1,
-             lr=1.5e-3, embed_lr=5e-3, max_steps=600, warmup=.05, replay=.25, eval_every=100, save_every=300, control_steps=200,
-             sft_lr=1.5e-3, sft_max_steps=400, sft_batch=8, sft_block=256, sft_text_share=.15, group_size=32, desc_act=True, calib=128, chunk_tokens=128, k=1, threads=2)
-_7B = dict(base='meta-llama/Llama-2-7b-hf', vocab_size=55296, dtype='bfloat16', lora_r=64, lora_alpha=128, lora_dropout=.05, lr=2e-4, sft_lr=1e-4,
-           weight_decay=.01, warmup=.05, calib=128, group_size=128, chunk_tokens=300, k=4,
-           gradient_checkpointing=True)
+_WORLD = dict(
+    corpus=['world:zh'],
+    replay_corpus=['world:en'],
+    sft=['world:chats.json'],
+    docs=['world:docs'],
+    questions='world:questions.jsonl',
+    heldout_zh='world:heldout_zh.jsonl',
+    heldout_en='world:heldout_en.jsonl',
+)
+_MINI = dict(
+    base='mini',
+    vocab_size=3584,
+    segment='words',
+    init='dictionary',
+    train='lora+new',
+    lora_r=32,
+    lora_alpha=64,
+    lora_dropout=0.0,
+    block=256,
+    batch=8,
+    accum=1,
+    lr=1.5e-3,
+    embed_lr=5e-3,
+    max_steps=600,
+    warmup=0.05,
+    replay=0.25,
+    eval_every=100,
+    save_every=300,
+    control_steps=200,
+    sft_lr=1.5e-3,
+    sft_max_steps=400,
+    sft_batch=8,
+    sft_block=256,
+    sft_text_share=0.15,
+    group_size=32,
+    desc_act=True,
+    calib=128,
+    chunk_tokens=128,
+    k=1,
+    threads=2,
+)
+_7B = dict(
+    base='meta-llama/Llama-2-7b-hf',
+    vocab_size=55296,
+    dtype='bfloat16',
+    lora_r=64,
+    lora_alpha=128,
+    lora_dropout=0.05,
+    lr=2e-4,
+    sft_lr=1e-4,
+    weight_decay=0.01,
+    warmup=0.05,
+    calib=128,
+    group_size=128,
+    chunk_tokens=300,
+    k=4,
+    gradient_checkpointing=True,
+)
 PRESETS = {
     'mini': dict(_MINI, **_WORLD, tasks=['world-zh'], tasks_limit=10),
-    'llama2-7b-16gb': dict(_7B, block=512,  batch=1, accum=32, sft_batch=1, sft_block=512, load_in_4bit=True),
-    'llama2-7b-24gb': dict(_7B, block=512,  batch=2, accum=16, sft_batch=2, sft_block=1024),
-    'llama2-7b-80gb': dict(_7B, block=1024, batch=16, accum=4, sft_batch=8, sft_block=2048, train='lora+embed', sft_train='lora+embed'),
+    'llama2-7b-16gb': dict(
+        _7B, block=512, batch=1, accum=32, sft_batch=1, sft_block=512, load_in_4bit=True
+    ),
+    'llama2-7b-24gb': dict(_7B, block=512, batch=2, accum=16, sft_batch=2, sft_block=1024),
+    'llama2-7b-80gb': dict(
+        _7B,
+        block=1024,
+        batch=16,
+        accum=4,
+        sft_batch=8,
+        sft_block=2048,
+        train='lora+embed',
+        sft_train='lora+embed',
+    ),
 }
 
 # %% ../nbs/01_recipes.ipynb #f2492b84
-_13B, _70B = dict(_7B, base='meta-llama/Llama-2-13b-hf'), dict(_7B, base='meta-llama/Llama-2-70b-hf')
+_13B, _70B = (
+    dict(_7B, base='meta-llama/Llama-2-13b-hf'),
+    dict(_7B, base='meta-llama/Llama-2-70b-hf'),
+)
 PRESETS |= {
-    'llama2-7b-16gb': PRESETS['llama2-7b-16gb'] | dict(dtype=None),   # a T4 has no bfloat16: the best that the GPU has
-    'llama2-7b-24gb': PRESETS['llama2-7b-24gb'] | dict(sft_batch=1),   # two chats of 1,024 tokens leave too little
+    'llama2-7b-16gb': PRESETS['llama2-7b-16gb']
+    | dict(dtype=None),  # a T4 has no bfloat16: the best that the GPU has
+    'llama2-7b-24gb': PRESETS['llama2-7b-24gb']
+    | dict(sft_batch=1),  # two chats of 1,024 tokens leave too little
     'llama2-13b-80gb': dict(_13B, block=1024, batch=8, accum=8, sft_batch=4, sft_block=2048),
-    'llama2-7b-8x80gb-full': dict(_7B, block=2048, batch=4, accum=4, sft_batch=4, sft_block=2048, train='full', sft_train='full', lr=2e-5, sft_lr=2e-5, engine='fsdp2', gpus=8),
-    'llama2-70b-multinode': dict(_70B, block=2048, batch=2, accum=4, sft_batch=2, sft_block=2048, engine='fsdp2', gpus=16, machines=2),
+    'llama2-7b-8x80gb-full': dict(
+        _7B,
+        block=2048,
+        batch=4,
+        accum=4,
+        sft_batch=4,
+        sft_block=2048,
+        train='full',
+        sft_train='full',
+        lr=2e-5,
+        sft_lr=2e-5,
+        engine='fsdp2',
+        gpus=8,
+    ),
+    'llama2-70b-multinode': dict(
+        _70B,
+        block=2048,
+        batch=2,
+        accum=4,
+        sft_batch=2,
+        sft_block=2048,
+        engine='fsdp2',
+        gpus=16,
+        machines=2,
+    ),
 }
 
 # %% ../nbs/01_recipes.ipynb #a4e11c5a
-_OLD = dict(_7B, block=512, batch=1, accum=8, sft_batch=1, sft_block=512, train='lora+embed', sft_train='lora+embed', pad_to=1, replay=0.,
-            mix_documents=True, cut=True, drop_rest=True)   # end to end, cut into blocks, the rest dropped
+_OLD = dict(
+    _7B,
+    block=512,
+    batch=1,
+    accum=8,
+    sft_batch=1,
+    sft_block=512,
+    train='lora+embed',
+    sft_train='lora+embed',
+    pad_to=1,
+    replay=0.0,
+    mix_documents=True,
+    cut=True,
+    drop_rest=True,
+)  # end to end, cut into blocks, the rest dropped
 PRESETS |= {
-    'alpaca2-7b':  dict(_OLD, vocab_size=55296, lr=2e-4, sft_lr=1e-4, sft_warmup=.03, template='alpaca2', system='You are a helpful assistant. 你是一个乐于助人的助手。', engine='zero2'),
-    'zhu-7b':      dict(_OLD, vocab_size=49953, init='random', lora_r=24, lora_alpha=32, lora_dropout=.1, lr=1e-4, batch=2, accum=128, template='zhu', engine='zero2'),
-    'literary-7b': dict(_OLD, vocab_size=74674, embed_steps=1000, load_in_4bit=True, lr=2e-5, accum=16, block=4096, sft_train='lora', sft_lr=1e-4, sft_block=4096,
-                        template='literary', engine='zero2-offload'),
-    'linksoul-7b': dict(_7B, vocab_size=32000, train='full', sft_train='full', lr=2e-5, sft_lr=2e-5, sft_warmup=.03, batch=4, accum=1, block=4096, sft_batch=4, sft_block=4096,
-                        replay=0., sft_text_share=0., template='llama2-chat', engine='fsdp2', gpus=8),
+    'alpaca2-7b': dict(
+        _OLD,
+        vocab_size=55296,
+        lr=2e-4,
+        sft_lr=1e-4,
+        sft_warmup=0.03,
+        template='alpaca2',
+        system='You are a helpful assistant. 你是一个乐于助人的助手。',
+        engine='zero2',
+    ),
+    'zhu-7b': dict(
+        _OLD,
+        vocab_size=49953,
+        init='random',
+        lora_r=24,
+        lora_alpha=32,
+        lora_dropout=0.1,
+        lr=1e-4,
+        batch=2,
+        accum=128,
+        template='zhu',
+        engine='zero2',
+    ),
+    'literary-7b': dict(
+        _OLD,
+        vocab_size=74674,
+        embed_steps=1000,
+        load_in_4bit=True,
+        lr=2e-5,
+        accum=16,
+        block=4096,
+        sft_train='lora',
+        sft_lr=1e-4,
+        sft_block=4096,
+        template='literary',
+        engine='zero2-offload',
+    ),
+    'linksoul-7b': dict(
+        _7B,
+        vocab_size=32000,
+        train='full',
+        sft_train='full',
+        lr=2e-5,
+        sft_lr=2e-5,
+        sft_warmup=0.03,
+        batch=4,
+        accum=1,
+        block=4096,
+        sft_batch=4,
+        sft_block=4096,
+        replay=0.0,
+        sft_text_share=0.0,
+        template='llama2-chat',
+        engine='fsdp2',
+        gpus=8,
+    ),
 }
 
 # %% ../nbs/01_recipes.ipynb #d0a1c002
-_DOMAIN = dict(replay_lang='any', replay=.4, init='full-length')
+_DOMAIN = dict(replay_lang='any', replay=0.4, init='full-length')
 PRESETS |= {
-    'mini-herbs': dict(_MINI, **_DOMAIN, base='run:mini/chat', vocab_size=3968, corpus=['herbs:zh'], replay_corpus=['run:mini/world/zh', 'run:mini/world/en'],
-                       sft=['herbs:chats.json', 'run:mini/world/chats.json'], docs=['herbs:docs'], questions='herbs:questions.jsonl', heldout_zh='herbs:heldout_zh.jsonl',
-                       heldout_en='run:mini/world/heldout_en.jsonl') | dict(max_steps=250, sft_max_steps=250, control_steps=0, lr=1e-3, sft_lr=1e-3),
-    'llama2-7b-domain': dict(PRESETS['llama2-7b-24gb'], **_DOMAIN, base='run:llama2-7b-24gb/chat', vocab_size=60416),
+    'mini-herbs': dict(
+        _MINI,
+        **_DOMAIN,
+        base='run:mini/chat',
+        vocab_size=3968,
+        corpus=['herbs:zh'],
+        replay_corpus=['run:mini/world/zh', 'run:mini/world/en'],
+        sft=['herbs:chats.json', 'run:mini/world/chats.json'],
+        docs=['herbs:docs'],
+        questions='herbs:questions.jsonl',
+        heldout_zh='herbs:heldout_zh.jsonl',
+        heldout_en='run:mini/world/heldout_en.jsonl',
+    )
+    | dict(max_steps=250, sft_max_steps=250, control_steps=0, lr=1e-3, sft_lr=1e-3),
+    'llama2-7b-domain': dict(
+        PRESETS['llama2-7b-24gb'], **_DOMAIN, base='run:llama2-7b-24gb/chat', vocab_size=60416
+    ),
 }
 
 # %% ../nbs/01_recipes.ipynb #d7c479a6
 _TYPES = {f.name: f.type for f in fields(Recipe)}
-_TRAIN = ('lora+new','lora+embed','lora','embed','full')
-_CHOICES = dict(replay_lang=('en','any'), segment=('words','none'), train=_TRAIN, sft_train=_TRAIN, bits=(2,3,4,8), attn=('sdpa','eager','flash_attention_2'),
-                engine=('ddp','fsdp2','fsdp2-offload','zero2','zero2-offload','zero3','zero3-offload'))
+_TRAIN = ('lora+new', 'lora+embed', 'lora', 'embed', 'full')
+_CHOICES = dict(
+    replay_lang=('en', 'any'),
+    segment=('words', 'none'),
+    train=_TRAIN,
+    sft_train=_TRAIN,
+    bits=(2, 3, 4, 8),
+    attn=('sdpa', 'eager', 'flash_attention_2'),
+    engine=('ddp', 'fsdp2', 'fsdp2-offload', 'zero2', 'zero2-offload', 'zero3', 'zero3-offload'),
+)
 _OPTIONAL = {f.name for f in fields(Recipe) if f.default is None}
+
+
 def _near(x, xs, what):
-    near = difflib.get_close_matches(str(x), xs, 3, .5)
-    return f"unknown {what} {x!r}" + (f": did you mean {' or '.join(map(repr, near))}?" if near else f"; there are: {', '.join(xs)}")
+    near = difflib.get_close_matches(str(x), xs, 3, 0.5)
+    return f'unknown {what} {x!r}' + (
+        f': did you mean {" or ".join(map(repr, near))}?'
+        if near
+        else f'; there are: {", ".join(xs)}'
+    )
+
+
 def _coerce(k, v):
     "`v` as the type of field `k`, or an error that names both"
     t = _TYPES[k]
-    if v is None or (k in _OPTIONAL and isinstance(v, str) and v.lower() in ('none','null','')):
-        if k in _OPTIONAL: return None
+    if v is None or (k in _OPTIONAL and isinstance(v, str) and v.lower() in ('none', 'null', '')):
+        if k in _OPTIONAL:
+            return None
         raise LlamaZhError(f'recipe field {k!r} cannot be empty')
     try:
-        if t is list: return [str(o) for o in v] if isinstance(v, (list,tuple)) else [str(v)]
-        if isinstance(v, (list,dict)): raise ValueError
-        if t is int and isinstance(v, (str,float)):
-            if float(v) != int(float(v)): raise ValueError
+        if t is list:
+            return [str(o) for o in v] if isinstance(v, (list, tuple)) else [str(v)]
+        if isinstance(v, (list, dict)):
+            raise ValueError
+        if t is int and isinstance(v, (str, float)):
+            if float(v) != int(float(v)):
+                raise ValueError
             v = int(float(v))
-        if t in (int,float) and isinstance(v, bool): raise ValueError
-        v = {'true': True, 'false': False, 'yes': True, 'no': False}[str(v).lower()] if t is bool else t(v)
-    except (ValueError, TypeError, KeyError): raise LlamaZhError(f'recipe field {k!r} is {v!r}, but {_article(t)} was expected') from None
-    if k in _CHOICES and v not in _CHOICES[k]: raise LlamaZhError(f"recipe field {k!r} is {v!r}: use one of {', '.join(map(str, _CHOICES[k]))}")
+        if t in (int, float) and isinstance(v, bool):
+            raise ValueError
+        v = (
+            {'true': True, 'false': False, 'yes': True, 'no': False}[str(v).lower()]
+            if t is bool
+            else t(v)
+        )
+    except (ValueError, TypeError, KeyError):
+        raise LlamaZhError(f'recipe field {k!r} is {v!r}, but {_article(t)} was expected') from None
+    if k in _CHOICES and v not in _CHOICES[k]:
+        raise LlamaZhError(
+            f'recipe field {k!r} is {v!r}: use one of {", ".join(map(str, _CHOICES[k]))}'
+        )
     return v
-def _article(t): return {int:'a whole number', float:'a number', str:'text', list:'a list', bool:'true or false'}[t]
+
+
+def _article(t):
+    return {
+        int: 'a whole number',
+        float: 'a number',
+        str: 'text',
+        list: 'a list',
+        bool: 'true or false',
+    }[t]
 
 # %% ../nbs/01_recipes.ipynb #ebbcb116
 def _from_yaml(path):
     "A YAML file's fields, on top of those of its `base_recipe`"
-    try: d = need('yaml').safe_load(Path(path).read_text(encoding='utf-8'))
-    except UnicodeDecodeError as e: raise LlamaZhError(f'{path}: not UTF-8 text (byte {e.start:,})') from None
+    try:
+        d = need('yaml').safe_load(Path(path).read_text(encoding='utf-8'))
+    except UnicodeDecodeError as e:
+        raise LlamaZhError(f'{path}: not UTF-8 text (byte {e.start:,})') from None
     except need('yaml').YAMLError as e:
         at = getattr(e, 'problem_mark', None)
-        raise LlamaZhError(f"{path}{f', line {at.line+1}' if at else ''}: not valid YAML ({getattr(e, 'problem', e)})") from None
-    if not isinstance(d, dict): raise LlamaZhError(f'{path}: a recipe is a list of `field: value` lines')
+        raise LlamaZhError(
+            f'{path}{f", line {at.line + 1}" if at else ""}: not valid YAML ({getattr(e, "problem", e)})'
+        ) from None
+    if not isinstance(d, dict):
+        raise LlamaZhError(f'{path}: a recipe is a list of `field: value` lines')
     return _based(d, path)
+
+
 def _from_python(path):
     "The dict or `Recipe` called `recipe` that a Python file makes; the file is run"
-    try: d = need('runpy').run_path(str(path)).get('recipe')
-    except Exception as e: raise LlamaZhError(f'{path}: the recipe could not be made ({type(e).__name__}: {e})') from None
-    if hasattr(d, '__dataclass_fields__'): return asdict(d)
-    if not isinstance(d, dict): raise LlamaZhError(f"{path}: expected  recipe = dict(base_recipe='mini', ...)  or  recipe = Recipe(...), found {'nothing called recipe' if d is None else type(d).__name__}")
+    try:
+        d = need('runpy').run_path(str(path)).get('recipe')
+    except Exception as e:
+        raise LlamaZhError(
+            f'{path}: the recipe could not be made ({type(e).__name__}: {e})'
+        ) from None
+    if hasattr(d, '__dataclass_fields__'):
+        return asdict(d)
+    if not isinstance(d, dict):
+        raise LlamaZhError(
+            f"{path}: expected  recipe = dict(base_recipe='mini', ...)  or  recipe = Recipe(...), found {'nothing called recipe' if d is None else type(d).__name__}"
+        )
     return _based(dict(d), path)
+
+
 def _based(d, path):
     base = _preset(d.pop('base_recipe')) if 'base_recipe' in d else {}
     return {**_own(base, d), 'name': Path(path).stem, **d}
+
+
 def _preset(name):
-    if name not in PRESETS: raise LlamaZhError(_near(name, list(PRESETS), 'recipe'))
+    if name not in PRESETS:
+        raise LlamaZhError(_near(name, list(PRESETS), 'recipe'))
     return dict(PRESETS[name], name=name)
 
 # %% ../nbs/01_recipes.ipynb #6cd563ab
-def _of_world(v): return any(str(o).startswith(('world:', 'world-', 'herbs:', 'run:mini/world/')) for o in (v if isinstance(v, list) else [v]))
+def _of_world(v):
+    return any(
+        str(o).startswith(('world:', 'world-', 'herbs:', 'run:mini/world/'))
+        for o in (v if isinstance(v, list) else [v])
+    )
+
+
 def _own(d, given):
     "`d` without those fields of the generated world that make no sense beside what the user gave"
-    mine = {k for k in ('corpus','sft','docs') if given.get(k) and not _of_world(given[k])}
-    if not mine: return d
-    d = {k: v for k,v in d.items() if not _of_world(v) or ('corpus' not in mine and k != 'questions')}
-    if 'corpus' in mine and d.get('init') == 'dictionary': d.pop('init')   # it needs lines in both languages, as the world has them
-    return dict(d, name=f"{d['name']}-own") if d.get('name') in PRESETS else d
+    mine = {k for k in ('corpus', 'sft', 'docs') if given.get(k) and not _of_world(given[k])}
+    if not mine:
+        return d
+    d = {
+        k: v
+        for k, v in d.items()
+        if not _of_world(v) or ('corpus' not in mine and k != 'questions')
+    }
+    if 'corpus' in mine and d.get('init') == 'dictionary':
+        d.pop('init')  # it needs lines in both languages, as the world has them
+    return dict(d, name=f'{d["name"]}-own') if d.get('name') in PRESETS else d
 
 # %% ../nbs/01_recipes.ipynb #7fa09da9
 def get_recipe(
-    name_or_yaml:str=None,  # a preset's name, a YAML file, or a Python file that makes `recipe`; None: the environment's LLAMA_ZH_RECIPE, else 'mini'
-    **overrides,            # any fields
-)->Recipe:
+    name_or_yaml: str = None,  # a preset's name, a YAML file, or a Python file that makes `recipe`; None: the environment's LLAMA_ZH_RECIPE, else 'mini'
+    **overrides,  # any fields
+) -> Recipe:
     "A preset or a file, with `overrides` on top; unknown names and fields are refused"
     src = str(name_or_yaml or os.environ.get('LLAMA_ZH_RECIPE') or 'mini')
-    if src.endswith(('.yaml','.yml','.py')):
-        if not Path(src).is_file(): raise LlamaZhError(f'no such recipe file: {src}')
+    if src.endswith(('.yaml', '.yml', '.py')):
+        if not Path(src).is_file():
+            raise LlamaZhError(f'no such recipe file: {src}')
         d = (_from_python if src.endswith('.py') else _from_yaml)(src)
-    else: d = _preset(src)
+    else:
+        d = _preset(src)
     for k in (*d, *overrides):
-        if k not in _TYPES: raise LlamaZhError(_near(k, list(_TYPES), 'recipe field'))
-    given = {k: _coerce(k, v) for k,v in overrides.items()}
-    return Recipe(**{k: _coerce(k, v) for k,v in {**_own(d, given), **given}.items()})
+        if k not in _TYPES:
+            raise LlamaZhError(_near(k, list(_TYPES), 'recipe field'))
+    given = {k: _coerce(k, v) for k, v in overrides.items()}
+    return Recipe(**{k: _coerce(k, v) for k, v in {**_own(d, given), **given}.items()})
 
 # %% ../nbs/01_recipes.ipynb #e48fd191
 def to_yaml(
-    recipe:Recipe,
-)->str: # `get_recipe` reads it when saved as a .yaml file
+    recipe: Recipe,
+) -> str:  # `get_recipe` reads it when saved as a .yaml file
     "Every field of a recipe as YAML, each with its comment"
     said = explain()
-    return ''.join(f"{f'{k}: {json.dumps(v, ensure_ascii=False)}':44} # {' '.join(said[k].split())}\n" for k,v in asdict(recipe).items())
+    return ''.join(
+        f'{f"{k}: {json.dumps(v, ensure_ascii=False)}":44} # {" ".join(said[k].split())}\n'
+        for k, v in asdict(recipe).items()
+    )
 
 # %% ../nbs/01_recipes.ipynb #18781bb1
-def runs_root()->Path:
+def runs_root() -> Path:
     "The folder of all runs: LLAMA_ZH_RUNS, else the nearest `runs` (or repository root's `runs`) upwards, else `runs` here"
-    if p := os.environ.get('LLAMA_ZH_RUNS'): return Path(p)
+    if p := os.environ.get('LLAMA_ZH_RUNS'):
+        return Path(p)
     here = Path.cwd()
     for d in (here, *here.parents):
-        if (d/'runs').is_dir() or ((d/'settings.ini').is_file() and (d/'nbs').is_dir()): return d/'runs'
-    return here/'runs'
+        if (d / 'runs').is_dir() or ((d / 'settings.ini').is_file() and (d / 'nbs').is_dir()):
+            return d / 'runs'
+    return here / 'runs'
+
+
 def run_dir(
-    recipe:Recipe, # its `out` or `name` counts
-)->Path: # made if it is not there
+    recipe: Recipe,  # its `out` or `name` counts
+) -> Path:  # made if it is not there
     "The folder of a run"
-    d = Path(recipe.out) if recipe.out else runs_root()/recipe.name
-    try: d.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise LlamaZhError(f'cannot make the run folder {d} ({e.strerror}): choose another with --out') from None
+    d = Path(recipe.out) if recipe.out else runs_root() / recipe.name
+    try:
+        d.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise LlamaZhError(
+            f'cannot make the run folder {d} ({e.strerror}): choose another with --out'
+        ) from None
     return d
 
 # %% ../nbs/01_recipes.ipynb #6fd38b61
 def resolve(
-    recipe:Recipe,
-    paths, # one path or a list
-)->list: # of str
+    recipe: Recipe,
+    paths,  # one path or a list
+) -> list:  # of str
     "The real paths behind a recipe's entries: `world:x` is `<run>/world/x`, generated on first use, as is `herbs:x`; `run:name/x` is `x` in another run"
-    paths = [] if paths is None else [paths] if isinstance(paths, (str,Path)) else list(paths)
+    paths = [] if paths is None else [paths] if isinstance(paths, (str, Path)) else list(paths)
     return [_real(recipe, p) for p in map(str, paths)]
+
+
 def _real(recipe, p):
     kind, _, rest = p.partition(':')
-    if kind == 'run': return _of_run(rest)
-    if kind not in ('world', 'herbs'): return os.path.expanduser(p)
-    w = run_dir(recipe)/kind
-    if not w.is_dir(): (write_world if kind == 'world' else write_herbs)(w, seed=recipe.seed)
-    return str(w/rest)
+    if kind == 'run':
+        return _of_run(rest)
+    if kind not in ('world', 'herbs'):
+        return os.path.expanduser(p)
+    w = run_dir(recipe) / kind
+    if not w.is_dir():
+        (write_world if kind == 'world' else write_herbs)(w, seed=recipe.seed)
+    return str(w / rest)
+
+
 def _of_run(rest):
     name = rest.split('/')[0]
-    if not (runs_root()/name).is_dir(): raise LlamaZhError(f'run:{rest} is a folder of another run, and there is no {runs_root()/name}: make it first with llama-zh run --recipe {name}')
-    return str(runs_root()/rest)
+    if not (runs_root() / name).is_dir():
+        raise LlamaZhError(
+            f'run:{rest} is a folder of another run, and there is no {runs_root() / name}: make it first with llama-zh run --recipe {name}'
+        )
+    return str(runs_root() / rest)
 
 # %% ../nbs/01_recipes.ipynb #640c38e0
 def heldout(
-    recipe:Recipe,
-    limit:int=60_000, # characters of each language at most
-)->dict: # {'zh': texts, 'en': texts}
+    recipe: Recipe,
+    limit: int = 60_000,  # characters of each language at most
+) -> dict:  # {'zh': texts, 'en': texts}
     "Held-out texts by language: the recipe's own files, else the valid split that the corpus room set aside"
     read, run = read_texts, run_dir(recipe)
     out = {}
-    for lang, own, split in (('zh', recipe.heldout_zh, 'corpus'), ('en', recipe.heldout_en, 'corpus_en')):
-        src = resolve(recipe, own)[0] if own else run/split/'valid.jsonl'
+    for lang, own, split in (
+        ('zh', recipe.heldout_zh, 'corpus'),
+        ('en', recipe.heldout_en, 'corpus_en'),
+    ):
+        src = resolve(recipe, own)[0] if own else run / split / 'valid.jsonl'
         texts, n = [], 0
         if own or Path(src).exists():
             for t in read(src):
-                if n >= limit: break
-                texts.append(t); n += len(t)
+                if n >= limit:
+                    break
+                texts.append(t)
+                n += len(t)
         out[lang] = texts
     return out
+
+
 def questions(
-    recipe:Recipe,
-)->list: # of dicts with "question", "answer", "kind", ...
+    recipe: Recipe,
+) -> list:  # of dicts with "question", "answer", "kind", ...
     "The recipe's questions; an empty list if it has none"
-    if not recipe.questions: return []
+    if not recipe.questions:
+        return []
     path, out = Path(resolve(recipe, recipe.questions)[0]), []
-    if not path.is_file(): raise LlamaZhError(f'no such file of questions: {path}')
-    for i,line in enumerate(path.read_text(encoding='utf-8-sig').splitlines(), 1):
-        if not line.strip(): continue
-        try: q = json.loads(line); q['question']
-        except (ValueError, TypeError, KeyError): raise LlamaZhError(f'{path}, line {i}: a JSON object with "question" was expected') from None
+    if not path.is_file():
+        raise LlamaZhError(f'no such file of questions: {path}')
+    for i, line in enumerate(path.read_text(encoding='utf-8-sig').splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            q = json.loads(line)
+            q['question']
+        except (ValueError, TypeError, KeyError):
+            raise LlamaZhError(
+                f'{path}, line {i}: a JSON object with "question" was expected'
+            ) from None
         out.append({'kind': 'question', **q})
     return out
+
+
 def sample_questions(
-    recipe:Recipe,
-    n:int=6, # how many
-)->list:
+    recipe: Recipe,
+    n: int = 6,  # how many
+) -> list:
     "The few questions that are shown after each stage: as many of each kind, always the same"
     kinds = {}
-    for q in questions(recipe): kinds.setdefault(q['kind'], []).append(q)
-    per = -(-n//max(len(kinds), 1))
-    return [q for qs in kinds.values() for q in qs[::max(len(qs)//per, 1)][:per]][:n]
+    for q in questions(recipe):
+        kinds.setdefault(q['kind'], []).append(q)
+    per = -(-n // max(len(kinds), 1))
+    return [q for qs in kinds.values() for q in qs[:: max(len(qs) // per, 1)][:per]][:n]

@@ -6,53 +6,116 @@
 __all__ = ['PATHS', 'Shared', 'aside', 'while_there', 'arriving', 'make_app', 'running', 'vllm_command', 'serve']
 
 # %% ../nbs/12_serve.ipynb #02d985dd
-import asyncio, contextlib, json, logging, os, shlex, shutil, signal, socket, sys, threading, time
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
+
 from . import __version__
 from .checkpoint.folder import check_sizes
 from .core.errors import LlamaZhError, need, read_json
 from .generation.batching import settings_of
-from .serving.api import Answer, ApiError, AtomAnswer, AtomRequest, ChatAnswer, ChatRequest, CompletionAnswer, CompletionRequest, EmbeddingAnswer, EmbeddingRequest, ErrorAnswer, LinkSoulAnswer, LinkSoulRequest, ModelCard, ModelList, atom_job, chat_jobs, clock, completion_jobs, embedding_answer, from_validation, linksoul_job, prompts_of, reason
+from llama_zh_nb.serving.api import (
+    Answer,
+    ApiError,
+    AtomAnswer,
+    AtomRequest,
+    ChatAnswer,
+    ChatRequest,
+    CompletionAnswer,
+    CompletionRequest,
+    EmbeddingAnswer,
+    EmbeddingRequest,
+    ErrorAnswer,
+    LinkSoulAnswer,
+    LinkSoulRequest,
+    ModelCard,
+    ModelList,
+    atom_job,
+    chat_jobs,
+    clock,
+    completion_jobs,
+    embedding_answer,
+    from_validation,
+    linksoul_job,
+    prompts_of,
+    reason,
+)
 from .serving.engine import BadLength, BadPrompt, Busy, Engine, Stopping, TooLong
-from .serving.guard import Guard, LOCAL, Meters, is_local, log
+from .serving.guard import LOCAL, Guard, Meters, is_local, log
 
 # %% ../nbs/12_serve.ipynb #43b82a99
 @dataclass
 class Shared:
     "What all routes of a server know"
+
     engine: Engine
-    name: str          # what the model is called
-    preset: str        # sampling where a request says nothing
-    system: str        # system text for conversations without one
+    name: str  # what the model is called
+    preset: str  # sampling where a request says nothing
+    system: str  # system text for conversations without one
     log_prompts: bool  # write questions and answers to the log
     meters: Meters
     created: int
 
     def check(self, model):
         "Refuse another model's name"
-        if model not in (None, '', self.name): raise ApiError(404, f'the model {model!r} does not exist here; this server has {self.name!r}', 'model_not_found', 'model')
+        if model not in (None, '', self.name):
+            raise ApiError(
+                404,
+                f'the model {model!r} does not exist here; this server has {self.name!r}',
+                'model_not_found',
+                'model',
+            )
 
     def say(self, jobs):
         if self.log_prompts:
-            for j in jobs: log.info('prompt %r answer %r', self.engine.tok.decode(j.ids), ''.join(p for p in j._items if p))
+            for j in jobs:
+                log.info(
+                    'prompt %r answer %r',
+                    self.engine.tok.decode(j.ids),
+                    ''.join(p for p in j._items if p),
+                )
+
+
 async def aside(f, *args):
     "`f(*args)` in a thread, so that the loop goes on: long texts take a while to become tokens"
     return await need('starlette.concurrency', 'serve').run_in_threadpool(f, *args)
+
+
 @contextlib.asynccontextmanager
 async def while_there(request, stop):
     "Call `stop()` when the client goes away, or the block is left early"
+
     async def watch():
-        while (await request.receive())['type'] != 'http.disconnect': pass
+        while (await request.receive())['type'] != 'http.disconnect':
+            pass
         stop()
+
     task = asyncio.create_task(watch())
-    try: yield
-    except BaseException: stop(); raise
-    finally: task.cancel()
+    try:
+        yield
+    except BaseException:
+        stop()
+        raise
+    finally:
+        task.cancel()
+
+
 async def arriving(jobs):
     "(number of the job, piece) as they come; the piece is None at a job's end"
     loop, q = asyncio.get_running_loop(), asyncio.Queue()
-    for i, j in enumerate(jobs): j.listen(lambda x, i=i: loop.call_soon_threadsafe(q.put_nowait, (i, x)))
+    for i, j in enumerate(jobs):
+        j.listen(lambda x, i=i: loop.call_soon_threadsafe(q.put_nowait, (i, x)))
     left = len(jobs)
     while left:
         i, x = await q.get()
@@ -62,52 +125,125 @@ async def arriving(jobs):
 # %% ../nbs/12_serve.ipynb #bd1fbf09
 def _cancel(jobs):
     for j in jobs:
-        if not j.finish_reason: j.cancel()
-def _sse(x): return b'data: ' + (x if isinstance(x, bytes) else json.dumps(x, ensure_ascii=False).encode()) + b'\n\n'
+        if not j.finish_reason:
+            j.cancel()
+
+
+def _sse(x):
+    return (
+        b'data: '
+        + (x if isinstance(x, bytes) else json.dumps(x, ensure_ascii=False).encode())
+        + b'\n\n'
+    )
+
+
 async def _stream(s, request, answer, usage):
     "The events of a stream"
     jobs = answer.jobs
     async with while_there(request, lambda: _cancel(jobs)):
         try:
-            for i in range(len(jobs) if answer.chat else 0): yield _sse(answer.chunk(i, first=True, usage=usage))
-            async for i, x in arriving(jobs): yield _sse(answer.chunk(i, x, usage=usage))
-            if usage: yield _sse(answer.total())
-        except ApiError as e: _cancel(jobs); yield _sse(e.body)
+            for i in range(len(jobs) if answer.chat else 0):
+                yield _sse(answer.chunk(i, first=True, usage=usage))
+            async for i, x in arriving(jobs):
+                yield _sse(answer.chunk(i, x, usage=usage))
+            if usage:
+                yield _sse(answer.total())
+        except ApiError as e:
+            _cancel(jobs)
+            yield _sse(e.body)
         yield _sse(b'[DONE]')
         s.say(jobs)
+
+
 async def _finished(s, request, jobs):
     "Wait for all `jobs`; the client may go away"
     async with while_there(request, lambda: _cancel(jobs)):
-        async for _ in arriving(jobs): pass
+        async for _ in arriving(jobs):
+            pass
     s.say(jobs)
+
+
 async def _generate(s, request, q, args, chat, prompts=1):
     "Answer a chat or completion request"
     responses = need('fastapi.responses', 'serve')
-    if q.stream_options and not q.stream: raise ApiError(400, 'stream_options needs stream to be true', 'invalid_value', 'stream_options')
-    try: jobs = await aside(s.engine.submit_all, args)
-    except BadLength as e: raise ApiError(400, str(e), 'invalid_value', 'max_completion_tokens' if getattr(q, 'max_completion_tokens', None) else 'max_tokens') from None
+    if q.stream_options and not q.stream:
+        raise ApiError(
+            400, 'stream_options needs stream to be true', 'invalid_value', 'stream_options'
+        )
+    try:
+        jobs = await aside(s.engine.submit_all, args)
+    except BadLength as e:
+        raise ApiError(
+            400,
+            str(e),
+            'invalid_value',
+            'max_completion_tokens' if getattr(q, 'max_completion_tokens', None) else 'max_tokens',
+        ) from None
     answer = Answer(s.engine, s.name, jobs, chat, q.logprobs not in (None, False), prompts)
-    if q.stream: return responses.StreamingResponse(_stream(s, request, answer, bool(q.stream_options and q.stream_options.include_usage)), media_type='text/event-stream',
-                                                    headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'})
+    if q.stream:
+        return responses.StreamingResponse(
+            _stream(s, request, answer, bool(q.stream_options and q.stream_options.include_usage)),
+            media_type='text/event-stream',
+            headers={'Cache-Control': 'no-cache', 'X-Accel-Buffering': 'no'},
+        )
     await _finished(s, request, answer.jobs)
     return responses.JSONResponse(answer.whole())
 
 # %% ../nbs/12_serve.ipynb #26565b68
-_ERRORS = {400: 'the request is wrong', 401: 'the API key is missing or wrong', 403: 'not called by this name', 404: 'no such thing', 408: 'the body came too slowly', 413: 'the body is too large',
-           429: 'too many are waiting', 500: 'generation failed', 503: 'shutting down, or waited too long'}
+_ERRORS = {
+    400: 'the request is wrong',
+    401: 'the API key is missing or wrong',
+    403: 'not called by this name',
+    404: 'no such thing',
+    408: 'the body came too slowly',
+    413: 'the body is too large',
+    429: 'too many are waiting',
+    500: 'generation failed',
+    503: 'shutting down, or waited too long',
+}
+
+
 def _responses(stream=False):
     out = {k: dict(model=ErrorAnswer, description=v) for k, v in _ERRORS.items()}
-    return out | ({200: dict(content={'text/event-stream': dict(schema=dict(type='object', required=['data'], properties=dict(data=dict(type='string'))))}, description='the answer; a stream of events if `stream` is true')} if stream else {})
+    return out | (
+        {
+            200: dict(
+                content={
+                    'text/event-stream': dict(
+                        schema=dict(
+                            type='object',
+                            required=['data'],
+                            properties=dict(data=dict(type='string')),
+                        )
+                    )
+                },
+                description='the answer; a stream of events if `stream` is true',
+            )
+        }
+        if stream
+        else {}
+    )
+
+
 def _openai_routes(app, s):
     "/v1/..."
     Request = need('fastapi', 'serve').Request
-    card = lambda: dict(id=s.name, object='model', created=s.created, owned_by='llama-zh', max_model_len=s.engine.reach)
+    card = lambda: dict(
+        id=s.name,
+        object='model',
+        created=s.created,
+        owned_by='llama-zh',
+        max_model_len=s.engine.reach,
+    )
 
     @app.get('/v1/models', response_model=ModelList, responses=_responses())
-    async def models(): return dict(object='list', data=[card()])
+    async def models():
+        return dict(object='list', data=[card()])
 
     @app.get('/v1/models/{model}', response_model=ModelCard, responses=_responses())
-    async def model(model: str): s.check(model); return card()
+    async def model(model: str):
+        s.check(model)
+        return card()
 
     @app.post('/v1/chat/completions', response_model=ChatAnswer, responses=_responses(True))
     async def chat_completions(q: ChatRequest, request: Request):
@@ -117,26 +253,41 @@ def _openai_routes(app, s):
     @app.post('/v1/completions', response_model=CompletionAnswer, responses=_responses(True))
     async def completions(q: CompletionRequest, request: Request):
         s.check(q.model)
-        return await _generate(s, request, q, completion_jobs(q, s.preset), False, len(prompts_of(q.prompt)))
+        return await _generate(
+            s, request, q, completion_jobs(q, s.preset), False, len(prompts_of(q.prompt))
+        )
 
     @app.post('/v1/embeddings', response_model=EmbeddingAnswer, responses=_responses())
     async def embeddings(q: EmbeddingRequest, request: Request):
         s.check(q.model)
-        if q.dimensions not in (None, size := s.engine.model.config.hidden_size): raise ApiError(400, f'dimensions: these vectors have {size} numbers and cannot be shortened', 'unsupported_parameter', 'dimensions')
+        if q.dimensions not in (None, size := s.engine.model.config.hidden_size):
+            raise ApiError(
+                400,
+                f'dimensions: these vectors have {size} numbers and cannot be shortened',
+                'unsupported_parameter',
+                'dimensions',
+            )
         f = await aside(s.engine.embed, prompts_of(q.input, 'input', 512))
         async with while_there(request, f.cancel):
             await asyncio.wait([asyncio.wrap_future(f)])
-        if f.cancelled(): raise ApiError(499, 'the client has gone')
+        if f.cancelled():
+            raise ApiError(499, 'the client has gone')
         vectors, n = f.result()
         return embedding_answer(s.name, vectors, n, q.encoding_format == 'base64')
+
+
 def _old_routes(app, s):
     "LinkSoul's and Atom's"
     Request = need('fastapi', 'serve').Request
     t = s.engine.template
-    theirs = s.system or (t.default_system if t and t.name == 'llama2-chat' else None)     # LinkSoul's models were trained with Meta's system text
+    theirs = s.system or (
+        t.default_system if t and t.name == 'llama2-chat' else None
+    )  # LinkSoul's models were trained with Meta's system text
+
     async def one(request, args):
         job = (await aside(s.engine.submit_all, [args]))[0]
-        await _finished(s, request, [job]); reason(job)
+        await _finished(s, request, [job])
+        reason(job)
         return ''.join(p for p in job._items if p)
 
     @app.post('/', response_model=LinkSoulAnswer, responses=_responses())
@@ -147,66 +298,128 @@ def _old_routes(app, s):
 
     @app.post('/generate', response_model=AtomAnswer, responses=_responses())
     async def atom(q: AtomRequest, request: Request):
-        return dict(response=await one(request, await aside(atom_job, q, s.engine, s.preset, s.system)), status=200, time=clock())
+        return dict(
+            response=await one(request, await aside(atom_job, q, s.engine, s.preset, s.system)),
+            status=200,
+            time=clock(),
+        )
 
 # %% ../nbs/12_serve.ipynb #99c8dfd6
 def _state_routes(app, s):
     "For those who look after the server"
     responses = need('fastapi.responses', 'serve')
-    def state(ok, word): return responses.JSONResponse(dict(status=word), 200 if ok else 503)
+
+    def state(ok, word):
+        return responses.JSONResponse(dict(status=word), 200 if ok else 503)
 
     @app.get('/healthz', responses={503: dict(description='the engine has died')})
-    async def healthz(): return state(s.engine.thread.is_alive(), 'ok' if s.engine.thread.is_alive() else 'dead')
+    async def healthz():
+        return state(s.engine.thread.is_alive(), 'ok' if s.engine.thread.is_alive() else 'dead')
 
     @app.get('/readyz', responses={503: dict(description='shutting down')})
-    async def readyz(): return state(not s.engine.stopping, 'stopping' if s.engine.stopping else 'ready')
+    async def readyz():
+        return state(not s.engine.stopping, 'stopping' if s.engine.stopping else 'ready')
 
     @app.get('/metrics', response_class=responses.PlainTextResponse)
-    async def metrics(): return responses.Response(s.meters.text(), media_type='text/plain; version=0.0.4; charset=utf-8')
-_ASKED = {'/v1/chat/completions': 'messages', '/v1/completions': 'prompt', '/v1/embeddings': 'input', '/': 'prompt', '/generate': 'history'}
+    async def metrics():
+        return responses.Response(
+            s.meters.text(), media_type='text/plain; version=0.0.4; charset=utf-8'
+        )
+
+
+_ASKED = {
+    '/v1/chat/completions': 'messages',
+    '/v1/completions': 'prompt',
+    '/v1/embeddings': 'input',
+    '/': 'prompt',
+    '/generate': 'history',
+}
+
+
 def _handlers(app):
     "Every error in OpenAI's shape"
     responses = need('fastapi.responses', 'serve')
-    def shown(e): return responses.JSONResponse(e.body, e.status, headers=e.headers)
+
+    def shown(e):
+        return responses.JSONResponse(e.body, e.status, headers=e.headers)
+
     def on(kind, f):
         async def handler(request, e):
             x = f(e)
-            if isinstance(e, BadPrompt): x.body['error']['param'] = _ASKED.get(request.url.path)
+            if isinstance(e, BadPrompt):
+                x.body['error']['param'] = _ASKED.get(request.url.path)
             return shown(x)
+
         app.add_exception_handler(kind, handler)
+
     on(ApiError, lambda e: e)
-    on(Busy, lambda e: ApiError(429, str(e), 'overloaded', headers={'Retry-After': str(e.retry_after)}))
+    on(
+        Busy,
+        lambda e: ApiError(429, str(e), 'overloaded', headers={'Retry-After': str(e.retry_after)}),
+    )
     on(Stopping, lambda e: ApiError(503, str(e), 'stopping', headers={'Retry-After': '5'}))
     on(TooLong, lambda e: ApiError(400, str(e), 'context_length_exceeded'))
     on(LlamaZhError, lambda e: ApiError(400, str(e), 'invalid_value'))
-    on(need('fastapi.exceptions', 'serve').RequestValidationError, lambda e: from_validation(e.errors()))
-    on(need('starlette.exceptions', 'serve').HTTPException, lambda e: ApiError(e.status_code, str(e.detail), headers=e.headers))
-    on(Exception, lambda e: ApiError(500, 'something went wrong in the server; its log says what', 'internal_error'))
+    on(
+        need('fastapi.exceptions', 'serve').RequestValidationError,
+        lambda e: from_validation(e.errors()),
+    )
+    on(
+        need('starlette.exceptions', 'serve').HTTPException,
+        lambda e: ApiError(e.status_code, str(e.detail), headers=e.headers),
+    )
+    on(
+        Exception,
+        lambda e: ApiError(
+            500, 'something went wrong in the server; its log says what', 'internal_error'
+        ),
+    )
 
 # %% ../nbs/12_serve.ipynb #c3305009
-PATHS = ('/', '/generate', '/v1/models', '/v1/chat/completions', '/v1/completions', '/v1/embeddings', '/healthz', '/readyz', '/metrics', '/openapi.json')
+PATHS = (
+    '/',
+    '/generate',
+    '/v1/models',
+    '/v1/chat/completions',
+    '/v1/completions',
+    '/v1/embeddings',
+    '/healthz',
+    '/readyz',
+    '/metrics',
+    '/openapi.json',
+)
+
+
 def make_app(
-    engine:Engine,
-    name:str=None,         # what the model is called; None: as its folder
-    preset:str='alpaca2',  # sampling where a request says nothing
-    system:str=None,       # system text for conversations without one
-    log_prompts:bool=False, # write questions and answers to the log
-    **guard,               # api_key, hosts, max_body, ...: see `Guard`
-): # FastAPI app
+    engine: Engine,
+    name: str = None,  # what the model is called; None: as its folder
+    preset: str = 'alpaca2',  # sampling where a request says nothing
+    system: str = None,  # system text for conversations without one
+    log_prompts: bool = False,  # write questions and answers to the log
+    **guard,  # api_key, hosts, max_body, ...: see `Guard`
+):  # FastAPI app
     "The server as an ASGI app"
     fastapi = need('fastapi', 'serve')
     settings_of(preset)
-    s = Shared(engine, name or engine.name, preset, system, log_prompts, Meters(engine), int(time.time()))
-    app = fastapi.FastAPI(title='llama-zh', version=__version__, docs_url=None, redoc_url=None)     # the usual pages load scripts from elsewhere
-    for f in (_openai_routes, _old_routes, _state_routes): f(app, s)
+    s = Shared(
+        engine, name or engine.name, preset, system, log_prompts, Meters(engine), int(time.time())
+    )
+    app = fastapi.FastAPI(
+        title='llama-zh', version=__version__, docs_url=None, redoc_url=None
+    )  # the usual pages load scripts from elsewhere
+    for f in (_openai_routes, _old_routes, _state_routes):
+        f(app, s)
     _handlers(app)
     app.add_middleware(Guard, meters=s.meters, paths=PATHS, **guard)
     app.state.shared, plain = s, app.openapi
+
     def openapi():
         "FastAPI's description without the 422 that never comes"
         for p in (d := plain())['paths'].values():
-            for op in p.values(): op['responses'].pop('422', None)
+            for op in p.values():
+                op['responses'].pop('422', None)
         return d
+
     app.openapi = openapi
     return app
 
@@ -215,104 +428,226 @@ def _socket(host, port):
     "A bound socket, or a clear word about why not"
     s = socket.socket(socket.AF_INET6 if ':' in host else socket.AF_INET)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try: s.bind((host, port))
-    except OverflowError: s.close(); raise LlamaZhError(f'port is {port}: expected a number from 0 (any free one) to 65535') from None
-    except OSError as e: s.close(); raise LlamaZhError(f'cannot listen on {host} port {port}: {e.strerror or e}. Another server may be running there; choose another --port, or 0 for any free one') from None
+    try:
+        s.bind((host, port))
+    except OverflowError:
+        s.close()
+        raise LlamaZhError(
+            f'port is {port}: expected a number from 0 (any free one) to 65535'
+        ) from None
+    except OSError as e:
+        s.close()
+        raise LlamaZhError(
+            f'cannot listen on {host} port {port}: {e.strerror or e}. Another server may be running there; choose another --port, or 0 for any free one'
+        ) from None
     return s
-def _config(app, **kw): return need('uvicorn', 'serve').Config(app, log_config=None, access_log=False, server_header=False, lifespan='off', **kw)
+
+
+def _config(app, **kw):
+    return need('uvicorn', 'serve').Config(
+        app, log_config=None, access_log=False, server_header=False, lifespan='off', **kw
+    )
+
+
 @contextlib.contextmanager
 def running(
     app,
-    host:str='127.0.0.1',
-    port:int=0, # 0: any free one
-): # yields the address, such as http://127.0.0.1:8000
+    host: str = '127.0.0.1',
+    port: int = 0,  # 0: any free one
+):  # yields the address, such as http://127.0.0.1:8000
     "A server in a thread, for notebooks and tests"
     sock = _socket(host, port)
     server = need('uvicorn', 'serve').Server(_config(app, timeout_graceful_shutdown=5))
-    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]), daemon=True); thread.start()
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]), daemon=True)
+    thread.start()
     try:
-        while not server.started and thread.is_alive(): time.sleep(.01)
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
         yield f'http://{host}:{sock.getsockname()[1]}'
-    finally: server.should_exit = True; thread.join(); sock.close()
+    finally:
+        server.should_exit = True
+        thread.join()
+        sock.close()
 
 # %% ../nbs/12_serve.ipynb #b4bb51cb
 def _server(config, engine, drain_seconds, linger):
     "uvicorn's server, which drains before it leaves"
+
     class Server(need('uvicorn', 'serve').Server):
         def handle_exit(self, sig, frame):
-            if engine.stopping: self.should_exit = self.force_exit = True; return
+            if engine.stopping:
+                self.should_exit = self.force_exit = True
+                return
             engine.stopping = 'soon'
-            threading.Thread(target=self.leave, args=(0 if sig == signal.SIGINT else linger,), daemon=True).start()
+            threading.Thread(
+                target=self.leave, args=(0 if sig == signal.SIGINT else linger,), daemon=True
+            ).start()
+
         def leave(self, wait):
             log.info('told to stop: %d requests are being finished', engine.open)
             until = time.monotonic() + wait
-            if not engine.drain(drain_seconds): log.warning('%g seconds are over, what still ran was cancelled', drain_seconds)
+            if not engine.drain(drain_seconds):
+                log.warning('%g seconds are over, what still ran was cancelled', drain_seconds)
             time.sleep(max(0, until - time.monotonic()))
             self.should_exit = True
+
     return Server(config)
+
+
 def _key(path):
     "The API key from a file or LLAMA_ZH_API_KEY; never from the command line, which everybody on the machine can read"
-    if path is None: return os.environ.get('LLAMA_ZH_API_KEY') or None
-    try: key = Path(path).expanduser().read_text(encoding='utf-8').strip()
-    except (OSError, UnicodeDecodeError) as e: raise LlamaZhError(f'the API key cannot be read from {path}: {getattr(e, "strerror", None) or "it is not text"}') from None
-    if not key or '\n' in key: raise LlamaZhError(f'{path} must hold the API key alone, on one line')
+    if path is None:
+        return os.environ.get('LLAMA_ZH_API_KEY') or None
+    try:
+        key = Path(path).expanduser().read_text(encoding='utf-8').strip()
+    except (OSError, UnicodeDecodeError) as e:
+        raise LlamaZhError(
+            f'the API key cannot be read from {path}: {getattr(e, "strerror", None) or "it is not text"}'
+        ) from None
+    if not key or '\n' in key:
+        raise LlamaZhError(f'{path} must hold the API key alone, on one line')
     return key
+
+
 def vllm_command(
-    model:str,            # model folder
-    host:str='127.0.0.1', port:int=8000, name:str=None, template:str=None, preset:str='alpaca2', max_batch:int=None,
-)->list:
+    model: str,  # model folder
+    host: str = '127.0.0.1',
+    port: int = 8000,
+    name: str = None,
+    template: str = None,
+    preset: str = 'alpaca2',
+    max_batch: int = None,
+) -> list:
     "What `--engine vllm` runs"
-    folder = Path(model); check_sizes(folder)
-    conf, jinja, s = read_json(folder/'config.json'), folder/'chat_template.jinja', settings_of(preset)
+    folder = Path(model)
+    check_sizes(folder)
+    conf, jinja, s = (
+        read_json(folder / 'config.json'),
+        folder / 'chat_template.jinja',
+        settings_of(preset),
+    )
     defaults = {k: s[k] for k in ('temperature', 'top_p', 'top_k', 'repetition_penalty')}
-    if template: raise LlamaZhError(f"vLLM reads the template from the folder: write it there first, with templates.write_template({str(model)!r}, {template!r})")
-    if not jinja.is_file(): raise LlamaZhError(f'{folder} has no chat_template.jinja: write one with templates.write_template')
-    return ['vllm', 'serve', str(folder), '--host', host, '--port', str(port), '--served-model-name', name or folder.name, '--chat-template', str(jinja), '--max-model-len', str(conf.get('max_position_embeddings', 2048)),
-            '--generation-config', 'vllm', '--override-generation-config', json.dumps(defaults), *(['--max-num-seqs', str(max_batch)] if max_batch else [])]
+    if template:
+        raise LlamaZhError(
+            f'vLLM reads the template from the folder: write it there first, with templates.write_template({str(model)!r}, {template!r})'
+        )
+    if not jinja.is_file():
+        raise LlamaZhError(
+            f'{folder} has no chat_template.jinja: write one with templates.write_template'
+        )
+    return [
+        'vllm',
+        'serve',
+        str(folder),
+        '--host',
+        host,
+        '--port',
+        str(port),
+        '--served-model-name',
+        name or folder.name,
+        '--chat-template',
+        str(jinja),
+        '--max-model-len',
+        str(conf.get('max_position_embeddings', 2048)),
+        '--generation-config',
+        'vllm',
+        '--override-generation-config',
+        json.dumps(defaults),
+        *(['--max-num-seqs', str(max_batch)] if max_batch else []),
+    ]
 
 # %% ../nbs/12_serve.ipynb #17092768
 def _vllm(cmd, key):
     "Become vLLM"
-    if not shutil.which('vllm'): raise LlamaZhError('vLLM is not installed: on a machine with a GPU run  pip install vllm  . Then this is what runs:  ' + shlex.join(cmd))
-    if key: os.environ['VLLM_API_KEY'] = key
+    if not shutil.which('vllm'):
+        raise LlamaZhError(
+            'vLLM is not installed: on a machine with a GPU run  pip install vllm  . Then this is what runs:  '
+            + shlex.join(cmd)
+        )
+    if key:
+        os.environ['VLLM_API_KEY'] = key
     os.execvp('vllm', cmd)
+
+
 def serve(
-    model:str,                # model folder: plain or GPTQ
-    host:str='127.0.0.1',     # 0.0.0.0: everybody who can reach this machine
-    port:int=8000,            # 0: any free one
-    engine:str='transformers', # transformers, or vllm where it is installed
-    name:str=None,            # what clients call the model; None: as its folder
-    template:str=None,        # prompt format; None: the folder's own
-    preset:str='alpaca2',     # sampling where a request says nothing: greedy, alpaca2, linksoul
-    system:str=None,          # system text for conversations without one
-    api_key_file:str=None,    # file with the key that clients must send; None: LLAMA_ZH_API_KEY, if set
-    hosts:list=None,          # names by which the server may be called, '*' for any; None: this machine's if it listens to no other
-    max_waiting:int=64,       # requests that may wait; then 429
-    max_batch:int=16,         # answers made at once
-    max_new_tokens:int=2048,  # longest answer that may be asked for
-    max_prompt:int=None,      # longest prompt in tokens; None: what the model reads
-    max_seconds:float=600.,   # time of a request from its arrival; then its answer ends
-    max_body:int=2**20,       # bytes
-    cache_tokens:int=None,    # bound of the cache: columns times rows; None: every row may be full
-    drain_seconds:float=30.,  # after a signal to stop: time for what runs
-    linger:float=1.,          # after a signal to stop: /readyz says 503 at least so long
-    log_prompts:bool=False,   # write questions and answers to the log
-    device:str='auto',        # auto, cpu, cuda
-    dtype:str=None,           # None: bfloat16 on a GPU, float32 on a CPU
+    model: str,  # model folder: plain or GPTQ
+    host: str = '127.0.0.1',  # 0.0.0.0: everybody who can reach this machine
+    port: int = 8000,  # 0: any free one
+    engine: str = 'transformers',  # transformers, or vllm where it is installed
+    name: str = None,  # what clients call the model; None: as its folder
+    template: str = None,  # prompt format; None: the folder's own
+    preset: str = 'alpaca2',  # sampling where a request says nothing: greedy, alpaca2, linksoul
+    system: str = None,  # system text for conversations without one
+    api_key_file: str = None,  # file with the key that clients must send; None: LLAMA_ZH_API_KEY, if set
+    hosts: list = None,  # names by which the server may be called, '*' for any; None: this machine's if it listens to no other
+    max_waiting: int = 64,  # requests that may wait; then 429
+    max_batch: int = 16,  # answers made at once
+    max_new_tokens: int = 2048,  # longest answer that may be asked for
+    max_prompt: int = None,  # longest prompt in tokens; None: what the model reads
+    max_seconds: float = 600.0,  # time of a request from its arrival; then its answer ends
+    max_body: int = 2**20,  # bytes
+    cache_tokens: int = None,  # bound of the cache: columns times rows; None: every row may be full
+    drain_seconds: float = 30.0,  # after a signal to stop: time for what runs
+    linger: float = 1.0,  # after a signal to stop: /readyz says 503 at least so long
+    log_prompts: bool = False,  # write questions and answers to the log
+    device: str = 'auto',  # auto, cpu, cuda
+    dtype: str = None,  # None: bfloat16 on a GPU, float32 on a CPU
 ):
     "Serve a model: OpenAI's API, LinkSoul's POST / and Atom's POST /generate"
     key = _key(api_key_file)
-    if engine == 'vllm': return _vllm(vllm_command(model, host, port, name, template, preset, max_batch), key)
-    if engine != 'transformers': raise LlamaZhError(f"engine is {engine!r}: expected 'transformers' or 'vllm'")
-    need('uvicorn', 'serve'); need('fastapi', 'serve'); need('prometheus_client', 'serve')
-    names = None if hosts and '*' in hosts else [h.lower() for h in hosts] if hosts else LOCAL if is_local(host) else None
+    if engine == 'vllm':
+        return _vllm(vllm_command(model, host, port, name, template, preset, max_batch), key)
+    if engine != 'transformers':
+        raise LlamaZhError(f"engine is {engine!r}: expected 'transformers' or 'vllm'")
+    need('uvicorn', 'serve')
+    need('fastapi', 'serve')
+    need('prometheus_client', 'serve')
+    names = (
+        None
+        if hosts and '*' in hosts
+        else [h.lower() for h in hosts]
+        if hosts
+        else LOCAL
+        if is_local(host)
+        else None
+    )
     sock = _socket(host, port)
     logging.basicConfig(level=logging.INFO, format='%(asctime)s %(message)s', stream=sys.stderr)
-    for n in ('uvicorn', 'httpx'): logging.getLogger(n).setLevel(logging.WARNING)
-    with contextlib.closing(sock), Engine(model, max_waiting, max_batch, max_new_tokens, max_prompt, max_seconds, cache_tokens, template, device, dtype) as e:
-        app = make_app(e, name, preset, system, log_prompts, api_key=key, hosts=names, max_body=max_body)
-        if not is_local(host) and not key: log.warning('anybody who can reach %s may use this server: set an API key', host)
-        if e.template is None: log.warning('this folder carries no chat template: only /v1/completions and /v1/embeddings will answer; --template names one')
-        server = _server(_config(app, timeout_graceful_shutdown=int(drain_seconds) + 5, limit_concurrency=None), e, drain_seconds, linger)
-        print(f"{name or e.name} at http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}/v1", flush=True)
+    for n in ('uvicorn', 'httpx'):
+        logging.getLogger(n).setLevel(logging.WARNING)
+    with (
+        contextlib.closing(sock),
+        Engine(
+            model,
+            max_waiting,
+            max_batch,
+            max_new_tokens,
+            max_prompt,
+            max_seconds,
+            cache_tokens,
+            template,
+            device,
+            dtype,
+        ) as e,
+    ):
+        app = make_app(
+            e, name, preset, system, log_prompts, api_key=key, hosts=names, max_body=max_body
+        )
+        if not is_local(host) and not key:
+            log.warning('anybody who can reach %s may use this server: set an API key', host)
+        if e.template is None:
+            log.warning(
+                'this folder carries no chat template: only /v1/completions and /v1/embeddings will answer; --template names one'
+            )
+        server = _server(
+            _config(app, timeout_graceful_shutdown=int(drain_seconds) + 5, limit_concurrency=None),
+            e,
+            drain_seconds,
+            linger,
+        )
+        print(
+            f'{name or e.name} at http://{f"[{host}]" if ":" in host else host}:{sock.getsockname()[1]}/v1',
+            flush=True,
+        )
         server.run(sockets=[sock])
+    return None

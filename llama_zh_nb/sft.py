@@ -6,9 +6,18 @@
 __all__ = ['chat_trainer', 'finetune']
 
 # %% ../nbs/08_sft.ipynb #7ddd46ce
-import json, sys, time, warnings
+import json
+import time
+import warnings
 from pathlib import Path
-from .checkpoint.folder import check_folder, fingerprint, load_tokenizer, new_rows, tokenizer_hash
+
+from llama_zh_nb.checkpoint.folder import (
+    check_folder,
+    fingerprint,
+    load_tokenizer,
+    new_rows,
+    tokenizer_hash,
+)
 from .core.errors import LlamaZhError, need, read_json, write_json
 from .text.chats import Chats, read_chats
 from .text.files import read_texts
@@ -22,166 +31,426 @@ from .training.trainer import History, fit
 def _learn_forward(model):
     "Let the causal model return the logits of some positions: `model(..., learn=mask)` gives (n, vocab) for the True ones."
     import types
+
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     plain = base.forward
+
     def forward(self, *args, learn=None, **kw):
-        if learn is None: return plain(*args, **kw)
+        if learn is None:
+            return plain(*args, **kw)
         return self.lm_head(self.model(*args, **kw)[0][learn])
+
     base.forward = types.MethodType(forward, base)
 
 # %% ../nbs/08_sft.ipynb #df175c84
 class _AnswerLoss:
     "Loss on the learnt tokens alone, weighted, divided by their weight in all micro-batches of a step."
+
     def _get_num_items_in_batch(self, batch_samples, device):
-        if not batch_samples or 'weight' not in batch_samples[0]: return super()._get_num_items_in_batch(batch_samples, device)
+        if not batch_samples or 'weight' not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
         n = sum(b['weight'].sum() for b in batch_samples).to(device)
-        return self.accelerator.gather(n).sum() if self.args.average_tokens_across_devices and self.args.world_size > 1 else n
+        return (
+            self.accelerator.gather(n).sum()
+            if self.args.average_tokens_across_devices and self.args.world_size > 1
+            else n
+        )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         torch, labels, weight = need('torch', 'train'), inputs['labels'], inputs.get('weight')
-        learn = torch.nn.functional.pad(labels[:, 1:] != -100, (0, 1))  # the position before a learnt token
-        logits = model(input_ids=inputs['input_ids'], position_ids=inputs['position_ids'], use_cache=False, learn=learn)
-        loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][learn[:, :-1]], reduction='none')
-        if weight is not None: loss = loss*weight[:, 1:][learn[:, :-1]]
-        n = num_items_in_batch if num_items_in_batch is not None else len(loss) if weight is None else weight.sum()
+        learn = torch.nn.functional.pad(
+            labels[:, 1:] != -100, (0, 1)
+        )  # the position before a learnt token
+        logits = model(
+            input_ids=inputs['input_ids'],
+            position_ids=inputs['position_ids'],
+            use_cache=False,
+            learn=learn,
+        )
+        loss = torch.nn.functional.cross_entropy(
+            logits.float(), labels[:, 1:][learn[:, :-1]], reduction='none'
+        )
+        if weight is not None:
+            loss = loss * weight[:, 1:][learn[:, :-1]]
+        n = (
+            num_items_in_batch
+            if num_items_in_batch is not None
+            else len(loss)
+            if weight is None
+            else weight.sum()
+        )
         loss = loss.sum() / torch.as_tensor(n, device=loss.device).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices: loss = loss*self.accelerator.num_processes
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
     def log(self, logs, start_time=None, **kw):
-        if getattr(self, 'right', None) is not None and 'train_runtime' not in logs: logs, self.right = logs | dict(right=self.right), None
+        if getattr(self, 'right', None) is not None and 'train_runtime' not in logs:
+            logs, self.right = logs | dict(right=self.right), None
         return super().log(logs, start_time, **kw)
 
 # %% ../nbs/08_sft.ipynb #d84d8be4
 def chat_trainer(tokenizer, probe=None, every=None, trl=True):
     "A trainer class for `fit`: trl's `SFTTrainer` (or the plain Trainer) with our loss; asks `probe(model)` -> share of right answers every so many steps."
     tf = need('transformers', 'train')
+
     class Ask(tf.TrainerCallback):
-        def __init__(self, trainer): self.trainer = trainer
+        def __init__(self, trainer):
+            self.trainer = trainer
+
         def on_step_end(self, args, state, control, model=None, **kw):
-            if state.global_step % (every or state.max_steps) and state.global_step < state.max_steps: return
+            if (
+                state.global_step % (every or state.max_steps)
+                and state.global_step < state.max_steps
+            ):
+                return
             self.trainer.right = probe(model.eval())
-            model.train(); control.should_log = True
+            model.train()
+            control.should_log = True
+
     class ChatTrainer(_AnswerLoss, need('trl', 'train').SFTTrainer if trl else tf.Trainer):
         def __init__(self, *args, train_dataset=None, **kw):
-            stub = need('datasets', 'train').Dataset.from_dict(dict(input_ids=[[0]], labels=[[0]]))  # trl takes no other kind; our rows are made, in order, when they are read
-            super().__init__(*args, train_dataset=stub if trl else train_dataset, processing_class=tokenizer, **kw)
+            stub = need('datasets', 'train').Dataset.from_dict(
+                dict(input_ids=[[0]], labels=[[0]])
+            )  # trl takes no other kind; our rows are made, in order, when they are read
+            super().__init__(
+                *args,
+                train_dataset=stub if trl else train_dataset,
+                processing_class=tokenizer,
+                **kw,
+            )
             self.train_dataset = train_dataset
             _learn_forward(self.model)
             for p in self.model.parameters():
-                if p.requires_grad: p.data = p.data.float()  # over 4-bit weights trl trains in bfloat16, where a small step is no step
-            self.model_accepts_loss_kwargs = True  # our loss is divided by the tokens of the whole step, not of the micro-batch
-            if probe: self.add_callback(Ask(self))
+                if p.requires_grad:
+                    p.data = (
+                        p.data.float()
+                    )  # over 4-bit weights trl trains in bfloat16, where a small step is no step
+            self.model_accepts_loss_kwargs = (
+                True  # our loss is divided by the tokens of the whole step, not of the micro-batch
+            )
+            if probe:
+                self.add_callback(Ask(self))
+
     return ChatTrainer
+
+
 def _probe(tokenizer, qs, template, system, engine=None, n=60):
     "A function that asks up to `n` of the questions and gives the share of right answers."
-    from llama_zh_nb.measure import ask, score
-    qs = qs[::max(1, len(qs)//n)][:n]
-    answer = lambda model: lambda qs: ask(model, tokenizer, [q['question'] for q in qs], template, system)
-    return lambda model: score(artifacts.shared_list(answer(model), engine, model, qs), qs).total['share']
+    from llama_zh_nb.evals.measure import ask, score
+
+    qs = qs[:: max(1, len(qs) // n)][:n]
+    answer = lambda model: (
+        lambda qs: ask(model, tokenizer, [q['question'] for q in qs], template, system)
+    )
+    return lambda model: score(artifacts.shared_list(answer(model), engine, model, qs), qs).total[
+        'share'
+    ]
 
 # %% ../nbs/08_sft.ipynb #14fd7303
 def _check(a):
     "LlamaZhError for what cannot be meant among the arguments `a`."
+
     def must(ok, name, v, what):
-        if not ok: raise LlamaZhError(f'{name} is {v}: expected {what}')
-    for k in ('block', 'batch', 'accum', 'max_steps', 'global_batch'): must(a[k] is None and k in ('max_steps', 'global_batch') or a[k] and a[k] > 0 and a[k] == int(a[k]), k, a[k], 'a whole number above 0')
-    for k in ('lr', 'epochs', 'embed_lr'): must(a[k] is None and k == 'embed_lr' or a[k] and a[k] > 0, k, a[k], 'a number above 0')
+        if not ok:
+            raise LlamaZhError(f'{name} is {v}: expected {what}')
+
+    for k in ('block', 'batch', 'accum', 'max_steps', 'global_batch'):
+        must(
+            a[k] is None
+            and k in ('max_steps', 'global_batch')
+            or a[k]
+            and a[k] > 0
+            and a[k] == int(a[k]),
+            k,
+            a[k],
+            'a whole number above 0',
+        )
+    for k in ('lr', 'epochs', 'embed_lr'):
+        must(a[k] is None and k == 'embed_lr' or a[k] and a[k] > 0, k, a[k], 'a number above 0')
     must(0 <= a['prompt_weight'] <= 1, 'prompt_weight', a['prompt_weight'], 'a number from 0 to 1')
-    for k, known in dict(train=trains, too_long=('turns', 'cut', 'drop'), attn=('sdpa', 'eager', 'flash_attention_2', 'flash_attention_3')).items(): must(a[k] in known, k, repr(a[k]), 'one of ' + ', '.join(known))
-    must(not a['text_share'] or a['extra_texts'], 'text_share', a['text_share'], 'extra_texts with it, the plain documents to mix in')
+    for k, known in dict(
+        train=trains,
+        too_long=('turns', 'cut', 'drop'),
+        attn=('sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'),
+    ).items():
+        must(a[k] in known, k, repr(a[k]), 'one of ' + ', '.join(known))
+    must(
+        not a['text_share'] or a['extra_texts'],
+        'text_share',
+        a['text_share'],
+        'extra_texts with it, the plain documents to mix in',
+    )
     model_dir, block = a['model_dir'], a['block']
-    if a['out'].resolve() == model_dir.resolve(): raise LlamaZhError(f'{model_dir} is the model itself: choose another folder for the fine-tuned one')
+    if a['out'].resolve() == model_dir.resolve():
+        raise LlamaZhError(
+            f'{model_dir} is the model itself: choose another folder for the fine-tuned one'
+        )
     check_folder(model_dir)
-    reach = read_json(model_dir/'config.json').get('max_position_embeddings')
-    must(not reach or block <= reach, 'block', f'{block:,}', f'at most {reach or 0:,}, where the positions of {model_dir.name} end')
+    reach = read_json(model_dir / 'config.json').get('max_position_embeddings')
+    must(
+        not reach or block <= reach,
+        'block',
+        f'{block:,}',
+        f'at most {reach or 0:,}, where the positions of {model_dir.name} end',
+    )
 
 # %% ../nbs/08_sft.ipynb #9a0e1b10
 def _read(chats, questions, extra_texts):
     "What may come as files, read."
-    if not (isinstance(chats, list) and chats and not isinstance(chats[0], (str, Path))): chats = read_chats(chats); distributed.say(chats)
-    if isinstance(extra_texts, (str, Path)): extra_texts = list(read_texts(extra_texts))
+    if not (isinstance(chats, list) and chats and not isinstance(chats[0], (str, Path))):
+        chats = read_chats(chats)
+        distributed.say(chats)
+    if isinstance(extra_texts, (str, Path)):
+        extra_texts = list(read_texts(extra_texts))
     if isinstance(questions, (str, Path)):
-        try: questions = [json.loads(l) for l in Path(questions).read_text(encoding='utf-8-sig').splitlines() if l.strip()]
-        except (OSError, ValueError) as e: raise LlamaZhError(f'{questions}: no questions could be read ({e}); expected lines such as {{"question": "...", "answer": "..."}}') from None
+        try:
+            questions = [
+                json.loads(l)
+                for l in Path(questions).read_text(encoding='utf-8-sig').splitlines()
+                if l.strip()
+            ]
+        except (OSError, ValueError) as e:
+            raise LlamaZhError(
+                f'{questions}: no questions could be read ({e}); expected lines such as {{"question": "...", "answer": "..."}}'
+            ) from None
     for i, q in enumerate(questions or [], 1):
-        if not isinstance(q, dict) or not {'question', 'answer'} <= q.keys(): raise LlamaZhError(f'question {i} has no "question" and "answer": {str(q)[:80]}')
+        if not isinstance(q, dict) or not {'question', 'answer'} <= q.keys():
+            raise LlamaZhError(f'question {i} has no "question" and "answer": {str(q)[:80]}')
     return chats, questions, extra_texts
+
+
 def _padded(model_dir):
     "The tokenizer, with a pad token that is not its end mark"
     tok = load_tokenizer(model_dir)
     pad = tok.convert_ids_to_tokens(pad_id(tok))
-    if tok.pad_token_id == tok.eos_token_id: distributed.say(f'{model_dir.name} pads with its end mark; {pad} is used instead, and written to the new folder')
+    if tok.pad_token_id == tok.eos_token_id:
+        distributed.say(
+            f'{model_dir.name} pads with its end mark; {pad} is used instead, and written to the new folder'
+        )
     tok.pad_token = pad
     return tok
+
+
 def _trl(kw, device):
     "trl's own arguments: it would prepare the data, shorten it, checkpoint and take bfloat16 unasked"
-    kw = dict(args_class=need('trl', 'train').SFTConfig, dataset_kwargs=dict(skip_prepare_dataset=True), max_length=None, gradient_checkpointing=False) | kw
+    kw = (
+        dict(
+            args_class=need('trl', 'train').SFTConfig,
+            dataset_kwargs=dict(skip_prepare_dataset=True),
+            max_length=None,
+            gradient_checkpointing=False,
+        )
+        | kw
+    )
     return kw if device != 'cpu' else dict(bf16=False) | kw
 
 # %% ../nbs/08_sft.ipynb #31b83023
 def finetune(
-    model_dir, chats, out,              # Hugging Face folder; `read_chats`' result, files or a list of chats; folder to make
-    template='alpaca2', system=None,    # layout of the chats; system text for those without one
-    train='lora+new',                   # 'lora+new' | 'lora+embed' | 'lora' | 'embed' | 'full'
-    lora_r=64, lora_alpha=128, lora_dropout=.05,
-    block=512, batch=8, accum=1,        # tokens in a row (and in the longest chat), rows in a step, steps added up
-    lr=1e-4, embed_lr=None,             # learning rates of LoRA (or all) and of embedding rows
-    max_steps=None, epochs=2, warmup=.03, schedule='cosine', weight_decay=0., clip=1.,
-    prompt_weight=0.,                   # weight of the loss on questions; 0: answers alone
-    extra_texts=None, text_share=None,  # plain documents mixed in, a list or a file or folder of them; their share of the tokens (None: each once an epoch)
-    en_share=None,                      # share of the chats' tokens for English ones, reused as needed (None: each chat once an epoch)
-    too_long='turns',                   # of a chat longer than block: 'turns' leaves out whole exchanges at its end, 'drop' the chat, 'cut' cuts answers too
-    pack=True,                          # False: one chat a row, padded
-    heldout=None,                       # {'zh': texts, 'en': texts}: bits per character and per byte during the run
-    questions=None,                     # [{'question', 'answer'}] or a file of such JSON lines: asked during the run
-    eval_every=None, save_every=None, log_every=10,
-    new=None,                           # (start, stop) of the new rows, where the folder doesn't say
-    gradient_checkpointing=False, load_in_4bit=False, attn='sdpa', liger=False, trl=True, report_to='auto',
-    engine=None, global_batch=None,     # several processes, see `scale`; rows in a step of all of them together, `accum` follows from it
-    push_to_hub=None,                   # a repository on the Hub, owner/name, that the folder goes to at the end
-    resume=True, seed=0, device='auto', dtype=None, label=None, **kw,
-)->History:
+    model_dir,
+    chats,
+    out,  # Hugging Face folder; `read_chats`' result, files or a list of chats; folder to make
+    template='alpaca2',
+    system=None,  # layout of the chats; system text for those without one
+    train='lora+new',  # 'lora+new' | 'lora+embed' | 'lora' | 'embed' | 'full'
+    lora_r=64,
+    lora_alpha=128,
+    lora_dropout=0.05,
+    block=512,
+    batch=8,
+    accum=1,  # tokens in a row (and in the longest chat), rows in a step, steps added up
+    lr=1e-4,
+    embed_lr=None,  # learning rates of LoRA (or all) and of embedding rows
+    max_steps=None,
+    epochs=2,
+    warmup=0.03,
+    schedule='cosine',
+    weight_decay=0.0,
+    clip=1.0,
+    prompt_weight=0.0,  # weight of the loss on questions; 0: answers alone
+    extra_texts=None,
+    text_share=None,  # plain documents mixed in, a list or a file or folder of them; their share of the tokens (None: each once an epoch)
+    en_share=None,  # share of the chats' tokens for English ones, reused as needed (None: each chat once an epoch)
+    too_long='turns',  # of a chat longer than block: 'turns' leaves out whole exchanges at its end, 'drop' the chat, 'cut' cuts answers too
+    pack=True,  # False: one chat a row, padded
+    heldout=None,  # {'zh': texts, 'en': texts}: bits per character and per byte during the run
+    questions=None,  # [{'question', 'answer'}] or a file of such JSON lines: asked during the run
+    eval_every=None,
+    save_every=None,
+    log_every=10,
+    new=None,  # (start, stop) of the new rows, where the folder doesn't say
+    gradient_checkpointing=False,
+    load_in_4bit=False,
+    attn='sdpa',
+    liger=False,
+    trl=True,
+    report_to='auto',
+    engine=None,
+    global_batch=None,  # several processes, see `scale`; rows in a step of all of them together, `accum` follows from it
+    push_to_hub=None,  # a repository on the Hub, owner/name, that the folder goes to at the end
+    resume=True,
+    seed=0,
+    device='auto',
+    dtype=None,
+    label=None,
+    **kw,
+) -> History:
     "Fine-tune `model_dir` on conversations; leaves out/adapter and a plain merged model with its chat template in `out`."
     t0, model_dir, out, t = time.perf_counter(), Path(model_dir), Path(out), get_template(template)
     engine, device = distributed.join(engine, device)
     _check(locals())
     publish = artifacts.publisher(push_to_hub, model_dir)
     rows = new_rows(model_dir, new) if train == 'lora+new' else None
-    if train == 'lora+new' and not rows: distributed.say(f'{model_dir.name} has no new rows: training LoRA alone'); train = 'lora'
-    tok, (chats, questions, extra_texts), (accum, total) = _padded(model_dir), _read(chats, questions, extra_texts), distributed.steps(batch, accum, global_batch)
+    if train == 'lora+new' and not rows:
+        distributed.say(f'{model_dir.name} has no new rows: training LoRA alone')
+        train = 'lora'
+    tok, (chats, questions, extra_texts), (accum, total) = (
+        _padded(model_dir),
+        _read(chats, questions, extra_texts),
+        distributed.steps(batch, accum, global_batch),
+    )
     data = examples(chats, tok, t, system, block, too_long)
-    if data.lost(): distributed.say(data.lost())
-    if extra_texts: data = with_texts(data, list(extra_texts), tok, block)
-    packed = Packed(data, block, max_steps and max_steps*total, epochs, text_share if extra_texts else None, en_share, pack, seed, total)
-    steps = len(packed)//total
-    if steps == 1: warmup = 0.  # else the only step would be taken at rate 0
-    settings = dict(base=fingerprint(model_dir), tokenizer=tokenizer_hash(model_dir), data=data.report, rows_hash=_hash(packed), template=t.jinja(), system=system, train=train, rows=rows,
-                    lora=[lora_r, lora_alpha, lora_dropout], block=block, **distributed.same_step(batch, accum, total, global_batch), lr=lr, embed_lr=embed_lr, steps=steps, warmup=warmup, schedule=schedule,
-                    weight_decay=weight_decay, clip=clip, prompt_weight=prompt_weight, text_share=text_share, en_share=en_share, too_long=too_long, pack=pack, seed=seed, dtype=str(dtype))
+    if data.lost():
+        distributed.say(data.lost())
+    if extra_texts:
+        data = with_texts(data, list(extra_texts), tok, block)
+    packed = Packed(
+        data,
+        block,
+        max_steps and max_steps * total,
+        epochs,
+        text_share if extra_texts else None,
+        en_share,
+        pack,
+        seed,
+        total,
+    )
+    steps = len(packed) // total
+    if steps == 1:
+        warmup = 0.0  # else the only step would be taken at rate 0
+    settings = dict(
+        base=fingerprint(model_dir),
+        tokenizer=tokenizer_hash(model_dir),
+        data=data.report,
+        rows_hash=_hash(packed),
+        template=t.jinja(),
+        system=system,
+        train=train,
+        rows=rows,
+        lora=[lora_r, lora_alpha, lora_dropout],
+        block=block,
+        **distributed.same_step(batch, accum, total, global_batch),
+        lr=lr,
+        embed_lr=embed_lr,
+        steps=steps,
+        warmup=warmup,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        clip=clip,
+        prompt_weight=prompt_weight,
+        text_share=text_share,
+        en_share=en_share,
+        too_long=too_long,
+        pack=pack,
+        seed=seed,
+        dtype=str(dtype),
+    )
     ready = lambda m: prepare(m, train, rows, lora_r, lora_alpha, lora_dropout, seed)
-    model = ready(artifacts.load_base(model_dir, engine, train, device, dtype, load_in_4bit, attn, gradient_checkpointing))
-    base = chat_trainer(tok, _probe(tok, questions, t, system, engine) if questions else None, eval_every, trl)
+    model = ready(
+        artifacts.load_base(
+            model_dir, engine, train, device, dtype, load_in_4bit, attn, gradient_checkpointing
+        )
+    )
+    base = chat_trainer(
+        tok, _probe(tok, questions, t, system, engine) if questions else None, eval_every, trl
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # of transformers, about names in trl's arguments
-        h = fit(model, tok, packed, ChatCollate(tok.pad_token_id, prompt_weight, attn == 'flash_attention_2'), out, max_steps=steps, batch=batch, accum=accum, lr=lr, embed_lr=embed_lr, warmup=warmup,
-                schedule=schedule, weight_decay=weight_decay, clip=clip, tokens=round(block*total*packed.filled), context=block, heldout=heldout, eval_every=eval_every, save_every=save_every,
-                log_every=log_every, settings=settings, resume=resume, seed=seed, device=device, dtype=dtype, report_to=report_to, desc=label or 'sft', base=base, engine=engine,
-                keep_checkpoints=True, **distributed.liger_args(liger, 'chats'), **(_trl(kw, device) if trl else kw))
-    info = settings | dict(label=label or out.name, template=t.name, filled=packed.filled, mix=packed.mix, chats=chats.to_dict() if isinstance(chats, Chats) else dict(chats=len(chats)))
+        warnings.simplefilter(
+            'ignore', FutureWarning
+        )  # of transformers, about names in trl's arguments
+        h = fit(
+            model,
+            tok,
+            packed,
+            ChatCollate(tok.pad_token_id, prompt_weight, attn == 'flash_attention_2'),
+            out,
+            max_steps=steps,
+            batch=batch,
+            accum=accum,
+            lr=lr,
+            embed_lr=embed_lr,
+            warmup=warmup,
+            schedule=schedule,
+            weight_decay=weight_decay,
+            clip=clip,
+            tokens=round(block * total * packed.filled),
+            context=block,
+            heldout=heldout,
+            eval_every=eval_every,
+            save_every=save_every,
+            log_every=log_every,
+            settings=settings,
+            resume=resume,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            report_to=report_to,
+            desc=label or 'sft',
+            base=base,
+            engine=engine,
+            keep_checkpoints=True,
+            **distributed.liger_args(liger, 'chats'),
+            **(_trl(kw, device) if trl else kw),
+        )
+    info = settings | dict(
+        label=label or out.name,
+        template=t.name,
+        filled=packed.filled,
+        mix=packed.mix,
+        chats=chats.to_dict() if isinstance(chats, Chats) else dict(chats=len(chats)),
+    )
     files = [f[0] for f in getattr(chats, 'files', ()) if Path(f[0]).exists()] or None
-    return artifacts.leave(h, model, engine, model_dir, ready, train, out, info, t0, dict(chats=files), lambda: _finish(out, t, tok), publish)
+    return artifacts.leave(
+        h,
+        model,
+        engine,
+        model_dir,
+        ready,
+        train,
+        out,
+        info,
+        t0,
+        dict(chats=files),
+        lambda: _finish(out, t, tok),
+        publish,
+    )
 
 # %% ../nbs/08_sft.ipynb #65c19717
 def _hash(packed):
     "What decides the run besides its numbers: ids and masks in training order."
     import hashlib
+
     h = hashlib.sha256()
-    for e in packed.data.items: h.update(repr((e.ids, e.mask)).encode())
+    for e in packed.data.items:
+        h.update(repr((e.ids, e.mask)).encode())
     return h.update(repr(packed.rows).encode()) or h.hexdigest()
+
+
 def _finish(out, t, tok):
     "The template, and a pad token, in the folder's tokenizer and configs."
     write_template(out, t)
-    for name, key in (('tokenizer_config.json', 'pad_token'), ('special_tokens_map.json', 'pad_token')):
-        if (out/name).exists() and read_json(out/name).get(key) in (None, tok.eos_token): write_json(out/name, read_json(out/name) | {key: tok.pad_token})
+    for name, key in (
+        ('tokenizer_config.json', 'pad_token'),
+        ('special_tokens_map.json', 'pad_token'),
+    ):
+        if (out / name).exists() and read_json(out / name).get(key) in (None, tok.eos_token):
+            write_json(out / name, read_json(out / name) | {key: tok.pad_token})
     for f in ('generation_config.json', 'config.json'):
-        if (out/f).exists() and (f[0] == 'g' or read_json(out/f).get('pad_token_id') == tok.eos_token_id): write_json(out/f, read_json(out/f) | dict(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
+        if (out / f).exists() and (
+            f[0] == 'g' or read_json(out / f).get('pad_token_id') == tok.eos_token_id
+        ):
+            write_json(
+                out / f,
+                read_json(out / f)
+                | dict(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id),
+            )

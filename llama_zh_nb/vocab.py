@@ -4,13 +4,22 @@
 
 # %% ../nbs/04_vocab.ipynb #46d94fa7
 from __future__ import annotations
+
+import io
+import re
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-import io, re
+
 from .core.errors import LlamaZhError, writing
-from .tokenizer.exact import CONTROL, NORMAL, TOKENIZER_FILES, dead_pieces, read_model, save_tokenizer
+from llama_zh_nb.tokenizer.exact import (
+    CONTROL,
+    NORMAL,
+    TOKENIZER_FILES,
+    dead_pieces,
+    read_model,
+    save_tokenizer,
+)
 from .tokenizer.pieces import bpe_train, count_units, han_only, model_from, text_stream
 
 # %% auto #0
@@ -21,7 +30,8 @@ def published_merge(base, new, extra=()):
     "The published rule: append each piece that the base lacks, in order, score 0, type unset"
     have = {p.piece for p in base.pieces}
     for piece in [p.piece for p in new.pieces] + list(extra):
-        if piece in have: continue
+        if piece in have:
+            continue
         have.add(piece)
         q = base.pieces.add()
         q.piece, q.score = piece, 0
@@ -30,18 +40,21 @@ def published_merge(base, new, extra=()):
 # %% ../nbs/04_vocab.ipynb #5aa4398d
 def lowest_score(m) -> int:
     "The lowest regular score of a BPE model; runs of spaces stand far below at -1e9 and don't count"
-    return int(min(p.score for p in m.pieces if p.type == NORMAL and p.score > -1e8))//1
+    return int(min(p.score for p in m.pieces if p.type == NORMAL and p.score > -1e8)) // 1
 
 # %% ../nbs/04_vocab.ipynb #17775815
-def append_pieces(base,            # a `ModelProto`; not changed
-                  pieces,          # new pieces, best first
-                  pad:str='<pad>', # control piece put right after the base's; None for none
-                 ):                # a new `ModelProto`
+def append_pieces(
+    base,  # a `ModelProto`; not changed
+    pieces,  # new pieces, best first
+    pad: str = '<pad>',  # control piece put right after the base's; None for none
+):  # a new `ModelProto`
     "Base pieces, then `pad`, then `pieces` with descending scores below every regular score of the base"
     m, have = type(base).FromString(base.SerializeToString()), {p.piece for p in base.pieces}
-    if pad and pad not in have: m.pieces.add(piece=pad, score=0, type=CONTROL)
+    if pad and pad not in have:
+        m.pieces.add(piece=pad, score=0, type=CONTROL)
     top = lowest_score(base) - 1
-    for i, p in enumerate(p for p in dict.fromkeys(pieces) if p not in have): m.pieces.add(piece=p, score=top-i, type=NORMAL)
+    for i, p in enumerate(p for p in dict.fromkeys(pieces) if p not in have):
+        m.pieces.add(piece=p, score=top - i, type=NORMAL)
     m.trainer_spec.vocab_size = len(m.pieces)
     return m
 
@@ -51,9 +64,12 @@ def _candidates(m, seen, keep):
     ranked = sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score)
     for p in ranked:
         piece = p.piece.lstrip('▁')
-        if not keep(piece): continue
+        if not keep(piece):
+            continue
         for q in [*piece, piece]:
-            if q not in seen: seen.add(q); yield q
+            if q not in seen:
+                seen.add(q)
+                yield q
 
 # %% ../nbs/04_vocab.ipynb #a88ab026
 def _alive(base, pieces, room, pad):
@@ -62,7 +78,8 @@ def _alive(base, pieces, room, pad):
     while True:
         m = append_pieces(base, pieces[:room], pad)
         dead = {m.pieces[i].piece for i in dead_pieces(m, first)}
-        if not dead: return pieces[:room], gone
+        if not dead:
+            return pieces[:room], gone
         gone += sorted(dead)
         pieces = [p for p in pieces if p not in dead]
 
@@ -70,99 +87,192 @@ def _alive(base, pieces, room, pad):
 @dataclass
 class Merged:
     "What `merge` did; usable as a path"
-    path: Path          # the tokenizer folder
-    base: int           # pieces of the base
-    size: int           # pieces in all
-    added: int          # new pieces that are text
-    pad: str = None     # the pad piece
-    dead: list = field(default_factory=list)   # candidates left out because nothing builds them
-    note: str = ''      # what else the user must know
-    def __fspath__(self): return str(self.path)
+
+    path: Path  # the tokenizer folder
+    base: int  # pieces of the base
+    size: int  # pieces in all
+    added: int  # new pieces that are text
+    pad: str = None  # the pad piece
+    dead: list = field(default_factory=list)  # candidates left out because nothing builds them
+    note: str = ''  # what else the user must know
+
+    def __fspath__(self):
+        return str(self.path)
+
     def __repr__(self):
         dead = f'; {len(self.dead):,} unreachable candidates left out' if self.dead else ''
         return f'{self.base:,} base pieces + {self.pad or "no pad"} + {self.added:,} new = {self.size:,}{dead}\n{self.note}-> {Path(*self.path.parts[-2:])}'
-    def to_dict(self): return dict(path=str(self.path), base=self.base, size=self.size, added=self.added, pad=self.pad, dead=self.dead, note=self.note)
+
+    def to_dict(self):
+        return dict(
+            path=str(self.path),
+            base=self.base,
+            size=self.size,
+            added=self.added,
+            pad=self.pad,
+            dead=self.dead,
+            note=self.note,
+        )
 
 # %% ../nbs/04_vocab.ipynb #790c4a81
 _COMPAT = {'chinese-llama': (), 'chinese-alpaca': ('[PAD]',)}
+
+
 def _compat(base, models, compat, pad):
     "The model of the published rule"
-    if compat not in _COMPAT: raise LlamaZhError(f'compat={compat!r}: expected one of {", ".join(_COMPAT)}.')
-    for new in models: base = published_merge(base, new)
+    if compat not in _COMPAT:
+        raise LlamaZhError(f'compat={compat!r}: expected one of {", ".join(_COMPAT)}.')
+    for new in models:
+        base = published_merge(base, new)
     return published_merge(base, type(base)(), (pad,) if pad else _COMPAT[compat])
 
 # %% ../nbs/04_vocab.ipynb #c7ae7862
 def _write(m, out, chat_template, max_length):
     "The whole folder at once, so that no half-made one is ever seen"
-    if out.is_dir() and (other := sorted(f.name for f in out.iterdir() if f.name not in [*TOKENIZER_FILES, 'audit.json'])):
-        raise LlamaZhError(f'{out} holds other files ({other[0]}, ...): give an empty or new folder for the merged tokenizer.')
+    if out.is_dir() and (
+        other := sorted(
+            f.name for f in out.iterdir() if f.name not in [*TOKENIZER_FILES, 'audit.json']
+        )
+    ):
+        raise LlamaZhError(
+            f'{out} holds other files ({other[0]}, ...): give an empty or new folder for the merged tokenizer.'
+        )
     with writing(out) as tmp:
         Path(tmp).mkdir()
-        (Path(tmp)/'tokenizer.model').write_bytes(m.SerializeToString())
+        (Path(tmp) / 'tokenizer.model').write_bytes(m.SerializeToString())
         save_tokenizer(tmp, tmp, chat_template, max_length=max_length)
 
 # %% ../nbs/04_vocab.ipynb #8decd15b
 def _trained(corpus, room, segment, words, base, models, weight, marks):
     "Candidates from the corpus: its characters, then what BPE joins, in that order"
-    if room < 1: return []
+    if room < 1:
+        return []
     if segment == 'none':
-        from llama_zh_nb.choose import choose_pieces
+        from llama_zh_nb.tokenizer.choose import choose_pieces
+
         return choose_pieces(base, corpus, room, models, weight, marks=marks)
     have = sum(han_only(p.piece) for p in base.pieces)
-    m = model_from(bpe_train(count_units(text_stream(corpus), segment, words), 259 + 2*have + room + room//8 + 50))
-    live, old = sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score), {p.piece for p in base.pieces}
-    return [p.piece for n in (1, 2) for p in live if min(len(p.piece), 2) == n and p.piece not in old]
+    m = model_from(
+        bpe_train(
+            count_units(text_stream(corpus), segment, words), 259 + 2 * have + room + room // 8 + 50
+        )
+    )
+    live, old = (
+        sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score),
+        {p.piece for p in base.pieces},
+    )
+    return [
+        p.piece for n in (1, 2) for p in live if min(len(p.piece), 2) == n and p.piece not in old
+    ]
 
 # %% ../nbs/04_vocab.ipynb #cb792f01
-def merge(base_model,          # the base's tokenizer.model or folder, SentencePiece BPE
-          add,                 # SentencePiece models to take pieces from, BPE or UNIGRAM, best first; may be empty with a corpus
-          out_dir,             # folder to write
-          size:int=None,       # pieces in all; default: every usable one
-          compat:str=None,     # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte, faults included
-          corpus=None,         # texts or files to train pieces on, before those of `add`
-          segment:str='none',  # for the corpus: 'none' for what saves most ([03_vocab_choose](03_vocab_choose.ipynb)), 'words' for pieces within words
-          marks:str='edges',   # with 'none' segments: 'edges' for punctuation at the edges of pieces and a digit in front, 'punctuation' without digits, 'none' for Han characters only
-          weight:list=None,    # for the corpus: how much each file counts, instead of balanced
-          words=(),            # for the corpus: words to keep whole
-          pad:str='<pad>',     # name of the pad piece, added as a control piece if the base lacks it
-          chat_template:str=None, # kept in the folder
-          max_length:int=None, # `model_max_length`
-         ) -> Merged:
+def merge(
+    base_model,  # the base's tokenizer.model or folder, SentencePiece BPE
+    add,  # SentencePiece models to take pieces from, BPE or UNIGRAM, best first; may be empty with a corpus
+    out_dir,  # folder to write
+    size: int = None,  # pieces in all; default: every usable one
+    compat: str = None,  # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte, faults included
+    corpus=None,  # texts or files to train pieces on, before those of `add`
+    segment: str = 'none',  # for the corpus: 'none' for what saves most ([03_vocab_choose](03_vocab_choose.ipynb)), 'words' for pieces within words
+    marks: str = 'edges',  # with 'none' segments: 'edges' for punctuation at the edges of pieces and a digit in front, 'punctuation' without digits, 'none' for Han characters only
+    weight: list = None,  # for the corpus: how much each file counts, instead of balanced
+    words=(),  # for the corpus: words to keep whole
+    pad: str = '<pad>',  # name of the pad piece, added as a control piece if the base lacks it
+    chat_template: str = None,  # kept in the folder
+    max_length: int = None,  # `model_max_length`
+) -> Merged:
     "Extend a base vocabulary: old ids stay, old text keeps its encoding, every new piece is reachable"
-    if marks not in ('edges', 'punctuation', 'none'): raise LlamaZhError(f"marks={marks!r}: expected 'edges', 'punctuation' or 'none'.")
+    if marks not in ('edges', 'punctuation', 'none'):
+        raise LlamaZhError(f"marks={marks!r}: expected 'edges', 'punctuation' or 'none'.")
     base, out_dir, note = read_model(base_model, bpe=True), Path(out_dir), ''
     models = [read_model(a) for a in ([add] if isinstance(add, (str, Path)) else add or [])]
     n, names = len(base.pieces), {p.piece for p in base.pieces}
     pad_new = bool(pad) and pad not in names
-    if size is not None and size < n + pad_new: raise LlamaZhError(f'size {size:,} is smaller than the base: its {n:,} pieces and the pad stay; ask for more.')
-    if compat: m, pad, dead, added = _compat(base, models, compat, pad if pad != '<pad>' else None), None, [], None
+    if size is not None and size < n + pad_new:
+        raise LlamaZhError(
+            f'size {size:,} is smaller than the base: its {n:,} pieces and the pad stay; ask for more.'
+        )
+    if compat:
+        m, pad, dead, added = (
+            _compat(base, models, compat, pad if pad != '<pad>' else None),
+            None,
+            [],
+            None,
+        )
     else:
         room = None if size is None else size - n - pad_new
-        seen, cands = set(names), list(_trained(corpus, 20_000 if room is None else room, segment, words, base, models, weight, marks)) if corpus is not None else []
+        seen, cands = (
+            set(names),
+            list(
+                _trained(
+                    corpus,
+                    20_000 if room is None else room,
+                    segment,
+                    words,
+                    base,
+                    models,
+                    weight,
+                    marks,
+                )
+            )
+            if corpus is not None
+            else [],
+        )
         seen |= set(cands)
         cands += [p for new in models for p in _candidates(new, seen, han_only)]
         pieces, dead = _alive(base, cands, len(cands) if room is None else room, pad)
-        if room and len(pieces) < room: note = f'asked for {size:,}, but corpus and models hold no more usable pieces\n'
+        if room and len(pieces) < room:
+            note = f'asked for {size:,}, but corpus and models hold no more usable pieces\n'
         m = append_pieces(base, pieces, pad)
     _write(m, out_dir, chat_template, max_length)
-    return Merged(out_dir, n, len(m.pieces), len(m.pieces) - n - (pad_new and not compat), None if compat else pad, dead, note)
+    return Merged(
+        out_dir,
+        n,
+        len(m.pieces),
+        len(m.pieces) - n - (pad_new and not compat),
+        None if compat else pad,
+        dead,
+        note,
+    )
 
 # %% ../nbs/04_vocab.ipynb #528c96fe
-def merge_command(base:str=None,      # the base's tokenizer.model or folder
-                  corpus:list=None,   # text files to train pieces on
-                  add:list=None,      # other SentencePiece models to take pieces from
-                  size:int=None,      # pieces in all
-                  out:str=None,       # folder to write
-                  compat:str=None,    # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte
-                  segment:str='none', # 'none', or 'words' for pieces within words
-                  marks:str='edges',  # 'edges': punctuation may stand at the edges of pieces, and a digit in front; 'punctuation': no digits; 'none': Han characters only
-                  weight:list=None,   # how much each corpus file counts
-                  pad:str='<pad>',    # name of the pad piece
-                  max_length:int=None) -> Merged:
+def merge_command(
+    base: str = None,  # the base's tokenizer.model or folder
+    corpus: list = None,  # text files to train pieces on
+    add: list = None,  # other SentencePiece models to take pieces from
+    size: int = None,  # pieces in all
+    out: str = None,  # folder to write
+    compat: str = None,  # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte
+    segment: str = 'none',  # 'none', or 'words' for pieces within words
+    marks: str = 'edges',  # 'edges': punctuation may stand at the edges of pieces, and a digit in front; 'punctuation': no digits; 'none': Han characters only
+    weight: list = None,  # how much each corpus file counts
+    pad: str = '<pad>',  # name of the pad piece
+    max_length: int = None,
+) -> Merged:
     "Add Chinese pieces to a base vocabulary"
     for name, x in dict(base=base, out=out).items():
-        if not x: raise LlamaZhError(f'--{name} is missing: llama-zh vocab merge --base MODEL --corpus FILES --size N --out DIR')
-    if not corpus and not add: raise LlamaZhError('nothing to add: give --corpus FILES, or --add a SentencePiece model.')
-    try: weight = [float(w) for w in weight] if weight else None
-    except ValueError: raise LlamaZhError(f'--weight {" ".join(weight)}: expected one number for each corpus file.') from None
-    return merge(base, add or [], out, size, compat, [Path(c) for c in corpus] if corpus else None, segment, marks, weight, pad=pad, max_length=max_length)
+        if not x:
+            raise LlamaZhError(
+                f'--{name} is missing: llama-zh vocab merge --base MODEL --corpus FILES --size N --out DIR'
+            )
+    if not corpus and not add:
+        raise LlamaZhError('nothing to add: give --corpus FILES, or --add a SentencePiece model.')
+    try:
+        weight = [float(w) for w in weight] if weight else None
+    except ValueError:
+        raise LlamaZhError(
+            f'--weight {" ".join(weight)}: expected one number for each corpus file.'
+        ) from None
+    return merge(
+        base,
+        add or [],
+        out,
+        size,
+        compat,
+        [Path(c) for c in corpus] if corpus else None,
+        segment,
+        marks,
+        weight,
+        pad=pad,
+        max_length=max_length,
+    )

@@ -6,51 +6,115 @@
 __all__ = ['Report', 'verify', 'fetch_hub', 'fetch_modelscope', 'copy_file', 'acquire']
 
 # %% ../nbs/02_weights.ipynb #09008199
-import errno, math, os, re, shutil
+import errno
+import math
+import os
+import re
+import shutil
 from html import escape
 from pathlib import Path
 from urllib.parse import urlparse
-from .checkpoint.meta import EMBED, HEAD, MetaFiles, add_tokenizer, check_sums, convert_meta, llama_config, llama_shapes, not_over, packaged
+
+from llama_zh_nb.checkpoint.meta import (
+    EMBED,
+    HEAD,
+    MetaFiles,
+    add_tokenizer,
+    check_sums,
+    convert_meta,
+    llama_config,
+    llama_shapes,
+    not_over,
+    packaged,
+)
 from .checkpoint.sizes import check_sizes
 from .checkpoint.tensors import SafeFile, nbytes, open_weights, write_shards
-from .core.errors import LlamaZhError, need, read_json, sha256, what_is, write_json, writing
+from llama_zh_nb.core.errors import (
+    LlamaZhError,
+    need,
+    read_json,
+    sha256,
+    what_is,
+    write_json,
+    writing,
+)
 
 # %% ../nbs/02_weights.ipynb #ca1f7f2d
 class Report:
     "What was checked in a folder: rows of (check, 'ok' | 'note' | 'wrong', detail)"
-    def __init__(self, folder): self.folder, self.rows = Path(folder), []
+
+    def __init__(self, folder):
+        self.folder, self.rows = Path(folder), []
+
     def add(self, what, bad=(), ok='', note=''):
         bad = [bad] if isinstance(bad, str) and bad else list(bad)
-        more = f'; and {len(bad)-8:,} more' if len(bad) > 8 else ''
-        self.rows.append((what, 'wrong', '; '.join(bad[:8]) + more) if bad else (what, 'note', note) if note else (what, 'ok', ok))
+        more = f'; and {len(bad) - 8:,} more' if len(bad) > 8 else ''
+        self.rows.append(
+            (what, 'wrong', '; '.join(bad[:8]) + more)
+            if bad
+            else (what, 'note', note)
+            if note
+            else (what, 'ok', ok)
+        )
+
     @property
-    def problems(self): return [f'{w}: {d}' for w, s, d in self.rows if s == 'wrong']
+    def problems(self):
+        return [f'{w}: {d}' for w, s, d in self.rows if s == 'wrong']
+
     @property
-    def ok(self): return not self.problems
+    def ok(self):
+        return not self.problems
+
     def check(self):
         "Raise one error that lists all problems, or return the report"
-        if self.problems: raise LlamaZhError(f'{self.folder} is not sound. ' + '. '.join(self.problems))
+        if self.problems:
+            raise LlamaZhError(f'{self.folder} is not sound. ' + '. '.join(self.problems))
         return self
-    def __repr__(self): return f'{self.folder.name}/\n' + '\n'.join(f'{s:5} {w}: {d}' for w, s, d in self.rows)
+
+    def __repr__(self):
+        return f'{self.folder.name}/\n' + '\n'.join(f'{s:5} {w}: {d}' for w, s, d in self.rows)
+
     def _repr_html_(self):
-        sign = dict(ok='<span style="color:#2a7">✓</span>', note='<span style="color:#b80">•</span>', wrong='<span style="color:#c22">✗</span>')
+        sign = dict(
+            ok='<span style="color:#2a7">✓</span>',
+            note='<span style="color:#b80">•</span>',
+            wrong='<span style="color:#c22">✗</span>',
+        )
         row = '<tr><td>{}</td><td style="text-align:left">{}</td><td style="text-align:left">{}</td></tr>'
-        return f'<table><caption>{escape(self.folder.name)}</caption>' + ''.join(row.format(sign[s], escape(w), escape(d)) for w, s, d in self.rows) + '</table>'
+        return (
+            f'<table><caption>{escape(self.folder.name)}</caption>'
+            + ''.join(row.format(sign[s], escape(w), escape(d)) for w, s, d in self.rows)
+            + '</table>'
+        )
 
 # %% ../nbs/02_weights.ipynb #2752581e
 def _scan(f, name, skip=(), block=64_000_000):
     "(problems, notes) in the numbers of one tensor, a block of rows at a time: NaN, Inf, rows of zeros but for those in `skip`"
     code, shape = f.spec(name)
     torch, bad, zero = need('torch', 'train'), [], []
-    if not math.prod(shape): return [f'{name} is empty {shape}'], []
-    step = max(1, block//max(1, nbytes(code, shape)//shape[0])) if isinstance(f, SafeFile) else shape[0]
+    if not math.prod(shape):
+        return [f'{name} is empty {shape}'], []
+    step = (
+        max(1, block // max(1, nbytes(code, shape) // shape[0]))
+        if isinstance(f, SafeFile)
+        else shape[0]
+    )
     for lo in range(0, shape[0], step):
         t = f.get(name, slice(lo, lo + step))
-        top = t.reshape(len(t), -1).abs().amax(1)  # one number for each row: NaN and Inf come through, zeros show
+        top = (
+            t.reshape(len(t), -1).abs().amax(1)
+        )  # one number for each row: NaN and Inf come through, zeros show
         for what, rows in (('NaN', top.isnan()), ('Inf', top.isinf())):
-            if rows.any(): bad.append(f'{name} has {what} in row {lo + int(rows.nonzero()[0])}' + (f' and {int(rows.sum())-1:,} more' if rows.sum() > 1 else ''))
-        zero += [lo + int(i) for i in (top == 0).nonzero() if len(shape) > 1 and lo + int(i) not in skip]
-    if not zero: return bad, []
+            if rows.any():
+                bad.append(
+                    f'{name} has {what} in row {lo + int(rows.nonzero()[0])}'
+                    + (f' and {int(rows.sum()) - 1:,} more' if rows.sum() > 1 else '')
+                )
+        zero += [
+            lo + int(i) for i in (top == 0).nonzero() if len(shape) > 1 and lo + int(i) not in skip
+        ]
+    if not zero:
+        return bad, []
     text = f'{name} has {len(zero):,} rows of zeros, the first is row {zero[0]}'
     # a piece without a row is a fault; within a layer weight decay can take unused rows to zero, but never a whole matrix
     return (bad + [text], []) if name in (EMBED, HEAD) or len(zero) == shape[0] else (bad, [text])
@@ -60,195 +124,380 @@ def _unlisted(folder, w):
     "Model files that no index knows, and tensors that the index forgot"
     folder, used = Path(folder), {f.path.name: f for f in w.values()}
     kind = next(iter(used.values())).path.suffix
-    extra = [p.name for p in sorted(folder.glob(f'*{kind}')) if p.name not in used and p.name.startswith(('model', 'pytorch_model'))]
-    return [f'{n} is not in the index' for n in extra] + [f'{k} in {n} is not in the index' for n, f in used.items() for k in f.keys() if k not in w]
+    extra = [
+        p.name
+        for p in sorted(folder.glob(f'*{kind}'))
+        if p.name not in used and p.name.startswith(('model', 'pytorch_model'))
+    ]
+    return [f'{n} is not in the index' for n in extra] + [
+        f'{k} in {n} is not in the index' for n, f in used.items() for k in f if k not in w
+    ]
+
+
 def _weights_of(folder):
     "(tensors, config) of a folder in either layout"
-    if (folder/'config.json').exists(): return open_weights(folder), read_json(folder/'config.json')
-    if (folder/'params.json').exists():
+    if (folder / 'config.json').exists():
+        return open_weights(folder), read_json(folder / 'config.json')
+    if (folder / 'params.json').exists():
         m = MetaFiles(folder)
-        return {k: m for k in m.keys()}, llama_config(m)
-    have = ', '.join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else what_is(folder)
-    raise LlamaZhError(f"{folder}: neither config.json (Hugging Face) nor params.json (Meta's layout); found: {have or 'nothing'}")
+        return dict.fromkeys(m.keys(), m), llama_config(m)
+    have = (
+        ', '.join(sorted(p.name for p in folder.iterdir())[:8])
+        if folder.is_dir()
+        else what_is(folder)
+    )
+    raise LlamaZhError(
+        f"{folder}: neither config.json (Hugging Face) nor params.json (Meta's layout); found: {have or 'nothing'}"
+    )
 
 # %% ../nbs/02_weights.ipynb #04b7dd82
 def verify(
-    folder,      # Hugging Face folder, or one in Meta's layout
-    values=True, # also read all numbers; False: only headers and sums
-)->Report:
+    folder,  # Hugging Face folder, or one in Meta's layout
+    values=True,  # also read all numbers; False: only headers and sums
+) -> Report:
     "Check a model folder; the report names what is wrong and where, `.check()` makes it an error"
     folder, rep = Path(folder), Report(folder)
-    try: w, c = _weights_of(folder)
+    try:
+        w, c = _weights_of(folder)
     except LlamaZhError as e:
         rep.add('files', str(e))
         return rep
     files = {f.path.name for v in w.values() for f in getattr(v, 'files', [v])}
-    rep.add('files', [] if (folder/'params.json').exists() else _unlisted(folder, w), f'{len(files)} with weights, {sum((folder/f).stat().st_size for f in files):,} bytes')
-    if (folder/'checklist.chk').exists(): rep.add('md5', [f'{k} {v}' for k, v in check_sums(folder).items()], 'as in checklist.chk')
-    if c.get('model_type') != 'llama': return rep.add('config', f"model_type is {c.get('model_type')!r}, 'llama' was expected") or rep
+    rep.add(
+        'files',
+        [] if (folder / 'params.json').exists() else _unlisted(folder, w),
+        f'{len(files)} with weights, {sum((folder / f).stat().st_size for f in files):,} bytes',
+    )
+    if (folder / 'checklist.chk').exists():
+        rep.add('md5', [f'{k} {v}' for k, v in check_sums(folder).items()], 'as in checklist.chk')
+    if c.get('model_type') != 'llama':
+        return (
+            rep.add('config', f"model_type is {c.get('model_type')!r}, 'llama' was expected") or rep
+        )
     _verify_shapes(rep, w, c)
     try:
-        s = check_sizes(folder) if (folder/'config.json').exists() else None
-        if s: rep.add('vocabulary', ok=str(s))
-    except LlamaZhError as e: rep.add('vocabulary', str(e))
+        s = check_sizes(folder) if (folder / 'config.json').exists() else None
+        if s:
+            rep.add('vocabulary', ok=str(s))
+    except LlamaZhError as e:
+        rep.add('vocabulary', str(e))
     if values:
         # rows behind the last piece are padding, and the pad token's row is never used: both may be zero
-        pad = {c.get('pad_token_id')} | (set(range(s['tokenizer pieces'], c['vocab_size'])) if rep.ok and s else set())
-        bad, notes = (sum(x, []) for x in zip(*(_scan(f, k, pad if k in (EMBED, HEAD) else ()) for k, f in w.items())))
+        pad = {c.get('pad_token_id')} | (
+            set(range(s['tokenizer pieces'], c['vocab_size'])) if rep.ok and s else set()
+        )
+        bad, notes = (
+            sum(x, [])
+            for x in zip(*(_scan(f, k, pad if k in (EMBED, HEAD) else ()) for k, f in w.items()))
+        )
         rep.add('numbers', bad, 'no NaN, no Inf, no rows of zeros', '; '.join(notes[:8]))
     return rep
 
 # %% ../nbs/02_weights.ipynb #8e616f81
 def _verify_shapes(rep, w, c):
     want, skip = llama_shapes(c), ('rotary_emb.inv_freq', 'rope.freqs')
-    bad = [f'{k} is missing' for k in want if k not in w] + [f'{k} is not a part of this model' for k in w if k not in want and not k.endswith(skip) and k != HEAD]
-    bad += [f'{k} is {w[k].spec(k)[1]}, config.json asks for {s}' for k, s in want.items() if k in w and w[k].spec(k)[1] != s]
+    bad = [f'{k} is missing' for k in want if k not in w] + [
+        f'{k} is not a part of this model'
+        for k in w
+        if k not in want and not k.endswith(skip) and k != HEAD
+    ]
+    bad += [
+        f'{k} is {w[k].spec(k)[1]}, config.json asks for {s}'
+        for k, s in want.items()
+        if k in w and w[k].spec(k)[1] != s
+    ]
     n = sum(math.prod(s) for s in want.values())
     rep.add('shapes', bad, f'{len(want)} tensors, {n:,} parameters')
     count = {}
-    for k in w: count[w[k].spec(k)[0]] = count.get(w[k].spec(k)[0], 0) + 1
+    for k in w:
+        count[w[k].spec(k)[0]] = count.get(w[k].spec(k)[0], 0) + 1
     odd = [k for k in count if not k.startswith(('F', 'BF'))]
     text = ', '.join(f'{n} in {k}' for k, n in count.items())
-    rep.add('dtype', [f'{text}: {", ".join(odd)} are not weights that can be trained; start from the model before it was quantized'] if odd else [], text, text if len(count) > 1 else '')
+    rep.add(
+        'dtype',
+        [
+            f'{text}: {", ".join(odd)} are not weights that can be trained; start from the model before it was quantized'
+        ]
+        if odd
+        else [],
+        text,
+        text if len(count) > 1 else '',
+    )
 
 # %% ../nbs/02_weights.ipynb #a5f91884
 def _hub_error(e, repo):
     "The next step for an error of the Hub"
-    kinds, code = {c.__name__ for c in type(e).__mro__}, getattr(getattr(e, 'response', None), 'status_code', None)
+    kinds, code = (
+        {c.__name__ for c in type(e).__mro__},
+        getattr(getattr(e, 'response', None), 'status_code', None),
+    )
     if 'GatedRepoError' in kinds:
-        return (f'{repo} is gated and your account has no access (HTTP {code}): ask for it on https://huggingface.co/{repo} (for Llama, Meta\'s licence is accepted there), '
-                'then set HF_TOKEN to a token from https://huggingface.co/settings/tokens')
-    if 'RevisionNotFoundError' in kinds: return f'{repo} exists, but not this revision: see https://huggingface.co/{repo}/commits/main'
-    if 'RepositoryNotFoundError' in kinds: return f'there is no model {repo!r} on the Hub (HTTP {code}), or it is private: check the spelling; for a private one set HF_TOKEN'
-    if code in (401, 403): return f'the Hub refuses {repo} (HTTP {code}): your token is wrong or lacks the right to read; make one at https://huggingface.co/settings/tokens and set HF_TOKEN'
-    if code: return f'the Hub answers HTTP {code} for {repo}: try again later, or name a mirror in HF_ENDPOINT'
-    if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT): return f'no space left for {repo} in the cache of the Hub: make room, or set HF_HOME to a folder on a larger disk; what has come is kept'
-    if 'Consistency check failed' in str(e) or kinds & {'IncompleteRead', 'ChunkedEncodingError', 'RemoteProtocolError', 'ReadError', 'ReadTimeout'}: return f'the download of {repo} broke off: run the same command again, it goes on from there'
-    if kinds & {'OfflineModeIsEnabled', 'LocalEntryNotFoundError', 'ConnectionError', 'ConnectError', 'TimeoutException', 'RequestException', 'HTTPError', 'TransportError'}:
-        return (f'{repo} is not on this machine, and the Hub cannot be reached: connect and unset HF_HUB_OFFLINE, name a mirror in HF_ENDPOINT (such as https://hf-mirror.com), '
-                'or give a local folder')
+        return (
+            f"{repo} is gated and your account has no access (HTTP {code}): ask for it on https://huggingface.co/{repo} (for Llama, Meta's licence is accepted there), "
+            'then set HF_TOKEN to a token from https://huggingface.co/settings/tokens'
+        )
+    if 'RevisionNotFoundError' in kinds:
+        return (
+            f'{repo} exists, but not this revision: see https://huggingface.co/{repo}/commits/main'
+        )
+    if 'RepositoryNotFoundError' in kinds:
+        return f'there is no model {repo!r} on the Hub (HTTP {code}), or it is private: check the spelling; for a private one set HF_TOKEN'
+    if code in (401, 403):
+        return f'the Hub refuses {repo} (HTTP {code}): your token is wrong or lacks the right to read; make one at https://huggingface.co/settings/tokens and set HF_TOKEN'
+    if code:
+        return f'the Hub answers HTTP {code} for {repo}: try again later, or name a mirror in HF_ENDPOINT'
+    if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT):
+        return f'no space left for {repo} in the cache of the Hub: make room, or set HF_HOME to a folder on a larger disk; what has come is kept'
+    if 'Consistency check failed' in str(e) or kinds & {
+        'IncompleteRead',
+        'ChunkedEncodingError',
+        'RemoteProtocolError',
+        'ReadError',
+        'ReadTimeout',
+    }:
+        return (
+            f'the download of {repo} broke off: run the same command again, it goes on from there'
+        )
+    if kinds & {
+        'OfflineModeIsEnabled',
+        'LocalEntryNotFoundError',
+        'ConnectionError',
+        'ConnectError',
+        'TimeoutException',
+        'RequestException',
+        'HTTPError',
+        'TransportError',
+    }:
+        return (
+            f'{repo} is not on this machine, and the Hub cannot be reached: connect and unset HF_HUB_OFFLINE, name a mirror in HF_ENDPOINT (such as https://hf-mirror.com), '
+            'or give a local folder'
+        )
     return None
+
+
 def _pick(files):
     "Of the files of a repository, those worth fetching: safetensors, else .bin, else Meta's"
     has = lambda s: [f for f in files if f.endswith(s) and '/' not in f]
     w = next((has(kind) for kind in _kinds if has(kind[0])), [])
-    small = [f for f in files if f in _small or f.upper().startswith(('LICENSE', 'USE_POLICY', 'NOTICE')) and '/' not in f]
+    small = [
+        f
+        for f in files
+        if f in _small or f.upper().startswith(('LICENSE', 'USE_POLICY', 'NOTICE')) and '/' not in f
+    ]
     return [f for f in w if not f.startswith(('training_args', 'optimizer'))] + small
+
+
 _kinds = ('.safetensors', '.safetensors.index.json'), ('.bin', '.bin.index.json'), ('.pth', '.chk')
-_small = ('config.json', 'generation_config.json', 'params.json', 'tokenizer.model', 'tokenizer_config.json', 'chat_template.jinja')
+_small = (
+    'config.json',
+    'generation_config.json',
+    'params.json',
+    'tokenizer.model',
+    'tokenizer_config.json',
+    'chat_template.jinja',
+)
+
+
 def _cached(hub, repo, rev):
     "The snapshot in the cache, if it is complete; else None"
     for kind in _kinds:
-        try: p = hub.snapshot_download(repo, revision=rev, local_files_only=True, allow_patterns=[f'*{k}' for k in kind] + list(_small), ignore_patterns=['*/*', 'training_args*', 'optimizer*'])
-        except Exception: continue
-        if any(Path(p).glob(f'*{kind[0]}')): return Path(p)
+        try:
+            p = hub.snapshot_download(
+                repo,
+                revision=rev,
+                local_files_only=True,
+                allow_patterns=[f'*{k}' for k in kind] + list(_small),
+                ignore_patterns=['*/*', 'training_args*', 'optimizer*'],
+            )
+        except Exception:
+            continue
+        if any(Path(p).glob(f'*{kind[0]}')):
+            return Path(p)
+    return None
 
 # %% ../nbs/02_weights.ipynb #85ea5f09
 def _continue(repo, name, rev, token, endpoint):
     "One large file into the Hub's cache, on from where an earlier try stopped"
     hub, (http_get, WeakFileLock, build_hf_headers) = need('huggingface_hub'), _hub_parts()
-    url, headers = hub.hf_hub_url(repo, name, revision=rev, endpoint=endpoint), build_hf_headers(token=token)
+    url, headers = (
+        hub.hf_hub_url(repo, name, revision=rev, endpoint=endpoint),
+        build_hf_headers(token=token),
+    )
     m = hub.get_hf_file_metadata(url, token=token)
-    if not m.etag or not m.size or os.name == 'nt': return   # without links the cache looks otherwise: left to the client
-    if urlparse(m.location).netloc != urlparse(url).netloc: headers.pop('authorization', None)   # a signed address elsewhere does not get the token
-    blob = Path(need('huggingface_hub.constants').HF_HUB_CACHE)/f"models--{repo.replace('/', '--')}"/'blobs'/m.etag
+    if not m.etag or not m.size or os.name == 'nt':
+        return  # without links the cache looks otherwise: left to the client
+    if urlparse(m.location).netloc != urlparse(url).netloc:
+        headers.pop('authorization', None)  # a signed address elsewhere does not get the token
+    blob = (
+        Path(need('huggingface_hub.constants').HF_HUB_CACHE)
+        / f'models--{repo.replace("/", "--")}'
+        / 'blobs'
+        / m.etag
+    )
     blob.parent.mkdir(parents=True, exist_ok=True)
     part = blob.with_name(f'{m.etag}.part')
     with WeakFileLock(f'{part}.lock'):
-        if blob.exists(): return
-        with open(part, 'ab') as f: http_get(m.location, f, resume_size=f.tell(), headers=headers, expected_size=m.size, displayed_filename=name)
+        if blob.exists():
+            return
+        with open(part, 'ab') as f:
+            http_get(
+                m.location,
+                f,
+                resume_size=f.tell(),
+                headers=headers,
+                expected_size=m.size,
+                displayed_filename=name,
+            )
         if re.fullmatch('[0-9a-f]{64}', m.etag) and sha256(part) != m.etag:
             part.unlink()
-            raise LlamaZhError(f'{repo}: {name} came damaged (its sha256 is not the one the Hub names); run the same command again')
+            raise LlamaZhError(
+                f'{repo}: {name} came damaged (its sha256 is not the one the Hub names); run the same command again'
+            )
         os.replace(part, blob)
+
+
 def _hub_parts():
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
     return http_get, WeakFileLock, build_hf_headers
 
 # %% ../nbs/02_weights.ipynb #c2454a45
 def fetch_hub(
-    repo,       # 'owner/name', or 'owner/name@revision'
-    token=None, # None: HF_TOKEN, or what `hf auth login` stored
-)->Path: # the snapshot in the Hub's cache
+    repo,  # 'owner/name', or 'owner/name@revision'
+    token=None,  # None: HF_TOKEN, or what `hf auth login` stored
+) -> Path:  # the snapshot in the Hub's cache
     "Fetch what is needed of a Hub repository, or what the cache has when there is no network"
     hub, (repo, _, rev) = need('huggingface_hub'), repo.partition('@')
     kw = dict(token=token, endpoint=os.environ.get('HF_ENDPOINT') or None)
     try:
         files = hub.HfApi(**kw).list_repo_files(repo, revision=rev or None)
         for f in _pick(files):
-            if f.endswith(('.safetensors', '.bin', '.pth')): _continue(repo, f, rev or None, **kw)
-        return Path(hub.snapshot_download(repo, revision=rev or None, allow_patterns=_pick(files), **kw))
+            if f.endswith(('.safetensors', '.bin', '.pth')):
+                _continue(repo, f, rev or None, **kw)
+        return Path(
+            hub.snapshot_download(repo, revision=rev or None, allow_patterns=_pick(files), **kw)
+        )
     except Exception as e:
-        if not (text := _hub_error(e, repo)): raise
-        if 'not on this machine' not in text: raise LlamaZhError(text) from None
-    if p := _cached(hub, repo, rev or None): return p
+        if not (text := _hub_error(e, repo)):
+            raise
+        if 'not on this machine' not in text:
+            raise LlamaZhError(text) from None
+    if p := _cached(hub, repo, rev or None):
+        return p
     raise LlamaZhError(text)
 
 # %% ../nbs/02_weights.ipynb #5a51079f
 def fetch_modelscope(
-    repo, # 'owner/name', or 'owner/name@revision'
-)->Path:
+    repo,  # 'owner/name', or 'owner/name@revision'
+) -> Path:
     "Fetch from ModelScope through its own client"
     ms, (repo, _, rev) = need('modelscope'), repo.partition('@')
-    try: return Path(ms.snapshot_download(repo, **(dict(revision=rev) if rev else {})))
-    except Exception as e: raise LlamaZhError(f'ModelScope cannot give {repo!r} ({(str(e) or type(e).__name__).splitlines()[0][:200]}): check the name and the network; for a model that asks for it, log in with  modelscope login; or give a local folder') from None
+    try:
+        return Path(ms.snapshot_download(repo, **(dict(revision=rev) if rev else {})))
+    except Exception as e:
+        raise LlamaZhError(
+            f'ModelScope cannot give {repo!r} ({(str(e) or type(e).__name__).splitlines()[0][:200]}): check the name and the network; for a model that asks for it, log in with  modelscope login; or give a local folder'
+        ) from None
 
 # %% ../nbs/02_weights.ipynb #5d210811
 def _locate(source, token):
     "The local folder behind a source"
     s = str(source)
-    if s == 'mini': return packaged('mini')
-    if s.startswith('modelscope:'): return fetch_modelscope(s.removeprefix('modelscope:'))
+    if s == 'mini':
+        return packaged('mini')
+    if s.startswith('modelscope:'):
+        return fetch_modelscope(s.removeprefix('modelscope:'))
     p = Path(s).expanduser()
-    if p.is_dir(): return p
-    if p.exists(): raise LlamaZhError(f'{p} is {what_is(p)}, a folder with a whole model was expected')
-    if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?', s): return fetch_hub(s, token)
-    raise LlamaZhError(f"{s}: no such folder. Give 'mini', a Hugging Face folder, a folder in Meta's layout, or a Hub id such as meta-llama/Llama-2-7b-hf")
+    if p.is_dir():
+        return p
+    if p.exists():
+        raise LlamaZhError(f'{p} is {what_is(p)}, a folder with a whole model was expected')
+    if re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?', s):
+        return fetch_hub(s, token)
+    raise LlamaZhError(
+        f"{s}: no such folder. Give 'mini', a Hugging Face folder, a folder in Meta's layout, or a Hub id such as meta-llama/Llama-2-7b-hf"
+    )
+
+
 def _template_of(src):
-    f, c = src/'chat_template.jinja', src/'tokenizer_config.json'
-    t = f.read_text(encoding='utf-8') if f.exists() else read_json(c).get('chat_template') if c.exists() else None
+    f, c = src / 'chat_template.jinja', src / 'tokenizer_config.json'
+    t = (
+        f.read_text(encoding='utf-8')
+        if f.exists()
+        else read_json(c).get('chat_template')
+        if c.exists()
+        else None
+    )
     return t if isinstance(t, str) else None
+
+
 def _copy_hf(src, out, link):
     "A Hugging Face folder into ours: safetensors copied or linked, .bin rewritten tensor by tensor"
-    w, c = open_weights(src), read_json(src/'config.json')
-    if c.get('model_type') != 'llama': raise LlamaZhError(f"{src}: config.json says model_type {c.get('model_type')!r}; only Llama-architecture models ('llama') are read here")
+    w, c = open_weights(src), read_json(src / 'config.json')
+    if c.get('model_type') != 'llama':
+        raise LlamaZhError(
+            f"{src}: config.json says model_type {c.get('model_type')!r}; only Llama-architecture models ('llama') are read here"
+        )
     if isinstance(next(iter(w.values())), SafeFile):
-        names = {f.path.name for f in w.values()} | {p.name for p in src.glob('model.safetensors.index.json')}
-        for n in sorted(names): copy_file(src/n, out/n, link)
+        names = {f.path.name for f in w.values()} | {
+            p.name for p in src.glob('model.safetensors.index.json')
+        }
+        for n in sorted(names):
+            copy_file(src / n, out / n, link)
     else:
-        specs = {k: f.spec(k) for k, f in w.items() if not k.endswith('rotary_emb.inv_freq') and not (k == HEAD and c.get('tie_word_embeddings'))}
+        specs = {
+            k: f.spec(k)
+            for k, f in w.items()
+            if not k.endswith('rotary_emb.inv_freq')
+            and not (k == HEAD and c.get('tie_word_embeddings'))
+        }
         write_shards(out, specs, lambda k: w[k].get(k))
-    write_json(out/'config.json', c)
+    write_json(out / 'config.json', c)
     gen = {k: c.get(k) for k in ('bos_token_id', 'eos_token_id') if c.get(k) is not None}
-    write_json(out/'generation_config.json', read_json(src/'generation_config.json') if (src/'generation_config.json').exists() else gen)
+    write_json(
+        out / 'generation_config.json',
+        read_json(src / 'generation_config.json')
+        if (src / 'generation_config.json').exists()
+        else gen,
+    )
     add_tokenizer(src, out, _template_of(src))
+
+
 def copy_file(a, b, link=False):
     "Copy a file, or give it a second name where the file system can"
-    try: os.link(Path(a).resolve(), b) if link else shutil.copyfile(a, b)
+    try:
+        os.link(Path(a).resolve(), b) if link else shutil.copyfile(a, b)
     except OSError:
-        if not link: raise
+        if not link:
+            raise
         shutil.copyfile(a, b)
 
 # %% ../nbs/02_weights.ipynb #d86c1e21
 def acquire(
-    source,      # 'mini', Hugging Face folder, folder in Meta's layout, Hub id, 'modelscope:owner/name'
-    out,         # folder to make
+    source,  # 'mini', Hugging Face folder, folder in Meta's layout, Hub id, 'modelscope:owner/name'
+    out,  # folder to make
     token=None,  # for gated repositories; None: HF_TOKEN
     link=False,  # hard-link weights instead of copying, where that can be done
     check=True,  # verify all numbers at the end
-)->Path:
+) -> Path:
     "Bring a base model into `out` as a checked Hugging Face folder"
     src, out = _locate(source, token), Path(out)
     not_over(out, src)
-    if not ((src/'config.json').exists() or (src/'params.json').exists()): _weights_of(src)  # says what is there instead
+    if not ((src / 'config.json').exists() or (src / 'params.json').exists()):
+        _weights_of(src)  # says what is there instead
     with writing(out) as tmp:
-        if (src/'config.json').exists():
+        if (src / 'config.json').exists():
             tmp.mkdir()
             _copy_hf(src, tmp, link)
-        else: convert_meta(src, tmp)
+        else:
+            convert_meta(src, tmp)
         for p in src.iterdir():
-            if p.is_file() and p.name.upper().startswith(('LICENSE', 'USE_POLICY', 'NOTICE')): shutil.copyfile(p, tmp/p.name)
+            if p.is_file() and p.name.upper().startswith(('LICENSE', 'USE_POLICY', 'NOTICE')):
+                shutil.copyfile(p, tmp / p.name)
         rep = verify(tmp, values=check)
-        if rep.problems: raise LlamaZhError(f'{source} is not sound. ' + '. '.join(rep.problems).replace(str(tmp), str(source)))
+        if rep.problems:
+            raise LlamaZhError(
+                f'{source} is not sound. ' + '. '.join(rep.problems).replace(str(tmp), str(source))
+            )
     return out

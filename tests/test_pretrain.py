@@ -1,61 +1,140 @@
 """Training that can be trusted: packed equals alone, killed equals undisturbed, old rows stay, adapters know their base."""
-import json, os, random, shutil, signal, subprocess, sys
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
-import pytest
+
 import numpy as np
+import pytest
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('peft')
 os.environ['LLAMA_ZH_PROGRESS'] = '0'
 
-from llama_zh_nb.core.errors import LlamaZhError
-from llama_zh_nb.training.trainer import History, fit, last_checkpoint
-from llama_zh_nb.core.machine import quiet
 from llama_zh_nb.checkpoint.adapter import check_adapter
-from llama_zh_nb.checkpoint.folder import check_folder, fingerprint, load_tokenizer, new_rows, rewrite
-from llama_zh_nb.training.lora import load_base, prepare, save_trained, trainable
+from llama_zh_nb.checkpoint.folder import (
+    check_folder,
+    fingerprint,
+    load_tokenizer,
+    new_rows,
+    rewrite,
+)
 from llama_zh_nb.checkpoint.merge import merge_adapter
-from llama_zh_nb.pretrain import Collate, documents, encode, fill, order, pack, pretrain
 from llama_zh_nb.checkpoint.tensors import open_weights, write_shards
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.machine import quiet
+from llama_zh_nb.pretrain import Collate, documents, encode, fill, order, pack, pretrain
+from llama_zh_nb.training.lora import load_base, prepare, save_trained
+from llama_zh_nb.training.trainer import History, fit, last_checkpoint
 
-OLD = 60   # rows that count as old in the tiny folder
+OLD = 60  # rows that count as old in the tiny folder
+
 
 def texts(n, seed=0, zh=True):
     r = random.Random(seed)
-    who, does = (['春天','河水','山里','孩子','老人','小猫','茶叶','米饭'], ['喜欢','看见','想起','走过','带来']) if zh else (['the river','a child','old tea','the hill','a cat'], [' likes ',' sees ',' finds '])
-    return [(''if zh else ' ').join(r.choice(who)+r.choice(does)+r.choice(who)+('。' if zh else '.') for _ in range(r.randint(2, 9))) for _ in range(n)]
+    who, does = (
+        (
+            ['春天', '河水', '山里', '孩子', '老人', '小猫', '茶叶', '米饭'],
+            ['喜欢', '看见', '想起', '走过', '带来'],
+        )
+        if zh
+        else (
+            ['the river', 'a child', 'old tea', 'the hill', 'a cat'],
+            [' likes ', ' sees ', ' finds '],
+        )
+    )
+    return [
+        ('' if zh else ' ').join(
+            r.choice(who) + r.choice(does) + r.choice(who) + ('。' if zh else '.')
+            for _ in range(r.randint(2, 9))
+        )
+        for _ in range(n)
+    ]
+
 
 def make(out, tied=False, rows=None, seed=0):
     "A Hugging Face folder: two thin random layers, a small BPE tokenizer"
-    from tokenizers import Tokenizer, models, trainers, decoders
-    from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, decoders, models, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     t = Tokenizer(models.BPE(unk_token='<unk>'))
-    t.train_from_iterator(texts(200) + texts(200, zh=False), trainers.BpeTrainer(vocab_size=150, special_tokens=['<unk>','<s>','</s>'], show_progress=False))
+    t.train_from_iterator(
+        texts(200) + texts(200, zh=False),
+        trainers.BpeTrainer(
+            vocab_size=150, special_tokens=['<unk>', '<s>', '</s>'], show_progress=False
+        ),
+    )
     t.decoder = decoders.Fuse()
-    tok = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>'
+    )
     torch.manual_seed(seed)
-    c = LlamaConfig(vocab_size=rows or -(-len(tok)//8)*8, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                    max_position_embeddings=256, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, initializer_range=.1)
-    with quiet(): LlamaForCausalLM(c).save_pretrained(out); tok.save_pretrained(out)
-    (Path(out)/'resize.json').write_text(json.dumps(dict(old_rows=OLD)))
+    c = LlamaConfig(
+        vocab_size=rows or -(-len(tok) // 8) * 8,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.1,
+    )
+    with quiet():
+        LlamaForCausalLM(c).save_pretrained(out)
+        tok.save_pretrained(out)
+    (Path(out) / 'resize.json').write_text(json.dumps(dict(old_rows=OLD)))
     return Path(out)
 
+
 @pytest.fixture(scope='session')
-def base(tmp_path_factory): return make(tmp_path_factory.mktemp('tiny')/'base')
+def base(tmp_path_factory):
+    return make(tmp_path_factory.mktemp('tiny') / 'base')
+
 
 ZH, EN = texts(120, 1), texts(60, 2, False)
 HELD = dict(zh=texts(6, 3), en=texts(6, 4, False))
-SMALL = dict(replay_corpus=EN, lora_r=4, lora_alpha=8, lora_dropout=.1, block=64, batch=4, lr=5e-3, max_steps=12, eval_every=4, save_every=4, log_every=2, heldout=HELD, device='cpu')
+SMALL = dict(
+    replay_corpus=EN,
+    lora_r=4,
+    lora_alpha=8,
+    lora_dropout=0.1,
+    block=64,
+    batch=4,
+    lr=5e-3,
+    max_steps=12,
+    eval_every=4,
+    save_every=4,
+    log_every=2,
+    heldout=HELD,
+    device='cpu',
+)
+
 
 def losses(model, batch):
     "Loss of every labelled token"
-    logits = model(input_ids=batch['input_ids'], position_ids=batch.get('position_ids')).logits[:, :-1]
+    logits = model(input_ids=batch['input_ids'], position_ids=batch.get('position_ids')).logits[
+        :, :-1
+    ]
     labels = batch['labels'][:, 1:]
-    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction='none', ignore_index=-100)[labels >= 0]
+    return torch.nn.functional.cross_entropy(
+        logits.transpose(1, 2), labels, reduction='none', ignore_index=-100
+    )[labels >= 0]
 
-def tensors(folder): return {k: f.get(k) for k, f in open_weights(folder).items()}
+
+def tensors(folder):
+    return {k: f.get(k) for k, f in open_weights(folder).items()}
+
 
 # ---- packing
+
 
 @pytest.mark.parametrize('attn', ['sdpa', 'eager'])
 @pytest.mark.parametrize('train', ['full', 'lora+new'])
@@ -67,8 +146,9 @@ def test_packed_equals_alone(base, attn, train):
     with torch.no_grad():
         alone = torch.cat([losses(m, Collate(1)([dict(input_ids=np.array(d))])) for d in docs])
         apart, mixed = losses(m, Collate(1)(rows)), losses(m, Collate(1, mix=True)(rows))
-    assert len(alone) == len(apart) and (alone-apart).abs().max() < 1e-5
+    assert len(alone) == len(apart) and (alone - apart).abs().max() < 1e-5
     assert len(mixed) == len(apart) + len(docs) - 1 and abs(mixed.mean() - apart.mean()) > 1e-3
+
 
 def test_fill_loses_nothing():
     r = random.Random(0)
@@ -77,97 +157,170 @@ def test_fill_loses_nothing():
         blocks = list(fill(docs, 64, cut))
         assert {len(b) for b in blocks} == {64}
         assert sorted(i for b in blocks for i in b if i >= 0) == sorted(i for d in docs for i in d)
-    for b in fill([d for d in docs if len(d) <= 64], 64): assert b[0] == 1 and [i for i in b if i >= 0][-1] == 2   # short documents are never cut
+    for b in fill([d for d in docs if len(d) <= 64], 64):
+        assert b[0] == 1 and [i for i in b if i >= 0][-1] == 2  # short documents are never cut
+
 
 def test_pack_reports_and_is_used_again(base, tmp_path):
     tok = load_tokenizer(base)
-    a = pack(ZH, tok, tmp_path/'b', 64, key=[1])
+    a = pack(ZH, tok, tmp_path / 'b', 64, key=[1])
     n = a.report
-    assert n['documents'] == len(ZH) and n['characters'] == sum(map(len, ZH)) and n['blocks']*64 == n['tokens'] + n['padding'] == len(a)*64
-    assert len(pack(iter(()), tok, tmp_path/'b', 64, key=[1])) == len(a)   # the same key: not packed again
-    d = pack(ZH, tok, tmp_path/'c', 64, cut=True, drop_rest=True).report
-    assert d['padding'] == 0 and d['blocks']*64 + d['dropped_tokens'] == d['tokens']
-    with pytest.raises(LlamaZhError, match='nothing to train on'): pack(['', ' '], tok, tmp_path/'d', 64)
-    assert not (tmp_path/'d').exists()
+    assert (
+        n['documents'] == len(ZH)
+        and n['characters'] == sum(map(len, ZH))
+        and n['blocks'] * 64 == n['tokens'] + n['padding'] == len(a) * 64
+    )
+    assert len(pack(iter(()), tok, tmp_path / 'b', 64, key=[1])) == len(
+        a
+    )  # the same key: not packed again
+    d = pack(ZH, tok, tmp_path / 'c', 64, cut=True, drop_rest=True).report
+    assert d['padding'] == 0 and d['blocks'] * 64 + d['dropped_tokens'] == d['tokens']
+    with pytest.raises(LlamaZhError, match='nothing to train on'):
+        pack(['', ' '], tok, tmp_path / 'd', 64)
+    assert not (tmp_path / 'd').exists()
+
 
 def test_pack_in_parts_by_any_number_of_processes(base, tmp_path):
     tok = load_tokenizer(base)
-    a, b = (pack(ZH, tok, tmp_path/str(w), 64, part_docs=50, workers=w) for w in (None, 2))
-    assert len(list((tmp_path/'2').glob('*.arrow'))) == 3 and a.report == b.report and len(a) == len(b) > 30
-    assert all((a[i] == b[i]).all() for i in range(len(a))) and [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
-    whole = pack(ZH, tok, tmp_path/'w', 64)
-    assert whole.report['tokens'] == a.report['tokens'] and sorted(i for r in a for i in r if i >= 0) == sorted(i for r in whole for i in r if i >= 0)
+    a, b = (pack(ZH, tok, tmp_path / str(w), 64, part_docs=50, workers=w) for w in (None, 2))
+    assert (
+        len(list((tmp_path / '2').glob('*.arrow'))) == 3
+        and a.report == b.report
+        and len(a) == len(b) > 30
+    )
+    assert (
+        all((a[i] == b[i]).all() for i in range(len(a)))
+        and [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
+    )
+    whole = pack(ZH, tok, tmp_path / 'w', 64)
+    assert whole.report['tokens'] == a.report['tokens'] and sorted(
+        i for r in a for i in r if i >= 0
+    ) == sorted(i for r in whole for i in r if i >= 0)
+
 
 def test_packing_goes_on_where_it_was_cut_off(base, tmp_path, monkeypatch):
     import llama_zh_nb.pretrain as m
+
     tok, made, real = load_tokenizer(base), [], m._one_part
+
     def part(tokenizer, texts, path, how):
-        if len(made) == 2: raise KeyboardInterrupt
-        made.append(Path(path).name); real(tokenizer, texts, path, how)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(Path(path).name)
+        real(tokenizer, texts, path, how)
+
     monkeypatch.setattr(m, '_one_part', part)
-    with pytest.raises(KeyboardInterrupt): pack(ZH, tok, tmp_path/'b', 64, key=1, part_docs=30)
-    assert made == ['data-00000', 'data-00001'] and not (tmp_path/'b').exists()
+    with pytest.raises(KeyboardInterrupt):
+        pack(ZH, tok, tmp_path / 'b', 64, key=1, part_docs=30)
+    assert made == ['data-00000', 'data-00001'] and not (tmp_path / 'b').exists()
     made.clear()
-    b = pack(ZH, tok, tmp_path/'b', 64, key=1, part_docs=30)   # 120 documents: two parts are left
-    assert made == ['data-00002', 'data-00003'] and b.report['documents'] == len(ZH) and len(list((tmp_path/'b').glob('*.arrow'))) == 4
+    b = pack(ZH, tok, tmp_path / 'b', 64, key=1, part_docs=30)  # 120 documents: two parts are left
+    assert (
+        made == ['data-00002', 'data-00003']
+        and b.report['documents'] == len(ZH)
+        and len(list((tmp_path / 'b').glob('*.arrow'))) == 4
+    )
+
 
 def test_control_tokens_in_text_stay_text(base):
     (ids,) = encode(load_tokenizer(base), ['春天</s><s>河水'])
     assert ids.count(2) == 1 and ids.count(1) == 1
 
+
 def test_order_has_its_share_and_is_repeatable():
-    o = order(10, 7, .2, 100, seed=3)
-    assert (o >= 10).sum() == 20 and all((o[i:i+10] >= 10).sum() == 2 for i in range(0, 100, 10))
-    assert sorted(o[o < 10][:10]) == list(range(10)) and (order(10, 7, .2, 100, seed=3) == o).all()
+    o = order(10, 7, 0.2, 100, seed=3)
+    assert (o >= 10).sum() == 20 and all(
+        (o[i : i + 10] >= 10).sum() == 2 for i in range(0, 100, 10)
+    )
+    assert sorted(o[o < 10][:10]) == list(range(10)) and (order(10, 7, 0.2, 100, seed=3) == o).all()
     assert (order(10, 0, 0, 10) < 10).all()
 
+
 def test_corpus_folder_keeps_its_valid_part_out(tmp_path):
-    for part, t in (('train', '春天'), ('valid', '河水')): (tmp_path/f'{part}.jsonl').write_text(json.dumps(dict(text=t)) + '\n', encoding='utf-8')
+    for part, t in (('train', '春天'), ('valid', '河水')):
+        (tmp_path / f'{part}.jsonl').write_text(json.dumps(dict(text=t)) + '\n', encoding='utf-8')
     assert list(documents(tmp_path)) == ['春天'] and list(documents(tmp_path, 'valid')) == ['河水']
-    with pytest.raises(LlamaZhError, match='no such corpus'): documents(tmp_path/'x')
+    with pytest.raises(LlamaZhError, match='no such corpus'):
+        documents(tmp_path / 'x')
+
 
 # ---- a run
 
+
 @pytest.fixture(scope='session')
 def done(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp('run')/'whole'
+    out = tmp_path_factory.mktemp('run') / 'whole'
     return out, pretrain(base, ZH, out, **SMALL)
+
 
 def test_learns_and_leaves_a_plain_folder(base, done):
     out, h = done
     assert h.last('zh_bpc') < h.first('zh_bpc') and h.last('step') == 12 and h.first('tokens') == 0
-    assert [r['step'] for r in h if 'zh_bpc' in r] == [0, 4, 8, 12] and History.load(out/'history.json') == h
-    assert not (out/'checkpoints').exists() and check_folder(out)['config'] == check_folder(base)['config']
+    assert [r['step'] for r in h if 'zh_bpc' in r] == [0, 4, 8, 12] and History.load(
+        out / 'history.json'
+    ) == h
+    assert (
+        not (out / 'checkpoints').exists()
+        and check_folder(out)['config'] == check_folder(base)['config']
+    )
     assert '<table>' in h._repr_html_() and len(h.plot().axes) == 3
 
+
 def test_merged_folder_measures_as_the_run_said(done):
-    from llama_zh_nb.evals.measure import bits
     from llama_zh_nb.checkpoint.folder import load
+    from llama_zh_nb.evals.measure import bits
+
     out, h = done
-    with quiet(): m, tok = load(out, 'cpu')
+    with quiet():
+        m, tok = load(out, 'cpu')
     assert abs(bits(m, tok, HELD['zh']).bpc - h.last('zh_bpc')) < 1e-5
+
 
 def test_old_rows_stay_bit_for_bit(base, done):
     a, b = tensors(base), tensors(done[0])
     for k in ('model.embed_tokens.weight', 'lm_head.weight'):
-        assert torch.equal(a[k][:OLD], b[k][:OLD]) and not torch.equal(a[k][OLD:150], b[k][OLD:150]) and torch.equal(a[k][150:], b[k][150:])
+        assert (
+            torch.equal(a[k][:OLD], b[k][:OLD])
+            and not torch.equal(a[k][OLD:150], b[k][OLD:150])
+            and torch.equal(a[k][150:], b[k][150:])
+        )
+
 
 def test_new_rows_get_the_gradient_of_full_training(base):
-    batch = Collate(1)([dict(input_ids=np.array(b)) for b in fill(encode(load_tokenizer(base), ZH[:12]), 64)]); batch.pop('row')
-    full, part = (prepare(load_base(base, t, 'cpu'), t, (OLD, 150), r=4) for t in ('full', 'lora+new'))
+    batch = Collate(1)(
+        [dict(input_ids=np.array(b)) for b in fill(encode(load_tokenizer(base), ZH[:12]), 64)]
+    )
+    batch.pop('row')
+    full, part = (
+        prepare(load_base(base, t, 'cpu'), t, (OLD, 150), r=4) for t in ('full', 'lora+new')
+    )
     a, b = (m(**batch).loss for m in (full, part))
-    assert a.item() == pytest.approx(b.item(), abs=1e-6)   # LoRA begins at nothing
-    a.backward(); b.backward()
-    for k, w in (('embed_tokens', full.get_input_embeddings().weight), ('lm_head', full.get_output_embeddings().weight)):
-        (delta,) = [p for n, p in part.named_parameters() if k in n and 'trainable_tokens_delta' in n]
-        assert delta.grad.abs().max() > 1e-3 and torch.allclose(delta.grad, w.grad[OLD:150], atol=1e-6)
-    assert not [n for n, p in part.named_parameters() if p.grad is not None and 'lora' not in n and 'delta' not in n]
+    assert a.item() == pytest.approx(b.item(), abs=1e-6)  # LoRA begins at nothing
+    a.backward()
+    b.backward()
+    for k, w in (
+        ('embed_tokens', full.get_input_embeddings().weight),
+        ('lm_head', full.get_output_embeddings().weight),
+    ):
+        (delta,) = [
+            p for n, p in part.named_parameters() if k in n and 'trainable_tokens_delta' in n
+        ]
+        assert delta.grad.abs().max() > 1e-3 and torch.allclose(
+            delta.grad, w.grad[OLD:150], atol=1e-6
+        )
+    assert not [
+        n
+        for n, p in part.named_parameters()
+        if p.grad is not None and 'lora' not in n and 'delta' not in n
+    ]
+
 
 def test_done_is_not_done_again(base, done, capsys):
     out, h = done
-    before = (out/'model.safetensors').stat().st_mtime_ns
+    before = (out / 'model.safetensors').stat().st_mtime_ns
     assert pretrain(base, ZH, out, **SMALL) == h and 'done before' in capsys.readouterr().out
-    assert (out/'model.safetensors').stat().st_mtime_ns == before
+    assert (out / 'model.safetensors').stat().st_mtime_ns == before
+
 
 KILL = """
 import sys, os, signal
@@ -184,161 +337,286 @@ p.Collate = Dies
 p.pretrain({base!r}, t.ZH, {out!r}, **t.SMALL)
 """
 
+
 @pytest.mark.skipif(os.name == 'nt', reason='needs SIGKILL')
 def test_kill_9_and_resume_is_bit_identical(base, done, tmp_path, capsys):
     whole, h = done
-    code = KILL.format(tests=str(Path(__file__).parent), base=str(base), out=str(tmp_path/'cut'), threads=torch.get_num_threads())
+    code = KILL.format(
+        tests=str(Path(__file__).parent),
+        base=str(base),
+        out=str(tmp_path / 'cut'),
+        threads=torch.get_num_threads(),
+    )
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300)
     assert p.returncode == -signal.SIGKILL, p.stderr[-2000:]
-    assert last_checkpoint(tmp_path/'cut'/'checkpoints').name == 'checkpoint-8' and not (tmp_path/'cut'/'config.json').exists()
-    (tmp_path/'cut'/'checkpoints'/'checkpoint-99').mkdir()   # as a process leaves that was killed while writing
-    h2 = pretrain(base, ZH, tmp_path/'cut', **SMALL)
+    assert (
+        last_checkpoint(tmp_path / 'cut' / 'checkpoints').name == 'checkpoint-8'
+        and not (tmp_path / 'cut' / 'config.json').exists()
+    )
+    (
+        tmp_path / 'cut' / 'checkpoints' / 'checkpoint-99'
+    ).mkdir()  # as a process leaves that was killed while writing
+    h2 = pretrain(base, ZH, tmp_path / 'cut', **SMALL)
     assert 'resuming from checkpoint-8' in capsys.readouterr().out
-    for k in ('loss', 'zh_bpc', 'en_bpb', 'lr', 'grad_norm'): assert h.column(k) == h2.column(k), k
-    assert (whole/'model.safetensors').read_bytes() == (tmp_path/'cut'/'model.safetensors').read_bytes()
-    assert (whole/'adapter'/'adapter_model.safetensors').read_bytes() == (tmp_path/'cut'/'adapter'/'adapter_model.safetensors').read_bytes()
+    for k in ('loss', 'zh_bpc', 'en_bpb', 'lr', 'grad_norm'):
+        assert h.column(k) == h2.column(k), k
+    assert (whole / 'model.safetensors').read_bytes() == (
+        tmp_path / 'cut' / 'model.safetensors'
+    ).read_bytes()
+    assert (whole / 'adapter' / 'adapter_model.safetensors').read_bytes() == (
+        tmp_path / 'cut' / 'adapter' / 'adapter_model.safetensors'
+    ).read_bytes()
+
 
 def test_other_settings_start_anew(base, tmp_path, capsys):
-    class Stop(Exception): pass
+    class Stop(Exception):
+        pass
+
     class Dies:
-        def __init__(self, rows): self.rows = rows
-        def __len__(self): return 64
+        def __init__(self, rows):
+            self.rows = rows
+
+        def __len__(self):
+            return 64
+
         def __getitem__(self, i):
-            if i == 25: raise Stop
+            if i == 25:
+                raise Stop
             return self.rows[i % len(self.rows)]
-    rows = [dict(input_ids=np.array(b), row=i) for i, b in enumerate(fill(encode(load_tokenizer(base), ZH), 64))]
+
+    rows = [
+        dict(input_ids=np.array(b), row=i)
+        for i, b in enumerate(fill(encode(load_tokenizer(base), ZH), 64))
+    ]
     kw = dict(max_steps=8, batch=4, lr=1e-3, save_every=3, device='cpu')
     for s in (dict(a=1), dict(a=2)):
-        with pytest.raises(Stop): fit(load_base(base, 'full', 'cpu'), None, Dies(rows), Collate(1), tmp_path, settings=s, **kw)
+        with pytest.raises(Stop):
+            fit(
+                load_base(base, 'full', 'cpu'),
+                None,
+                Dies(rows),
+                Collate(1),
+                tmp_path,
+                settings=s,
+                **kw,
+            )
     assert 'starting from the beginning' in capsys.readouterr().out
+
 
 @pytest.mark.parametrize('train', ['lora+embed', 'embed', 'full', 'lora'])
 def test_other_things_to_train(base, tmp_path, train):
-    h = pretrain(base, ZH, tmp_path/'o', **SMALL | dict(train=train, max_steps=4, replay_corpus=None, save_every=None))
-    a, b = tensors(base), tensors(tmp_path/'o')
+    h = pretrain(
+        base,
+        ZH,
+        tmp_path / 'o',
+        **SMALL | dict(train=train, max_steps=4, replay_corpus=None, save_every=None),
+    )
+    a, b = tensors(base), tensors(tmp_path / 'o')
     moved = {k for k in a if not torch.equal(a[k], b[k])}
     emb, norms = {'model.embed_tokens.weight', 'lm_head.weight'}, {k for k in a if 'norm' in k}
-    assert moved == {'lora+embed': set(a)-norms, 'embed': emb, 'full': set(a), 'lora': set(a)-norms-emb}[train]
-    assert (tmp_path/'o'/'adapter').exists() == train.startswith('lora') and h.last('zh_bpc') < h.first('zh_bpc')
+    assert (
+        moved
+        == {
+            'lora+embed': set(a) - norms,
+            'embed': emb,
+            'full': set(a),
+            'lora': set(a) - norms - emb,
+        }[train]
+    )
+    assert (tmp_path / 'o' / 'adapter').exists() == train.startswith('lora') and h.last(
+        'zh_bpc'
+    ) < h.first('zh_bpc')
+
 
 def test_accumulation_equals_the_large_batch(base, tmp_path):
-    kw = SMALL | dict(max_steps=4, lora_dropout=0., save_every=None, log_every=1)
-    a = pretrain(base, ZH, tmp_path/'a', **kw)
-    b = pretrain(base, ZH, tmp_path/'b', **kw | dict(batch=1, accum=4))
+    kw = SMALL | dict(max_steps=4, lora_dropout=0.0, save_every=None, log_every=1)
+    a = pretrain(base, ZH, tmp_path / 'a', **kw)
+    b = pretrain(base, ZH, tmp_path / 'b', **kw | dict(batch=1, accum=4))
     assert np.allclose(a.column('loss')[1], b.column('loss')[1], atol=1e-5)
-    x, y = tensors(tmp_path/'a'), tensors(tmp_path/'b')
+    x, y = tensors(tmp_path / 'a'), tensors(tmp_path / 'b')
     assert all(torch.allclose(x[k], y[k], atol=1e-4) for k in x)
 
+
 def test_gradient_checkpointing_changes_nothing(base, tmp_path):
-    kw = SMALL | dict(max_steps=3, lora_dropout=0., save_every=None, log_every=1)
-    a, b = (pretrain(base, ZH, tmp_path/str(g), **kw | dict(gradient_checkpointing=g)) for g in (False, True))
+    kw = SMALL | dict(max_steps=3, lora_dropout=0.0, save_every=None, log_every=1)
+    a, b = (
+        pretrain(base, ZH, tmp_path / str(g), **kw | dict(gradient_checkpointing=g))
+        for g in (False, True)
+    )
     assert np.allclose(a.column('loss')[1], b.column('loss')[1], atol=1e-6)
+
 
 def test_two_stages(base, tmp_path, capsys):
     kw = SMALL | dict(max_steps=4, save_every=None, embed_steps=3, log_every=1, replay_corpus=None)
-    h = pretrain(base, ZH, tmp_path/'o', **kw)
-    assert h.column('loss')[0] == [1, 2, 3, 4, 5, 6, 7] and h.last('tokens') == 7*4*64 and h.last('zh_bpc') < h.first('zh_bpc')
-    a, b, c = (tensors(p) for p in (base, tmp_path/'o'/'embed', tmp_path/'o'))
+    h = pretrain(base, ZH, tmp_path / 'o', **kw)
+    assert (
+        h.column('loss')[0] == [1, 2, 3, 4, 5, 6, 7]
+        and h.last('tokens') == 7 * 4 * 64
+        and h.last('zh_bpc') < h.first('zh_bpc')
+    )
+    a, b, c = (tensors(p) for p in (base, tmp_path / 'o' / 'embed', tmp_path / 'o'))
     emb = {'model.embed_tokens.weight', 'lm_head.weight'}
-    assert {k for k in a if not torch.equal(a[k], b[k])} == emb and all(torch.equal(b[k][:OLD], c[k][:OLD]) for k in emb)
-    check_adapter(tmp_path/'o'/'adapter', tmp_path/'o'/'embed')
-    assert pretrain(base, ZH, tmp_path/'o', **kw) == h and capsys.readouterr().out.count('done before') == 2
+    assert {k for k in a if not torch.equal(a[k], b[k])} == emb and all(
+        torch.equal(b[k][:OLD], c[k][:OLD]) for k in emb
+    )
+    check_adapter(tmp_path / 'o' / 'adapter', tmp_path / 'o' / 'embed')
+    assert (
+        pretrain(base, ZH, tmp_path / 'o', **kw) == h
+        and capsys.readouterr().out.count('done before') == 2
+    )
+
 
 def test_speed_and_tensorboard(base, tmp_path):
     pytest.importorskip('tensorboard')
-    h = pretrain(base, ZH, tmp_path/'o', **SMALL | dict(max_steps=4, save_every=None, report_to='auto'))
-    assert len(h.column('tokens_per_second')[1]) == 2 and all(v > 0 for v in h.column('tokens_per_second')[1])
-    assert list((tmp_path/'o'/'tensorboard').glob('events*'))
+    h = pretrain(
+        base, ZH, tmp_path / 'o', **SMALL | dict(max_steps=4, save_every=None, report_to='auto')
+    )
+    assert len(h.column('tokens_per_second')[1]) == 2 and all(
+        v > 0 for v in h.column('tokens_per_second')[1]
+    )
+    assert list((tmp_path / 'o' / 'tensorboard').glob('events*'))
+
 
 def test_two_learning_rates(base, tmp_path):
-    pretrain(base, ZH, tmp_path/'e', **SMALL | dict(max_steps=2, save_every=None, lr=1e-9, embed_lr=1e-2, weight_decay=0.))
-    a, b = tensors(base), tensors(tmp_path/'e')
-    d = {k: (a[k]-b[k]).abs().max() for k in a}
+    pretrain(
+        base,
+        ZH,
+        tmp_path / 'e',
+        **SMALL | dict(max_steps=2, save_every=None, lr=1e-9, embed_lr=1e-2, weight_decay=0.0),
+    )
+    a, b = tensors(base), tensors(tmp_path / 'e')
+    d = {k: (a[k] - b[k]).abs().max() for k in a}
     assert d['lm_head.weight'] > 1e-3 and d['model.layers.0.mlp.up_proj.weight'] < 1e-5
 
+
 def test_stops_at_nan_and_names_the_step(base, tmp_path):
-    bad = rewrite(base, {'lm_head.weight': lambda w: w.index_fill(0, torch.tensor([80]), float('nan'))}, tmp_path/'bad')
-    with pytest.raises(LlamaZhError, match=r'nan at step 1, in the batch of rows \[\d+'): pretrain(bad, ZH, tmp_path/'o', **SMALL | dict(heldout={}))
-    assert not (tmp_path/'o'/'config.json').exists()
+    bad = rewrite(
+        base,
+        {'lm_head.weight': lambda w: w.index_fill(0, torch.tensor([80]), float('nan'))},
+        tmp_path / 'bad',
+    )
+    with pytest.raises(LlamaZhError, match=r'nan at step 1, in the batch of rows \[\d+'):
+        pretrain(bad, ZH, tmp_path / 'o', **SMALL | dict(heldout={}))
+    assert not (tmp_path / 'o' / 'config.json').exists()
+
 
 def test_folder_without_new_rows_says_so(base, tmp_path, capsys):
-    plain = shutil.copytree(base, tmp_path/'plain', ignore=shutil.ignore_patterns('resize.json'))
-    h = pretrain(plain, ZH, tmp_path/'o', **SMALL | dict(max_steps=2))
+    plain = shutil.copytree(base, tmp_path / 'plain', ignore=shutil.ignore_patterns('resize.json'))
+    h = pretrain(plain, ZH, tmp_path / 'o', **SMALL | dict(max_steps=2))
     assert 'no new rows' in capsys.readouterr().out and h.info['train'] == 'lora'
+
 
 # ---- refusals
 
+
 def test_sizes_that_disagree_are_all_named(base, tmp_path):
-    bad = make(tmp_path/'bad', rows=2000)
-    with pytest.raises(LlamaZhError, match='2,000.*150 pieces'): pretrain(bad, ZH, tmp_path/'o', **SMALL)
-    bad = shutil.copytree(base, tmp_path/'bad2')
-    c = json.loads((bad/'config.json').read_text()); (bad/'config.json').write_text(json.dumps(c | dict(vocab_size=160)))
-    with pytest.raises(LlamaZhError, match='vocab_size 160.*152 rows.*150 pieces'): check_folder(bad)
+    bad = make(tmp_path / 'bad', rows=2000)
+    with pytest.raises(LlamaZhError, match='2,000.*150 pieces'):
+        pretrain(bad, ZH, tmp_path / 'o', **SMALL)
+    bad = shutil.copytree(base, tmp_path / 'bad2')
+    c = json.loads((bad / 'config.json').read_text())
+    (bad / 'config.json').write_text(json.dumps(c | dict(vocab_size=160)))
+    with pytest.raises(LlamaZhError, match='vocab_size 160.*152 rows.*150 pieces'):
+        check_folder(bad)
+
 
 def test_what_cannot_be_done_is_said(base, tmp_path):
-    with pytest.raises(LlamaZhError, match='CUDA'): pretrain(base, ZH, tmp_path/'o', **SMALL | dict(load_in_4bit=True))
-    with pytest.raises(LlamaZhError, match='lora\\+new'): pretrain(base, ZH, tmp_path/'o', **SMALL | dict(train='lora+nwe'))
-    with pytest.raises(LlamaZhError, match='config.json'): pretrain(tmp_path, ZH, tmp_path/'o', **SMALL)
-    with pytest.raises(LlamaZhError, match='not within'): new_rows(base, (0, 999))
+    with pytest.raises(LlamaZhError, match='CUDA'):
+        pretrain(base, ZH, tmp_path / 'o', **SMALL | dict(load_in_4bit=True))
+    with pytest.raises(LlamaZhError, match='lora\\+new'):
+        pretrain(base, ZH, tmp_path / 'o', **SMALL | dict(train='lora+nwe'))
+    with pytest.raises(LlamaZhError, match='config.json'):
+        pretrain(tmp_path, ZH, tmp_path / 'o', **SMALL)
+    with pytest.raises(LlamaZhError, match='not within'):
+        new_rows(base, (0, 999))
+
 
 def test_adapter_knows_its_base(base, done, tmp_path):
-    a = done[0]/'adapter'
+    a = done[0] / 'adapter'
     check_adapter(a, base)
-    other = make(tmp_path/'other', seed=1)
-    with pytest.raises(LlamaZhError, match='trained on weights'): merge_adapter(other, a, tmp_path/'m')
-    (other/'tokenizer.json').write_text((other/'tokenizer.json').read_text().replace('春天', '秋天'))
-    with pytest.raises(LlamaZhError, match='tokenizer'): merge_adapter(other, a, tmp_path/'m')
-    assert not (tmp_path/'m').exists()
+    other = make(tmp_path / 'other', seed=1)
+    with pytest.raises(LlamaZhError, match='trained on weights'):
+        merge_adapter(other, a, tmp_path / 'm')
+    (other / 'tokenizer.json').write_text(
+        (other / 'tokenizer.json').read_text().replace('春天', '秋天')
+    )
+    with pytest.raises(LlamaZhError, match='tokenizer'):
+        merge_adapter(other, a, tmp_path / 'm')
+    assert not (tmp_path / 'm').exists()
+
 
 def test_useless_adapters_are_refused(base, done, tmp_path):
     from safetensors.torch import load_file, save_file
-    a = shutil.copytree(done[0]/'adapter', tmp_path/'a')
-    f, state = a/'adapter_model.safetensors', load_file(done[0]/'adapter'/'adapter_model.safetensors')
-    for bad, why in (({}, '0 tensors'), ({k: v*0 for k, v in state.items()}, 'every lora_B is zero'), (state | {next(iter(state)): next(iter(state.values()))*float('nan')}, 'NaN')):
+
+    a = shutil.copytree(done[0] / 'adapter', tmp_path / 'a')
+    f, state = (
+        a / 'adapter_model.safetensors',
+        load_file(done[0] / 'adapter' / 'adapter_model.safetensors'),
+    )
+    for bad, why in (
+        ({}, '0 tensors'),
+        ({k: v * 0 for k, v in state.items()}, 'every lora_B is zero'),
+        (state | {next(iter(state)): next(iter(state.values())) * float('nan')}, 'NaN'),
+    ):
         save_file(bad, f)
-        with pytest.raises(LlamaZhError, match=why): merge_adapter(base, a, tmp_path/'m')
+        with pytest.raises(LlamaZhError, match=why):
+            merge_adapter(base, a, tmp_path / 'm')
     f.unlink()
-    with pytest.raises(LlamaZhError, match='not an adapter folder'): merge_adapter(base, a, tmp_path/'m')
+    with pytest.raises(LlamaZhError, match='not an adapter folder'):
+        merge_adapter(base, a, tmp_path / 'm')
+
 
 # ---- merge
+
 
 def trained(folder, train, out):
     m = prepare(load_base(folder, train, 'cpu'), train, (OLD, 150), r=4)
     ids = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
     opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)
-    for _ in range(3): m(input_ids=ids, labels=ids).loss.backward(); opt.step(); opt.zero_grad()
+    for _ in range(3):
+        m(input_ids=ids, labels=ids).loss.backward()
+        opt.step()
+        opt.zero_grad()
     save_trained(m, out, folder, train)
     return m
+
 
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('train', ['lora+new', 'lora+embed'])
 def test_merge_equals_pefts(base, tmp_path, train, tied):
-    b = make(tmp_path/'tied', tied=True) if tied else base
-    m = trained(b, train, tmp_path/'o')
-    theirs, ours = m.merge_and_unload().state_dict(), tensors(tmp_path/'o')
+    b = make(tmp_path / 'tied', tied=True) if tied else base
+    m = trained(b, train, tmp_path / 'o')
+    theirs, ours = m.merge_and_unload().state_dict(), tensors(tmp_path / 'o')
     assert ('lm_head.weight' in ours) != tied
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-6) for k in ours)
 
+
 def test_merge_keeps_shards_and_reads_bin(base, tmp_path):
     from transformers import AutoModelForCausalLM
-    trained(base, 'lora+new', tmp_path/'one')
-    cut = shutil.copytree(base, tmp_path/'cut', ignore=shutil.ignore_patterns('*.safetensors'))
+
+    trained(base, 'lora+new', tmp_path / 'one')
+    cut = shutil.copytree(base, tmp_path / 'cut', ignore=shutil.ignore_patterns('*.safetensors'))
     w = open_weights(base)
     write_shards(cut, {k: w[k].spec(k) for k in w}, lambda k: w[k].get(k), shard_bytes=40_000)
-    old = shutil.copytree(base, tmp_path/'old', ignore=shutil.ignore_patterns('*.safetensors'))
-    torch.save(tensors(base), old/'pytorch_model.bin')
-    want = tensors(tmp_path/'one')
+    old = shutil.copytree(base, tmp_path / 'old', ignore=shutil.ignore_patterns('*.safetensors'))
+    torch.save(tensors(base), old / 'pytorch_model.bin')
+    want = tensors(tmp_path / 'one')
     for b in (cut, old):
-        assert fingerprint(b) == fingerprint(base)   # however the weights are cut into files
-        got = merge_adapter(b, tmp_path/'one'/'adapter', tmp_path/f'm-{b.name}')
+        assert fingerprint(b) == fingerprint(base)  # however the weights are cut into files
+        got = merge_adapter(b, tmp_path / 'one' / 'adapter', tmp_path / f'm-{b.name}')
         assert all(torch.equal(v, want[k]) for k, v in tensors(got).items())
-        with quiet(): AutoModelForCausalLM.from_pretrained(got)
-    assert len(list((tmp_path/'m-cut').glob('model-*.safetensors'))) > 1 and (tmp_path/'m-cut'/'model.safetensors.index.json').exists()
+        with quiet():
+            AutoModelForCausalLM.from_pretrained(got)
+    assert (
+        len(list((tmp_path / 'm-cut').glob('model-*.safetensors'))) > 1
+        and (tmp_path / 'm-cut' / 'model.safetensors.index.json').exists()
+    )
+
 
 def test_bfloat16_base_stays_bfloat16(base, tmp_path):
-    half = rewrite(base, {}, tmp_path/'half')
+    half = rewrite(base, {}, tmp_path / 'half')
     w = open_weights(base)
     write_shards(half, {k: ('BF16', w[k].spec(k)[1]) for k in w}, lambda k: w[k].get(k).bfloat16())
-    m = trained(half, 'lora+new', tmp_path/'o')
+    m = trained(half, 'lora+new', tmp_path / 'o')
     assert {p.dtype for p in m.parameters() if p.requires_grad} == {torch.float32}
-    assert {t.dtype for t in tensors(tmp_path/'o').values()} == {torch.bfloat16}
+    assert {t.dtype for t in tensors(tmp_path / 'o').values()} == {torch.bfloat16}

@@ -1,20 +1,41 @@
 """Many processes, the same run: two equal one, engines are what they say, sharded checkpoints go on elsewhere. Two CPU processes, gloo."""
-import importlib.util, json, os, subprocess, sys
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
-import pytest
+
 import numpy as np
+import pytest
 
 torch = pytest.importorskip('torch')
-pytest.importorskip('peft'); pytest.importorskip('accelerate')
+pytest.importorskip('peft')
+pytest.importorskip('accelerate')
 
-from llama_zh_nb.app import launch
-from llama_zh_nb.training import distributed as scale
-from llama_zh_nb.core.errors import LlamaZhError
-from llama_zh_nb.training.trainer import History
 from test_pretrain import EN, HELD, ZH, make, tensors
 
+from llama_zh_nb.app import launch
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.training import distributed as scale
+from llama_zh_nb.training.trainer import History
+
 HERE = Path(__file__).parent
-KW = dict(lora_r=4, lora_alpha=8, lora_dropout=0., block=64, batch=2, global_batch=4, lr=5e-3, max_steps=12, eval_every=4, save_every=4, log_every=1, device='cpu')
+KW = dict(
+    lora_r=4,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    block=64,
+    batch=2,
+    global_batch=4,
+    lr=5e-3,
+    max_steps=12,
+    eval_every=4,
+    save_every=4,
+    log_every=1,
+    device='cpu',
+)
 CHILD = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
@@ -29,11 +50,28 @@ class Dies(p.Collate):
 if die: p.Collate = Dies
 p.pretrain(sys.argv[1], t.ZH, sys.argv[2], replay_corpus=t.EN, heldout=t.HELD, **json.loads(sys.argv[3]))
 """
-needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec('deepspeed'), reason='deepspeed is not installed: pip install llama-zh-nb[scale]')
+needs_deepspeed = pytest.mark.skipif(
+    not importlib.util.find_spec('deepspeed'),
+    reason='deepspeed is not installed: pip install llama-zh-nb[scale]',
+)
 
 # ---- the same for chats
 
-CHAT_KW = dict(lora_r=4, lora_alpha=8, lora_dropout=0., block=128, batch=2, global_batch=4, lr=1e-2, max_steps=6, eval_every=3, save_every=3, log_every=1, text_share=.2, device='cpu')
+CHAT_KW = dict(
+    lora_r=4,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    block=128,
+    batch=2,
+    global_batch=4,
+    lr=1e-2,
+    max_steps=6,
+    eval_every=3,
+    save_every=3,
+    log_every=1,
+    text_share=0.2,
+    device='cpu',
+)
 CHAT_CHILD = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
@@ -41,239 +79,552 @@ import test_scale as t
 t.chat_run(sys.argv[1], sys.argv[2], int(os.environ.get('DIE', 0)), **json.loads(sys.argv[3]))
 """
 
+
 def chat_run(base, out, die=0, **kw):
     "Fine-tune on chats of very different lengths, so that processes have different numbers of answered tokens; `die` at that batch"
-    import llama_zh_nb.sft as s
     from test_sft import talk
-    chats = [dict(messages=talk(f'Where is {i}?', 'It is far. '*(1 + i*i % 9))) for i in range(60)]
+
+    import llama_zh_nb.sft as s
+
+    chats = [
+        dict(messages=talk(f'Where is {i}?', 'It is far. ' * (1 + i * i % 9))) for i in range(60)
+    ]
+
     class Dies(s.ChatCollate):
         n = 0
+
         def __call__(self, rows):
             Dies.n += 1
-            if Dies.n == die: os._exit(9)
+            if Dies.n == die:
+                os._exit(9)
             return super().__call__(rows)
-    was, s.ChatCollate = s.ChatCollate, Dies
-    try: return s.finetune(base, chats, out, extra_texts=['The river is long. '*5]*9, heldout=dict(zh=['长江很长。']*3), questions=[dict(question=f'Where is {i}?', answer='It is far.') for i in range(3)], **CHAT_KW | kw)
-    finally: s.ChatCollate = was
 
-def env(**kw): return os.environ | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', LLAMA_ZH_PROGRESS='0', DS_ACCELERATOR='cpu', PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')])) | kw
+    was, s.ChatCollate = s.ChatCollate, Dies
+    try:
+        return s.finetune(
+            base,
+            chats,
+            out,
+            extra_texts=['The river is long. ' * 5] * 9,
+            heldout=dict(zh=['长江很长。'] * 3),
+            questions=[dict(question=f'Where is {i}?', answer='It is far.') for i in range(3)],
+            **CHAT_KW | kw,
+        )
+    finally:
+        s.ChatCollate = was
+
+
+def env(**kw):
+    return (
+        os.environ
+        | dict(
+            OMP_NUM_THREADS='1',
+            HF_HUB_OFFLINE='1',
+            LLAMA_ZH_PROGRESS='0',
+            DS_ACCELERATOR='cpu',
+            PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')]),
+        )
+        | kw
+    )
+
 
 @pytest.fixture(scope='module')
-def base(tmp_path_factory): return make(tmp_path_factory.mktemp('scale')/'base')
+def base(tmp_path_factory):
+    return make(tmp_path_factory.mktemp('scale') / 'base')
+
 
 @pytest.fixture(scope='module')
 def start(base, tmp_path_factory):
     "start(n, out, die=0, **arguments of pretrain): n processes of torchrun"
+
     def f(n, out, die=0, ok=True, folder=base, child=CHILD, **kw):
-        script = tmp_path_factory.mktemp('child')/'child.py'
+        script = tmp_path_factory.mktemp('child') / 'child.py'
         script.write_text(child.format(tests=str(HERE)))
-        p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(n), '--master_port', str(20000 + os.getpid() % 20000), str(script), str(folder), str(out), json.dumps((KW if child is CHILD else {}) | kw)],
-                           capture_output=True, text=True, timeout=240, env=env(DIE=str(die)))
+        p = subprocess.run(
+            [
+                sys.executable,
+                '-m',
+                'torch.distributed.run',
+                '--nproc_per_node',
+                str(n),
+                '--master_port',
+                str(20000 + os.getpid() % 20000),
+                str(script),
+                str(folder),
+                str(out),
+                json.dumps((KW if child is CHILD else {}) | kw),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=env(DIE=str(die)),
+        )
         assert (p.returncode == 0) == (ok and not die), p.stdout[-1000:] + p.stderr[-4000:]
         return p.stdout + p.stderr
+
     return f
+
 
 @pytest.fixture(scope='module')
 def one(base, tmp_path_factory):
     "One process without any launcher"
     from llama_zh_nb.pretrain import pretrain
+
     os.environ['LLAMA_ZH_PROGRESS'] = '0'
-    out = tmp_path_factory.mktemp('one')/'o'
+    out = tmp_path_factory.mktemp('one') / 'o'
     return out, pretrain(base, ZH, out, replay_corpus=EN, heldout=HELD, **KW)
+
 
 def same(a, b, tol=1e-5):
     "Losses, held-out bits and weights of two folders"
-    h, g = History.load(a/'history.json'), History.load(b/'history.json')
+    h, g = History.load(a / 'history.json'), History.load(b / 'history.json')
     for k in ('loss', 'zh_bpc', 'en_bpb', 'lr', 'tokens'):
-        assert h.column(k)[0] == g.column(k)[0] and np.allclose(h.column(k)[1], g.column(k)[1], atol=tol, rtol=0), k
+        assert h.column(k)[0] == g.column(k)[0] and np.allclose(
+            h.column(k)[1], g.column(k)[1], atol=tol, rtol=0
+        ), k
     x, y = tensors(a), tensors(b)
-    assert set(x) == set(y) and max((x[k]-y[k]).abs().max() for k in x) < tol
+    assert set(x) == set(y) and max((x[k] - y[k]).abs().max() for k in x) < tol
+
 
 def test_two_processes_equal_one(one, start, tmp_path):
-    out = start(2, tmp_path/'o')
-    same(one[0], tmp_path/'o')
-    assert (tmp_path/'o'/'adapter'/'adapter_model.safetensors').exists() and not (tmp_path/'o'/'checkpoints').exists()
+    out = start(2, tmp_path / 'o')
+    same(one[0], tmp_path / 'o')
+    assert (tmp_path / 'o' / 'adapter' / 'adapter_model.safetensors').exists() and not (
+        tmp_path / 'o' / 'checkpoints'
+    ).exists()
     assert 'Traceback' not in out
 
+
 def test_fsdp2_splits_dies_and_goes_on_with_one_process(one, start, tmp_path):
-    start(2, tmp_path/'o', die=11, engine='fsdp2')
-    marks = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path/'o'/'checkpoints').glob('*/complete.json')}
-    assert set(marks) == {'checkpoint-4', 'checkpoint-8'} and marks['checkpoint-8']['engine'] == 'fsdp2' and marks['checkpoint-8']['processes'] == 2
-    assert list((tmp_path/'o'/'checkpoints'/'checkpoint-8').rglob('__1_0.distcp'))   # the second process wrote a part of its own
-    assert 'resuming from checkpoint-8' in start(1, tmp_path/'o', engine='fsdp2')
-    same(one[0], tmp_path/'o')
+    start(2, tmp_path / 'o', die=11, engine='fsdp2')
+    marks = {
+        p.parent.name: json.loads(p.read_text())
+        for p in (tmp_path / 'o' / 'checkpoints').glob('*/complete.json')
+    }
+    assert (
+        set(marks) == {'checkpoint-4', 'checkpoint-8'}
+        and marks['checkpoint-8']['engine'] == 'fsdp2'
+        and marks['checkpoint-8']['processes'] == 2
+    )
+    assert list(
+        (tmp_path / 'o' / 'checkpoints' / 'checkpoint-8').rglob('__1_0.distcp')
+    )  # the second process wrote a part of its own
+    assert 'resuming from checkpoint-8' in start(1, tmp_path / 'o', engine='fsdp2')
+    same(one[0], tmp_path / 'o')
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize('engine,train', [('ddp', 'full'), ('fsdp2', 'full'), ('fsdp2', 'embed')])
 def test_other_parts_are_trained_alike(base, start, tmp_path, engine, train):
     from llama_zh_nb.pretrain import pretrain
-    pretrain(base, ZH, tmp_path/'one', replay_corpus=EN, heldout=HELD, **KW | dict(train=train, max_steps=4))
-    start(2, tmp_path/'two', engine=engine, train=train, max_steps=4)
-    same(tmp_path/'one', tmp_path/'two')
+
+    pretrain(
+        base,
+        ZH,
+        tmp_path / 'one',
+        replay_corpus=EN,
+        heldout=HELD,
+        **KW | dict(train=train, max_steps=4),
+    )
+    start(2, tmp_path / 'two', engine=engine, train=train, max_steps=4)
+    same(tmp_path / 'one', tmp_path / 'two')
+
 
 @pytest.mark.slow
 def test_ddp_dies_and_goes_on_with_one_process(one, start, tmp_path):
-    start(2, tmp_path/'o', die=11)
-    start(1, tmp_path/'o')
-    same(one[0], tmp_path/'o')
+    start(2, tmp_path / 'o', die=11)
+    start(1, tmp_path / 'o')
+    same(one[0], tmp_path / 'o')
+
 
 @needs_deepspeed
-@pytest.mark.parametrize('engine,n,then', [('zero2', 1, 'zero2'), *(pytest.param(*p, marks=pytest.mark.slow) for p in (('zero2', 2, 'zero2'), ('zero3', 1, 'zero3'), ('zero3', 2, 'zero3'), ('zero2', 2, 'zero3'), ('zero3-offload', 1, 'zero2')))])
-def test_deepspeed_dies_and_goes_on_with_any_number_of_processes(base, start, tmp_path, engine, n, then):
+@pytest.mark.parametrize(
+    'engine,n,then',
+    [
+        ('zero2', 1, 'zero2'),
+        *(
+            pytest.param(*p, marks=pytest.mark.slow)
+            for p in (
+                ('zero2', 2, 'zero2'),
+                ('zero3', 1, 'zero3'),
+                ('zero3', 2, 'zero3'),
+                ('zero2', 2, 'zero3'),
+                ('zero3-offload', 1, 'zero2'),
+            )
+        ),
+    ],
+)
+def test_deepspeed_dies_and_goes_on_with_any_number_of_processes(
+    base, start, tmp_path, engine, n, then
+):
     "Two groups with learning rates of their own, and parameters whose sizes two does not divide, among them"
-    kw = dict(embed_lr=2e-3, weight_decay=.1, lora_r=3)
-    start(1, tmp_path/'one', engine='ddp', **kw)
-    start(2, tmp_path/'o', die=11, engine=engine, **kw)
-    assert 'resuming from checkpoint-8' in start(n, tmp_path/'o', engine=then, **kw)
-    same(tmp_path/'one', tmp_path/'o')
+    kw = dict(embed_lr=2e-3, weight_decay=0.1, lora_r=3)
+    start(1, tmp_path / 'one', engine='ddp', **kw)
+    start(2, tmp_path / 'o', die=11, engine=engine, **kw)
+    assert 'resuming from checkpoint-8' in start(n, tmp_path / 'o', engine=then, **kw)
+    same(tmp_path / 'one', tmp_path / 'o')
+
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize('engine,train', [('zero2-offload', 'lora+new'), ('zero3-offload', 'lora+new'), ('zero2', 'full'), ('zero3', 'full'), ('zero3', 'embed')])
+@pytest.mark.parametrize(
+    'engine,train',
+    [
+        ('zero2-offload', 'lora+new'),
+        ('zero3-offload', 'lora+new'),
+        ('zero2', 'full'),
+        ('zero3', 'full'),
+        ('zero3', 'embed'),
+    ],
+)
 def test_deepspeed_offload_and_full(base, start, tmp_path, engine, train):
     from llama_zh_nb.pretrain import pretrain
-    pretrain(base, ZH, tmp_path/'one', replay_corpus=EN, heldout=HELD, **KW | dict(train=train, max_steps=4, save_every=None))
-    start(2, tmp_path/'two', engine=engine, train=train, max_steps=4, save_every=None)
-    same(tmp_path/'one', tmp_path/'two')
+
+    pretrain(
+        base,
+        ZH,
+        tmp_path / 'one',
+        replay_corpus=EN,
+        heldout=HELD,
+        **KW | dict(train=train, max_steps=4, save_every=None),
+    )
+    start(2, tmp_path / 'two', engine=engine, train=train, max_steps=4, save_every=None)
+    same(tmp_path / 'one', tmp_path / 'two')
+
 
 # ---- chats
+
 
 @pytest.fixture(scope='module')
 def chats(tmp_path_factory, start):
     "chats(n, out, ...): fine-tuning in n processes; chats.one: what one process gives; chats.base"
     from test_sft import tiny
+
     d = tmp_path_factory.mktemp('chats')
     base = tiny(d)
     f = lambda n, out, **kw: start(n, out, folder=base, child=CHAT_CHILD, **kw)
-    f.base, f.one = base, d/'one'
+    f.base, f.one = base, d / 'one'
     os.environ['LLAMA_ZH_PROGRESS'] = '0'
     chat_run(base, f.one)
     return f
 
+
 @pytest.mark.parametrize('engine', ['ddp', 'fsdp2'])
 def test_finetuning_in_two_processes_equals_one(chats, tmp_path, engine):
     "Among others: the loss of a step is divided by the answered tokens of both processes, which differ"
-    chats(2, tmp_path/'o', engine=engine)
-    same(chats.one, tmp_path/'o')
-    a, b = (History.load(d/'history.json') for d in (chats.one, tmp_path/'o'))
+    chats(2, tmp_path / 'o', engine=engine)
+    same(chats.one, tmp_path / 'o')
+    a, b = (History.load(d / 'history.json') for d in (chats.one, tmp_path / 'o'))
     assert a.column('right') == b.column('right') and len(a.column('right')[0]) == 2
-    assert (tmp_path/'o'/'adapter'/'adapter_model.safetensors').exists() and (tmp_path/'o'/'chat_template.jinja').exists() and not (tmp_path/'o'/'checkpoints').exists()
+    assert (
+        (tmp_path / 'o' / 'adapter' / 'adapter_model.safetensors').exists()
+        and (tmp_path / 'o' / 'chat_template.jinja').exists()
+        and not (tmp_path / 'o' / 'checkpoints').exists()
+    )
+
 
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize('engine', ['zero2', 'zero3'])
 def test_finetuning_by_deepspeed_equals_one_process(chats, tmp_path, engine):
-    chats(2, tmp_path/'o', engine=engine)
-    same(chats.one, tmp_path/'o')
+    chats(2, tmp_path / 'o', engine=engine)
+    same(chats.one, tmp_path / 'o')
+
 
 @pytest.mark.slow
 def test_finetuning_dies_and_goes_on_with_one_process(chats, tmp_path):
-    chats(2, tmp_path/'o', engine='fsdp2', die=6)
-    assert 'resuming from checkpoint-3' in chats(1, tmp_path/'o', engine='fsdp2')
-    same(chats.one, tmp_path/'o')
+    chats(2, tmp_path / 'o', engine='fsdp2', die=6)
+    assert 'resuming from checkpoint-3' in chats(1, tmp_path / 'o', engine='fsdp2')
+    same(chats.one, tmp_path / 'o')
+
 
 # ---- recipes and launchers
+
 
 @pytest.fixture(scope='module')
 def recipe(base, tmp_path_factory):
     "A run folder with what the earlier stages leave, and a recipe that names it"
     import shutil
-    run = tmp_path_factory.mktemp('runs')/'r'
-    shutil.copytree(base, run/'resized')
+
+    run = tmp_path_factory.mktemp('runs') / 'r'
+    shutil.copytree(base, run / 'resized')
     for d, ts in (('corpus', ZH), ('corpus_en', EN)):
-        (run/d).mkdir()
-        for part, t in (('train', ts[:-8]), ('valid', ts[-8:])): (run/d/f'{part}.jsonl').write_text(''.join(json.dumps(dict(text=x)) + '\n' for x in t), encoding='utf-8')
-    f = run.parent/'r.yaml'
-    f.write_text(f'out: {run}\ndevice: cpu\nblock: 64\nbatch: 2\naccum: 1\nlora_r: 4\nlora_alpha: 8\nlora_dropout: 0.\nlr: 5e-3\nmax_steps: 4\neval_every: 2\n')
+        (run / d).mkdir()
+        for part, t in (('train', ts[:-8]), ('valid', ts[-8:])):
+            (run / d / f'{part}.jsonl').write_text(
+                ''.join(json.dumps(dict(text=x)) + '\n' for x in t), encoding='utf-8'
+            )
+    f = run.parent / 'r.yaml'
+    f.write_text(
+        f'out: {run}\ndevice: cpu\nblock: 64\nbatch: 2\naccum: 1\nlora_r: 4\nlora_alpha: 8\nlora_dropout: 0.\nlr: 5e-3\nmax_steps: 4\neval_every: 2\n'
+    )
     return f, run
+
 
 def test_accelerate_launch_takes_a_recipe(recipe):
     f, run = recipe
-    yaml = HERE.parent/'configs'/'ddp.yaml'
-    p = subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--config_file', str(yaml), '--num_processes', '2', '--main_process_port', str(20001 + os.getpid() % 20000),
-                        '-m', 'llama_zh_nb.pretrain', str(f), '--lr', '4e-3', '--global-batch', '4'], capture_output=True, text=True, timeout=240, env=env())
+    yaml = HERE.parent / 'configs' / 'ddp.yaml'
+    p = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'accelerate.commands.launch',
+            '--config_file',
+            str(yaml),
+            '--num_processes',
+            '2',
+            '--main_process_port',
+            str(20001 + os.getpid() % 20000),
+            '-m',
+            'llama_zh_nb.app.launch',
+            'pretrain',
+            str(f),
+            '--lr',
+            '4e-3',
+            '--global-batch',
+            '4',
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=env(),
+    )
     assert p.returncode == 0, p.stderr[-4000:]
-    h = History.load(run/'pretrained'/'history.json')
-    assert h.info['lr'] == 4e-3 and h.info['batch'] == 4 and h.last('tokens') == 4*4*64 and p.stdout.count('History: 4 steps') == 1
-    assert json.loads((run/'run.json').read_text())['stages']['pretrain']['metrics']['steps'] == 4
+    h = History.load(run / 'pretrained' / 'history.json')
+    assert (
+        h.info['lr'] == 4e-3
+        and h.info['batch'] == 4
+        and h.last('tokens') == 4 * 4 * 64
+        and p.stdout.count('History: 4 steps') == 1
+    )
+    assert json.loads((run / 'run.json').read_text())['stages']['pretrain']['metrics']['steps'] == 4
+
 
 def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
     "The sft_ fields of the recipe, on the command line without their prefix"
     from test_sft import tiny
-    from llama_zh_nb.sft import main
+
+    from llama_zh_nb.app.launch import train
+
     f, run = recipe
-    assert main([str(f), '--model-dir', str(tmp_path/'no')]) == 1 and '--only weights corpus vocab embeddings pretrain' in capsys.readouterr().err
-    assert main([str(f), '--model-dir', str(tiny(tmp_path))]) == 1 and 'names no chats' in capsys.readouterr().err
-    (tmp_path/'c.json').write_text(json.dumps([dict(instruction=f'Where is {i}?', output='It is far.') for i in range(40)]))
-    words = [str(f), '--sft', str(tmp_path/'c.json'), '--model-dir', str(tmp_path/'hf'), '--lr', '4e-3', '--max-steps', '3', '--block', '128', '--batch', '2', '--global-batch', '4', '--log-every', '1']
-    assert main(words) == 0
-    h = History.load(run/'chat'/'history.json')
-    assert (h.info['lr'], h.info['steps'], h.info['batch'], h.info['weight_decay'], h.info['text_share']) == (4e-3, 3, 4, 0., .1) and (run/'chat'/'config.json').exists()
-    assert json.loads((run/'run.json').read_text())['stages']['sft']['metrics']['steps'] == 3
-    assert main([*words, '--report-to', 'tensorbord']) == 1 and "'auto', 'none' or one of" in capsys.readouterr().err
+    assert (
+        train('sft', [str(f), '--model-dir', str(tmp_path / 'no')]) == 1
+        and '--only weights corpus vocab embeddings pretrain' in capsys.readouterr().err
+    )
+    assert (
+        train('sft', [str(f), '--model-dir', str(tiny(tmp_path))]) == 1
+        and 'names no chats' in capsys.readouterr().err
+    )
+    (tmp_path / 'c.json').write_text(
+        json.dumps([dict(instruction=f'Where is {i}?', output='It is far.') for i in range(40)])
+    )
+    words = [
+        str(f),
+        '--sft',
+        str(tmp_path / 'c.json'),
+        '--model-dir',
+        str(tmp_path / 'hf'),
+        '--lr',
+        '4e-3',
+        '--max-steps',
+        '3',
+        '--block',
+        '128',
+        '--batch',
+        '2',
+        '--global-batch',
+        '4',
+        '--log-every',
+        '1',
+    ]
+    assert train('sft', words) == 0
+    h = History.load(run / 'chat' / 'history.json')
+    assert (
+        h.info['lr'],
+        h.info['steps'],
+        h.info['batch'],
+        h.info['weight_decay'],
+        h.info['text_share'],
+    ) == (4e-3, 3, 4, 0.0, 0.1) and (run / 'chat' / 'config.json').exists()
+    assert json.loads((run / 'run.json').read_text())['stages']['sft']['metrics']['steps'] == 3
+    assert (
+        train('sft', [*words, '--report-to', 'tensorbord']) == 1
+        and "'auto', 'none' or one of" in capsys.readouterr().err
+    )
+
 
 @pytest.mark.parametrize('train', ['pretrain', 'finetune'])
 def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monkeypatch, train):
     from llama_zh_nb.checkpoint import cards
     from llama_zh_nb.pretrain import pretrain
+
     sent, asked = [], []
+
     def go(out, **kw):
-        if train == 'pretrain': return pretrain(base, ZH, out, **KW | dict(max_steps=1, save_every=None, heldout={}) | kw)
+        if train == 'pretrain':
+            return pretrain(
+                base, ZH, out, **KW | dict(max_steps=1, save_every=None, heldout={}) | kw
+            )
         from test_sft import tiny
+
         return chat_run(tiny(tmp_path), out, max_steps=1, save_every=None, eval_every=None, **kw)
-    with pytest.raises(LlamaZhError, match='nobody'): go(tmp_path/'o', push_to_hub='nobody')
-    assert not (tmp_path/'o').exists()
-    monkeypatch.setattr(cards, 'check_push', lambda repo, base: asked.append((repo, Path(base).exists())))
-    monkeypatch.setattr(cards, 'push_after', lambda folder, repo: sent.append((repo, (Path(folder)/'config.json').exists(), (Path(folder)/'README.md').exists())))
-    go(tmp_path/'o', push_to_hub='me/x')
+
+    with pytest.raises(LlamaZhError, match='nobody'):
+        go(tmp_path / 'o', push_to_hub='nobody')
+    assert not (tmp_path / 'o').exists()
+    monkeypatch.setattr(
+        cards, 'check_push', lambda repo, base: asked.append((repo, Path(base).exists()))
+    )
+    monkeypatch.setattr(
+        cards,
+        'push_after',
+        lambda folder, repo: sent.append(
+            (repo, (Path(folder) / 'config.json').exists(), (Path(folder) / 'README.md').exists())
+        ),
+    )
+    go(tmp_path / 'o', push_to_hub='me/x')
     assert asked == [('me/x', True)] and sent == [('me/x', True, True)]
+
 
 def test_a_preset_for_many_gpus_says_what_to_type():
     from llama_zh_nb.recipes import get_recipe
+
     r = get_recipe('llama2-7b-8x80gb-full', sft='c.json', corpus='my texts')
-    with pytest.raises(LlamaZhError) as e: launch.check_alone(r, source='llama2-7b-8x80gb-full')
-    for say in ("--only weights corpus vocab embeddings", "accelerate launch --config_file configs/fsdp2.yaml -m llama_zh_nb.pretrain llama2-7b-8x80gb-full --corpus 'my texts' --sft c.json", '-m llama_zh_nb.sft', '--engine none'):
+    with pytest.raises(LlamaZhError) as e:
+        launch.check_alone(r, source='llama2-7b-8x80gb-full')
+    for say in (
+        '--only weights corpus vocab embeddings',
+        "accelerate launch --config_file configs/fsdp2.yaml -m llama_zh_nb.pretrain llama2-7b-8x80gb-full --corpus 'my texts' --sft c.json",
+        '-m llama_zh_nb.sft',
+        '--engine none',
+    ):
         assert say in str(e.value), say
-    launch.check_alone(r, ['weights', 'corpus']); launch.check_alone(get_recipe('llama2-7b-8x80gb-full', engine='none'))
-    assert '--num_processes 16 --num_machines 2' in launch.commands(get_recipe('llama2-70b-multinode'))[1]
+    launch.check_alone(r, ['weights', 'corpus'])
+    launch.check_alone(get_recipe('llama2-7b-8x80gb-full', engine='none'))
+    assert (
+        '--num_processes 16 --num_machines 2'
+        in launch.commands(get_recipe('llama2-70b-multinode'))[1]
+    )
+
 
 def test_the_module_refuses_what_makes_no_sense(recipe, tmp_path, capsys, monkeypatch):
-    from llama_zh_nb.pretrain import main
+    from llama_zh_nb.app.launch import train
+
     f, run = recipe
-    assert main([str(f), '--engine', 'fsdp2']) == 1 and 'torchrun' in capsys.readouterr().err
-    assert main([str(f), '--leaning-rate', '1']) == 1 and "unknown recipe field 'leaning_rate'" in capsys.readouterr().err
-    assert main([str(f), '--corpus-dir', str(tmp_path/'no')]) == 1 and 'is not there' in capsys.readouterr().err
-    assert main([str(f), '--engine', 'zero9']) == 1 and 'one of ddp, fsdp2' in capsys.readouterr().err
-    assert main([str(f), '--global-batch', '3']) == 1 and 'a multiple of batch' in capsys.readouterr().err
+    assert (
+        train('pretrain', [str(f), '--engine', 'fsdp2']) == 1
+        and 'torchrun' in capsys.readouterr().err
+    )
+    assert (
+        train('pretrain', [str(f), '--leaning-rate', '1']) == 1
+        and "unknown recipe field 'leaning_rate'" in capsys.readouterr().err
+    )
+    assert (
+        train('pretrain', [str(f), '--corpus-dir', str(tmp_path / 'no')]) == 1
+        and 'is not there' in capsys.readouterr().err
+    )
+    assert (
+        train('pretrain', [str(f), '--engine', 'zero9']) == 1
+        and 'one of ddp, fsdp2' in capsys.readouterr().err
+    )
+    assert (
+        train('pretrain', [str(f), '--global-batch', '3']) == 1
+        and 'a multiple of batch' in capsys.readouterr().err
+    )
+
 
 def test_configs_are_what_the_module_says(root):
     import yaml
-    made = launch.configs()
-    assert {p.name for p in (root/'configs').iterdir()} == set(made)
-    for name, d in made.items(): assert (json.loads if name.endswith('json') else yaml.safe_load)((root/'configs'/name).read_text()) == d, name
 
-@pytest.mark.parametrize('says,engine', [(dict(ACCELERATE_USE_FSDP='true'), 'fsdp2'), (dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_ZERO_STAGE='3', ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE='cpu'), 'zero3-offload'),
-                                         (dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_CONFIG_FILE='x/zero2.json'), 'x/zero2.json'), ({}, 'ddp')])
+    made = launch.configs()
+    assert {p.name for p in (root / 'configs').iterdir()} == set(made)
+    for name, d in made.items():
+        assert (json.loads if name.endswith('json') else yaml.safe_load)(
+            (root / 'configs' / name).read_text()
+        ) == d, name
+
+
+@pytest.mark.parametrize(
+    'says,engine',
+    [
+        (dict(ACCELERATE_USE_FSDP='true'), 'fsdp2'),
+        (
+            dict(
+                ACCELERATE_USE_DEEPSPEED='true',
+                ACCELERATE_DEEPSPEED_ZERO_STAGE='3',
+                ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE='cpu',
+            ),
+            'zero3-offload',
+        ),
+        (
+            dict(ACCELERATE_USE_DEEPSPEED='true', ACCELERATE_DEEPSPEED_CONFIG_FILE='x/zero2.json'),
+            'x/zero2.json',
+        ),
+        ({}, 'ddp'),
+    ],
+)
 def test_what_accelerate_was_told(monkeypatch, says, engine):
-    for k in ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED'): monkeypatch.delenv(k, raising=False)
-    for k, v in dict(says, RANK='0').items(): monkeypatch.setenv(k, v)
+    for k in ('ACCELERATE_USE_FSDP', 'ACCELERATE_USE_DEEPSPEED'):
+        monkeypatch.delenv(k, raising=False)
+    for k, v in dict(says, RANK='0').items():
+        monkeypatch.setenv(k, v)
     assert scale.pick_engine() == engine
 
+
 def test_an_engine_that_fell_back_is_noticed(monkeypatch):
-    class T: model_wrapped, args = torch.nn.Linear(2, 2), type('A', (), dict(world_size=1))
-    with pytest.raises(LlamaZhError, match='held by Linear'): scale.check_engine(T, 'fsdp2')
+    class T:
+        model_wrapped, args = torch.nn.Linear(2, 2), type('A', (), dict(world_size=1))
+
+    with pytest.raises(LlamaZhError, match='held by Linear'):
+        scale.check_engine(T, 'fsdp2')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(LlamaZhError, match='same rows'): scale.check_engine(T, 'ddp')
+    with pytest.raises(LlamaZhError, match='same rows'):
+        scale.check_engine(T, 'ddp')
+
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_at_a_small_shape(tmp_path):
-    script = [sys.executable, str(HERE.parent/'benchmarks'/'train_gpu.py'), '--shape', 'tiny', '--device', 'cpu']
-    p = subprocess.run([*script, '--lengths', '64', '--steps', '5', '--peak', '1', '--json', str(tmp_path/'r.json')], capture_output=True, text=True, timeout=240, env=env())
+    script = [
+        sys.executable,
+        str(HERE.parent / 'benchmarks' / 'train_gpu.py'),
+        '--shape',
+        'tiny',
+        '--device',
+        'cpu',
+    ]
+    p = subprocess.run(
+        [
+            *script,
+            '--lengths',
+            '64',
+            '--steps',
+            '5',
+            '--peak',
+            '1',
+            '--json',
+            str(tmp_path / 'r.json'),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=env(),
+    )
     assert p.returncode == 0, p.stderr[-2000:]
-    d = json.loads((tmp_path/'r.json').read_text())
+    d = json.loads((tmp_path / 'r.json').read_text())
     rows = {r['way']: r for r in d['rows']}
-    assert set(rows) == {'plain', 'ours', 'ours, mixed'} and all(r['tokens_per_second'] > 0 and r['mfu'] > 0 and r['peak_bytes'] > 0 and r['loss'] for r in rows.values())
-    assert rows['ours']['trained'] < rows['plain']['trained'] and d['versions']['torch'] and 'over plain' in p.stdout
-    for bad, says in ((['--steps', '2'], 'at least 5'), (['--batch', '0'], 'above 0'), (['--lengths', '999'], 'positions')):
+    assert set(rows) == {'plain', 'ours', 'ours, mixed'} and all(
+        r['tokens_per_second'] > 0 and r['mfu'] > 0 and r['peak_bytes'] > 0 and r['loss']
+        for r in rows.values()
+    )
+    assert (
+        rows['ours']['trained'] < rows['plain']['trained']
+        and d['versions']['torch']
+        and 'over plain' in p.stdout
+    )
+    for bad, says in (
+        (['--steps', '2'], 'at least 5'),
+        (['--batch', '0'], 'above 0'),
+        (['--lengths', '999'], 'positions'),
+    ):
         q = subprocess.run([*script, *bad], capture_output=True, text=True, env=env())
         assert q.returncode and says in q.stderr and 'Traceback' not in q.stderr

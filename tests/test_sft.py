@@ -1,174 +1,401 @@
 "Chat data of every shape, and fine-tuning that learns answers only, packs without leaks, resumes and can be loaded."
+
 import json
 from pathlib import Path
+
 import pytest
+
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.text.chats import read_chats
 
 # ---- reading
 
-def write(d, name, text, **kw): p = d/name; p.write_text(text, encoding=kw.pop('encoding', 'utf-8'), newline=''); return p
-def talk(*texts): return [dict(role=('user', 'assistant')[i%2], content=t) for i, t in enumerate(texts)]
 
-@pytest.mark.parametrize('row,want', [
-    (dict(instruction='翻译', input='hello', output='你好'), talk('翻译\nhello', '你好')),
-    (dict(instruction='q', input='', output=['a', 'r', 'b']), talk('q', 'a', 'r', 'b')),
-    (dict(instruction='q', output=[{'from': 'gpt', 'value': 'a'}, {'from': 'human', 'value': 'r'}, {'from': 'gpt', 'value': 'b'}]), talk('q', 'a', 'r', 'b')),
-    (dict(instruction='r', output='b', history=[['q', 'a']]), talk('q', 'a', 'r', 'b')),
-    (dict(conversations=[{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]), talk('q', 'a')),
-    (dict(messages=[dict(role='system', content='s')] + talk('q', 'a')), [dict(role='system', content='s')] + talk('q', 'a')),
-    (dict(messages=[dict(role='user', content=[dict(type='text', text='q')]), dict(role='assistant', content='a')]), talk('q', 'a')),
-    (dict(conversation=[dict(human='q', assistant='a'), dict(human='r', assistant='b')]), talk('q', 'a', 'r', 'b')),
-    (dict(text='<s>Human: q\n</s><s>Assistant: a\n</s><s>Human: r</s><s>Assistant: b</s>'), talk('q', 'a', 'r', 'b')),
-    (dict(text='<s>System: s\n</s><s>Human: q\n</s><s>Assistant: a\n</s>'), [dict(role='system', content='s')] + talk('q', 'a')),
-    (dict(text='<s>\nhuman:\nq\n</s><s>\nassistant:\na\n</s>'), talk('q', 'a')),
-    (dict(text='<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST] a </s><s>[INST] r [/INST] b </s>'), [dict(role='system', content='s')] + talk('q', 'a', 'r', 'b')),
-    (dict(text='Below is ...\n\n### Instruction:\nq\n\n### Response: a</s>'), talk('q', 'a')),
-    (dict(prompt='q', response='a'), talk('q', 'a')),
-    (dict(instruction='t', instances=[dict(input='x', output='a')]), talk('t\nx', 'a')),
-])
-def test_shapes(row, want): assert [c['messages'] for c in read_chats([row])] == [want]
+def write(d, name, text, **kw):
+    p = d / name
+    p.write_text(text, encoding=kw.pop('encoding', 'utf-8'), newline='')
+    return p
 
-@pytest.mark.parametrize('row,why', [
-    (dict(instruction='q', output=''), 'nothing to learn'), (dict(instruction='q', output=None), 'output is missing'), (dict(instruction='q', output=3), 'output is int'),
-    (dict(messages=talk('q')), 'nothing to learn'), (dict(messages=talk('q', 'a') + talk('r', 'b')[1:]), 'two turns|in a row'), (dict(x=1), 'no known fields; found x'),
-    (dict(conversations=[{'from': 'tool', 'value': 'x'}]), "unknown role 'tool'"), (dict(text='only prose'), 'no turns found'), ([], 'list instead of'), ('text', 'str instead of')])
+
+def talk(*texts):
+    return [dict(role=('user', 'assistant')[i % 2], content=t) for i, t in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    'row,want',
+    [
+        (dict(instruction='翻译', input='hello', output='你好'), talk('翻译\nhello', '你好')),
+        (dict(instruction='q', input='', output=['a', 'r', 'b']), talk('q', 'a', 'r', 'b')),
+        (
+            dict(
+                instruction='q',
+                output=[
+                    {'from': 'gpt', 'value': 'a'},
+                    {'from': 'human', 'value': 'r'},
+                    {'from': 'gpt', 'value': 'b'},
+                ],
+            ),
+            talk('q', 'a', 'r', 'b'),
+        ),
+        (dict(instruction='r', output='b', history=[['q', 'a']]), talk('q', 'a', 'r', 'b')),
+        (
+            dict(conversations=[{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]),
+            talk('q', 'a'),
+        ),
+        (
+            dict(messages=[dict(role='system', content='s')] + talk('q', 'a')),
+            [dict(role='system', content='s')] + talk('q', 'a'),
+        ),
+        (
+            dict(
+                messages=[
+                    dict(role='user', content=[dict(type='text', text='q')]),
+                    dict(role='assistant', content='a'),
+                ]
+            ),
+            talk('q', 'a'),
+        ),
+        (
+            dict(conversation=[dict(human='q', assistant='a'), dict(human='r', assistant='b')]),
+            talk('q', 'a', 'r', 'b'),
+        ),
+        (
+            dict(text='<s>Human: q\n</s><s>Assistant: a\n</s><s>Human: r</s><s>Assistant: b</s>'),
+            talk('q', 'a', 'r', 'b'),
+        ),
+        (
+            dict(text='<s>System: s\n</s><s>Human: q\n</s><s>Assistant: a\n</s>'),
+            [dict(role='system', content='s')] + talk('q', 'a'),
+        ),
+        (dict(text='<s>\nhuman:\nq\n</s><s>\nassistant:\na\n</s>'), talk('q', 'a')),
+        (
+            dict(
+                text='<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST] a </s><s>[INST] r [/INST] b </s>'
+            ),
+            [dict(role='system', content='s')] + talk('q', 'a', 'r', 'b'),
+        ),
+        (dict(text='Below is ...\n\n### Instruction:\nq\n\n### Response: a</s>'), talk('q', 'a')),
+        (dict(prompt='q', response='a'), talk('q', 'a')),
+        (dict(instruction='t', instances=[dict(input='x', output='a')]), talk('t\nx', 'a')),
+    ],
+)
+def test_shapes(row, want):
+    assert [c['messages'] for c in read_chats([row])] == [want]
+
+
+@pytest.mark.parametrize(
+    'row,why',
+    [
+        (dict(instruction='q', output=''), 'nothing to learn'),
+        (dict(instruction='q', output=None), 'output is missing'),
+        (dict(instruction='q', output=3), 'output is int'),
+        (dict(messages=talk('q')), 'nothing to learn'),
+        (dict(messages=talk('q', 'a') + talk('r', 'b')[1:]), 'two turns|in a row'),
+        (dict(x=1), 'no known fields; found x'),
+        (dict(conversations=[{'from': 'tool', 'value': 'x'}]), "unknown role 'tool'"),
+        (dict(text='only prose'), 'no turns found'),
+        ([], 'list instead of'),
+        ('text', 'str instead of'),
+    ],
+)
 def test_rows_that_cannot_be_learnt(row, why):
-    with pytest.raises(LlamaZhError, match=why): read_chats([dict(instruction='', output=''), row])
+    with pytest.raises(LlamaZhError, match=why):
+        read_chats([dict(instruction='', output=''), row])
+
 
 def test_lines_of_bad_rows(tmp_path):
     "In an array too, a bad row is named by its line."
-    f = write(tmp_path, 'a.txt', '[\n {"instruction": "q\u2028x",\n  "output": "a"},\n\n {"instruction": "q",\n  "output": ""},\n {"instruction": "q", "output": "b"}]')
+    f = write(
+        tmp_path,
+        'a.txt',
+        '[\n {"instruction": "q\u2028x",\n  "output": "a"},\n\n {"instruction": "q",\n  "output": ""},\n {"instruction": "q", "output": "b"}]',
+    )
     c = read_chats(f)
     assert len(c) == 2 and [l for _, l, _ in c.bad] == [5] and c[1]['source'].endswith(':7')
 
+
 def test_notes(tmp_path):
-    f = write(tmp_path, 'a.jsonl', '\n'.join(json.dumps(dict(messages=m)) for m in (talk('q', 'a', 'r'), talk('', '')[1:] + talk('q', 'a'))))
+    f = write(
+        tmp_path,
+        'a.jsonl',
+        '\n'.join(
+            json.dumps(dict(messages=m))
+            for m in (talk('q', 'a', 'r'), talk('', '')[1:] + talk('q', 'a'))
+        ),
+    )
     c = read_chats(f)
-    assert [x['messages'] for x in c] == [talk('q', 'a')]*2 and sum(c.notes.values()) == 2
+    assert [x['messages'] for x in c] == [talk('q', 'a')] * 2 and sum(c.notes.values()) == 2
+
 
 def test_parquet_gb18030_folder(tmp_path):
-    import pyarrow as pa, pyarrow.parquet as pq
-    pq.write_table(pa.table(dict(messages=[talk('问', '答')])), tmp_path/'a.parquet')
-    write(tmp_path, 'b.json', '\n'.join(json.dumps(dict(instruction=f'这是第{i}个问题，请回答', output='这是回答'), ensure_ascii=False) for i in range(20)), encoding='gb18030')
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(dict(messages=[talk('问', '答')])), tmp_path / 'a.parquet')
+    write(
+        tmp_path,
+        'b.json',
+        '\n'.join(
+            json.dumps(
+                dict(instruction=f'这是第{i}个问题，请回答', output='这是回答'), ensure_ascii=False
+            )
+            for i in range(20)
+        ),
+        encoding='gb18030',
+    )
     write(tmp_path, 'c.csv', '\ufeffinstruction,output\r\n"你好，\r\n世界",好\r\n')
     c = read_chats(tmp_path)
-    assert len(c) == 22 and c[1]['messages'][0]['content'] == '这是第0个问题，请回答' and c[-1]['messages'] == talk('你好，\n世界', '好')
+    assert (
+        len(c) == 22
+        and c[1]['messages'][0]['content'] == '这是第0个问题，请回答'
+        and c[-1]['messages'] == talk('你好，\n世界', '好')
+    )
 
-@pytest.mark.parametrize('name,text,why', [
-    ('a.json', '[{"instruction": "a", "output": "b"},\n{"instru', 'line 2: not valid JSON'), ('a.csv', 'text\n"<s>Human: a', 'not a valid table'), ('a.json', '', 'is empty'),
-    ('a.txt', '今天天气很好。', 'holds no chats'), ('a.json', ' \n ', 'white space|empty'), ('a.json', '{"data": []}', 'hold no rows')])
+
+@pytest.mark.parametrize(
+    'name,text,why',
+    [
+        ('a.json', '[{"instruction": "a", "output": "b"},\n{"instru', 'line 2: not valid JSON'),
+        ('a.csv', 'text\n"<s>Human: a', 'not a valid table'),
+        ('a.json', '', 'is empty'),
+        ('a.txt', '今天天气很好。', 'holds no chats'),
+        ('a.json', ' \n ', 'white space|empty'),
+        ('a.json', '{"data": []}', 'hold no rows'),
+    ],
+)
 def test_files_that_are_no_chats(tmp_path, name, text, why):
-    with pytest.raises(LlamaZhError, match=why): read_chats(write(tmp_path, name, text))
+    with pytest.raises(LlamaZhError, match=why):
+        read_chats(write(tmp_path, name, text))
+
 
 def test_folder_by_content(tmp_path):
     "In a folder the content decides; what is no chat is named, and does not stop the rest."
     import gzip
+
     row = '{"instruction": "q", "output": "%s"}\n'
-    write(tmp_path, 'lines.txt', row % 'a'); write(tmp_path, 'README.md', '# no chats'); write(tmp_path, 'words.csv', 'en,zh\nriver,河\n')
-    (tmp_path/'b.jsonl.gz').write_bytes(gzip.compress((row % 'b').encode()))
-    (tmp_path/'.cache').mkdir(); write(tmp_path, '.cache/c.json', row % 'c')
+    write(tmp_path, 'lines.txt', row % 'a')
+    write(tmp_path, 'README.md', '# no chats')
+    write(tmp_path, 'words.csv', 'en,zh\nriver,河\n')
+    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress((row % 'b').encode()))
+    (tmp_path / '.cache').mkdir()
+    write(tmp_path, '.cache/c.json', row % 'c')
     c = read_chats(tmp_path)
     assert sorted(x['messages'][1]['content'] for x in c) == ['a', 'b']
-    assert [Path(f).name for f, _, _ in c.bad] == ['words.csv'] and any('README.md' in k for k in c.notes)
-    with pytest.raises(LlamaZhError, match='holds no chats'): read_chats(tmp_path/'words.csv')
-    (tmp_path/'bad.gz').write_bytes(b'\x1f\x8bxx')
-    with pytest.raises(LlamaZhError, match='gzip'): read_chats(tmp_path/'bad.gz')
+    assert [Path(f).name for f, _, _ in c.bad] == ['words.csv'] and any(
+        'README.md' in k for k in c.notes
+    )
+    with pytest.raises(LlamaZhError, match='holds no chats'):
+        read_chats(tmp_path / 'words.csv')
+    (tmp_path / 'bad.gz').write_bytes(b'\x1f\x8bxx')
+    with pytest.raises(LlamaZhError, match='gzip'):
+        read_chats(tmp_path / 'bad.gz')
+
 
 def test_a_byte_that_is_no_text_spoils_its_row_only(tmp_path):
-    rows = [json.dumps(dict(instruction=f'这是第{i}个问题', output='这是回答'), ensure_ascii=False).encode() for i in range(300)]
+    rows = [
+        json.dumps(
+            dict(instruction=f'这是第{i}个问题', output='这是回答'), ensure_ascii=False
+        ).encode()
+        for i in range(300)
+    ]
     rows[7] = rows[7].replace('答'.encode(), b'\xff')
-    (tmp_path/'a.jsonl').write_bytes(b'\n'.join(rows))
-    c = read_chats(tmp_path/'a.jsonl')
-    assert len(c) == 299 and [(l, 'no text in the encoding' in w) for _, l, w in c.bad] == [(8, True)]
+    (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(rows))
+    c = read_chats(tmp_path / 'a.jsonl')
+    assert len(c) == 299 and [(l, 'no text in the encoding' in w) for _, l, w in c.bad] == [
+        (8, True)
+    ]
+
 
 def test_data_sets(tmp_path, monkeypatch):
     "A folder that `datasets` saved; a data set of the Hub by its name; a name that leads nowhere."
     import datasets
+
     ds = datasets.Dataset.from_list([dict(messages=talk('问', '答'))])
-    ds.save_to_disk(tmp_path/'one'); datasets.DatasetDict(train=ds, test=ds).save_to_disk(tmp_path/'two')
-    for n in ('one', 'two'): assert read_chats(tmp_path/n)[0]['messages'] == talk('问', '答')
+    ds.save_to_disk(tmp_path / 'one')
+    datasets.DatasetDict(train=ds, test=ds).save_to_disk(tmp_path / 'two')
+    for n in ('one', 'two'):
+        assert read_chats(tmp_path / n)[0]['messages'] == talk('问', '答')
     asked = []
+
     def load(name, split=None):
         asked.append((name, split))
-        if name == 'a/gone': raise FileNotFoundError('no such data set')
+        if name == 'a/gone':
+            raise FileNotFoundError('no such data set')
         return ds if split else datasets.DatasetDict(test=ds)
+
     monkeypatch.setattr(datasets, 'load_dataset', load)
     c = read_chats('owner/some-chats:test')
-    assert c[0]['messages'] == talk('问', '答') and c[0]['source'] == 'owner/some-chats:test:1' and asked == [('owner/some-chats', 'test')]
-    with pytest.raises(LlamaZhError, match="no split 'train', but test; write owner/some-chats:test"): read_chats('owner/some-chats')
-    with pytest.raises(LlamaZhError, match='no chats at a/gone.*no such data set'): read_chats('a/gone')
-    with pytest.raises(LlamaZhError, match='no such file'): read_chats('nowhere/file.json')
+    assert (
+        c[0]['messages'] == talk('问', '答')
+        and c[0]['source'] == 'owner/some-chats:test:1'
+        and asked == [('owner/some-chats', 'test')]
+    )
+    with pytest.raises(
+        LlamaZhError, match="no split 'train', but test; write owner/some-chats:test"
+    ):
+        read_chats('owner/some-chats')
+    with pytest.raises(LlamaZhError, match='no chats at a/gone.*no such data set'):
+        read_chats('a/gone')
+    with pytest.raises(LlamaZhError, match='no such file'):
+        read_chats('nowhere/file.json')
     assert len(asked) == 3
 
+
 def test_languages_are_counted():
-    c = read_chats([dict(prompt='翻译：长江', response='the Yangtze'), dict(prompt='q', response='长江 long'), dict(prompt='多少?', response='3')])
-    assert c.languages == dict(en=1, zh=2) and 'Chinese 2, English 1' in repr(c) and c.to_dict()['languages'] == c.languages
+    c = read_chats(
+        [
+            dict(prompt='翻译：长江', response='the Yangtze'),
+            dict(prompt='q', response='长江 long'),
+            dict(prompt='多少?', response='3'),
+        ]
+    )
+    assert (
+        c.languages == dict(en=1, zh=2)
+        and 'Chinese 2, English 1' in repr(c)
+        and c.to_dict()['languages'] == c.languages
+    )
+
 
 def test_wrong_paths(tmp_path):
-    for p in (tmp_path, tmp_path/'x.json', str(tmp_path/'*.json')):
-        with pytest.raises(LlamaZhError, match='no chats at'): read_chats(p)
+    for p in (tmp_path, tmp_path / 'x.json', str(tmp_path / '*.json')):
+        with pytest.raises(LlamaZhError, match='no chats at'):
+            read_chats(p)
+
 
 def test_hostile(shared):
-    d = shared/'data/hostile'
-    expect = {Path(k).name: v for k, v in json.loads((d/'EXPECT.json').read_text(encoding='utf-8')).items() if k.startswith('sft/')}
-    got = {n: read_chats(d/'sft'/n) for n in expect}
+    d = shared / 'data/hostile'
+    expect = {
+        Path(k).name: v
+        for k, v in json.loads((d / 'EXPECT.json').read_text(encoding='utf-8')).items()
+        if k.startswith('sft/')
+    }
+    got = {n: read_chats(d / 'sft' / n) for n in expect}
     assert len(got) == 6
     for n, e in expect.items():
-        if 'rows' in e: assert len(got[n]) == e['rows'] and not got[n].bad, n
+        if 'rows' in e:
+            assert len(got[n]) == e['rows'] and not got[n].bad, n
     b = got['broken_lines.jsonl']
     assert len(b) >= expect['broken_lines.jsonl']['good']
-    lines = [l for l in (d/'sft/broken_lines.jsonl').read_text(encoding='utf-8').split('\n')]
+    lines = list((d / 'sft/broken_lines.jsonl').read_text(encoding='utf-8').split('\n'))
     kept = {int(c['source'].rsplit(':', 1)[1]) for c in b}
     assert {l for _, l, _ in b.bad} == {i for i, l in enumerate(lines, 1) if l.strip()} - kept
     assert len(got['text_no_eos.csv']) == 3 and sum(got['text_no_eos.csv'].notes.values()) == 3
 
+
 def test_hostile_injection_ids(shared, tok):
     from llama_zh_nb.text.templates import encode_chats, get_template
-    chats = read_chats(shared/'data/hostile/sft/injection_sft.json')
-    for name, per in (('alpaca2', 1), ('llama2-chat', 1), ('atom', 2)):
-        for e in encode_chats(get_template(name), tok, [c['messages'] for c in chats]): assert e.ids.count(1) == e.ids.count(2) == per
 
-@pytest.mark.parametrize('name,n,bad', [('alpaca_zh_demo_1000.json', 1000, 0), ('alpaca_en_demo_1000.json', 999, 0), ('belle_zh_seed_tasks.jsonl', 175, 0), ('firefly_dummy.jsonl', 33, 0),
-    ('huatuo_med_kg.jsonl', 8658, 0), ('medical_sft_1K.jsonl', 1000, 0), ('sharegpt_zh_1K.jsonl', 998, 2), ('llama2chinese_dev_sft.csv', 200, 0), ('ruozhiba_qa2449_gpt4t.json', 2449, 0)])
+    chats = read_chats(shared / 'data/hostile/sft/injection_sft.json')
+    for name, per in (('alpaca2', 1), ('llama2-chat', 1), ('atom', 2)):
+        for e in encode_chats(get_template(name), tok, [c['messages'] for c in chats]):
+            assert e.ids.count(1) == e.ids.count(2) == per
+
+
+@pytest.mark.parametrize(
+    'name,n,bad',
+    [
+        ('alpaca_zh_demo_1000.json', 1000, 0),
+        ('alpaca_en_demo_1000.json', 999, 0),
+        ('belle_zh_seed_tasks.jsonl', 175, 0),
+        ('firefly_dummy.jsonl', 33, 0),
+        ('huatuo_med_kg.jsonl', 8658, 0),
+        ('medical_sft_1K.jsonl', 1000, 0),
+        ('sharegpt_zh_1K.jsonl', 998, 2),
+        ('llama2chinese_dev_sft.csv', 200, 0),
+        ('ruozhiba_qa2449_gpt4t.json', 2449, 0),
+    ],
+)
 def test_real_files(shared, name, n, bad):
-    c = read_chats(shared/'data/sft'/name)
+    c = read_chats(shared / 'data/sft' / name)
     assert (len(c), len(c.bad)) == (n, bad)
+
 
 # ---- training, on a tiny random Llama
 
+
 def tiny(d):
     "A tiny untied Llama with random weights and a tokenizer of its own in `d`/hf; its last 20 rows count as new."
-    import sentencepiece as spm, torch
+    import sentencepiece as spm
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from llama_zh_nb.tokenizer.exact import save_tokenizer
-    text = 'The river is long.\n[INST] Where is the sea? [/INST] It is far.\n长江很长。黄河在哪里？\n'*20
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(text.splitlines()), model_prefix=str(d/'m'), vocab_size=330, model_type='bpe', byte_fallback=True,
-        normalization_rule_name='identity', remove_extra_whitespaces=False, pad_id=3, minloglevel=2, hard_vocab_limit=False)
-    save_tokenizer(d/'m.model', d/'hf')
+
+    text = (
+        'The river is long.\n[INST] Where is the sea? [/INST] It is far.\n长江很长。黄河在哪里？\n'
+        * 20
+    )
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()),
+        model_prefix=str(d / 'm'),
+        vocab_size=330,
+        model_type='bpe',
+        byte_fallback=True,
+        normalization_rule_name='identity',
+        remove_extra_whitespaces=False,
+        pad_id=3,
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    save_tokenizer(d / 'm.model', d / 'hf')
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=330, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256,
-        bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=False)).save_pretrained(d/'hf')
-    (d/'hf/resize.json').write_text('{"old_rows": 310}')
-    return d/'hf'
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=330,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=3,
+            tie_word_embeddings=False,
+        )
+    ).save_pretrained(d / 'hf')
+    (d / 'hf/resize.json').write_text('{"old_rows": 310}')
+    return d / 'hf'
+
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory): return tiny(tmp_path_factory.mktemp('model'))
+def folder(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp('model'))
+
 
 @pytest.fixture(scope='module')
 def tok(folder):
     from transformers import AutoTokenizer
+
     return AutoTokenizer.from_pretrained(folder)
 
-CHATS = [dict(messages=talk(f'Where is {i}?', f'It is {i*7}.', '长江?', '长江很长。')) for i in range(40)]
-KW = dict(train='lora+new', lora_r=4, lora_alpha=8, lora_dropout=0., block=128, batch=2, lr=1e-2, max_steps=6, log_every=1, device='cpu')
+
+CHATS = [
+    dict(messages=talk(f'Where is {i}?', f'It is {i * 7}.', '长江?', '长江很长。'))
+    for i in range(40)
+]
+KW = dict(
+    train='lora+new',
+    lora_r=4,
+    lora_alpha=8,
+    lora_dropout=0.0,
+    block=128,
+    batch=2,
+    lr=1e-2,
+    max_steps=6,
+    log_every=1,
+    device='cpu',
+)
+
 
 def load(d):
     from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(d).eval()
 
+
 def test_only_answers_and_ends_are_learnt(tok):
-    from llama_zh_nb.training.chat_rows import examples, ChatCollate
+    from llama_zh_nb.training.chat_rows import ChatCollate, examples
+
     data = examples(CHATS, tok)
     b = ChatCollate(3)([dict(parts=data.items[:3], row=0), dict(parts=data.items[3:4], row=1)])
     for i in range(2):
@@ -178,212 +405,441 @@ def test_only_answers_and_ends_are_learnt(tok):
     assert 'Where' not in text and '长江很长。' in text and '21' in text
     assert data.report['learnt_tokens'] == sum(sum(e.mask) for e in data.items)
 
+
 @pytest.mark.parametrize('attn', ['sdpa', 'eager'])
 def test_packed_equals_unpacked_per_token(folder, tok, attn):
     import torch
     from transformers import AutoModelForCausalLM
-    from llama_zh_nb.training.chat_rows import examples, Packed, ChatCollate, token_losses
+
+    from llama_zh_nb.training.chat_rows import ChatCollate, Packed, examples, token_losses
+
     m = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attn).eval()
     p, c = Packed(examples(CHATS, tok), 200), ChatCollate(3)
     rows = [p[i] for i in range(4)]
-    alone = torch.cat([token_losses(m, c([dict(parts=[e], row=0)])) for r in rows for e in r['parts']])
+    alone = torch.cat(
+        [token_losses(m, c([dict(parts=[e], row=0)])) for r in rows for e in r['parts']]
+    )
     assert len([e for r in rows for e in r['parts']]) > 8
     torch.testing.assert_close(token_losses(m, c(rows)), alone, atol=1e-5, rtol=0)
-    torch.testing.assert_close(token_losses(m, ChatCollate(3, flat=True)(rows)), alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        token_losses(m, ChatCollate(3, flat=True)(rows)), alone, atol=1e-5, rtol=0
+    )
+
 
 def _grads(folder, tok, batches, trl, accum, **kw):
     "Gradients of the first step for the same examples in other batches."
     import torch
-    from llama_zh_nb.training.trainer import make_trainer
-    from llama_zh_nb.training.lora import load_base, prepare
+
     from llama_zh_nb.sft import chat_trainer
     from llama_zh_nb.training.chat_rows import ChatCollate
-    model = prepare(load_base(folder, 'lora+new', 'cpu'), 'lora+new', (310, 330), 4, 8, 0., 0)
+    from llama_zh_nb.training.lora import load_base, prepare
+    from llama_zh_nb.training.trainer import make_trainer
+
+    model = prepare(load_base(folder, 'lora+new', 'cpu'), 'lora+new', (310, 330), 4, 8, 0.0, 0)
     torch.manual_seed(1)
     for n, p in model.named_parameters():
-        if 'lora_B' in n: torch.nn.init.normal_(p, std=.05)
+        if 'lora_B' in n:
+            torch.nn.init.normal_(p, std=0.05)
     if trl:
         from trl import SFTConfig
-        kw |= dict(args_class=SFTConfig, dataset_kwargs=dict(skip_prepare_dataset=True), max_length=None, bf16=False, gradient_checkpointing=False)
-    weight = kw.pop('prompt_weight', 0.)
-    t = make_trainer(model, batches, ChatCollate(3, weight), folder/'x', batch=len(batches)//accum, accum=accum, max_steps=1, lr=0., base=chat_trainer(tok, trl=trl), clip=0., **kw)
+
+        kw |= dict(
+            args_class=SFTConfig,
+            dataset_kwargs=dict(skip_prepare_dataset=True),
+            max_length=None,
+            bf16=False,
+            gradient_checkpointing=False,
+        )
+    weight = kw.pop('prompt_weight', 0.0)
+    t = make_trainer(
+        model,
+        batches,
+        ChatCollate(3, weight),
+        folder / 'x',
+        batch=len(batches) // accum,
+        accum=accum,
+        max_steps=1,
+        lr=0.0,
+        base=chat_trainer(tok, trl=trl),
+        clip=0.0,
+        **kw,
+    )
     got = {}
     step = t.training_step
+
     def after(*a, **k):
-        out = step(*a, **k); got.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}); return out
+        out = step(*a, **k)
+        got.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        return out
+
     t.training_step = after
     t.train()
     return got
 
+
 def test_gradients_do_not_depend_on_trainer_or_accumulation(folder, tok):
     "trl's trainer, the plain one, accumulated or in one batch, packed or not: the same gradient, the new rows of lm_head among it."
     import torch
+
     from llama_zh_nb.training.chat_rows import examples
-    items = examples([CHATS[0], dict(messages=talk('a', 'It is far, the river is long, the sea is far.')), CHATS[1], dict(messages=talk('q', 'x'))], tok).items
-    single, packed = [dict(parts=[e], row=i) for i, e in enumerate(items)], [dict(parts=items[:2], row=0), dict(parts=items[2:], row=1)]
+
+    items = examples(
+        [
+            CHATS[0],
+            dict(messages=talk('a', 'It is far, the river is long, the sea is far.')),
+            CHATS[1],
+            dict(messages=talk('q', 'x')),
+        ],
+        tok,
+    ).items
+    single, packed = (
+        [dict(parts=[e], row=i) for i, e in enumerate(items)],
+        [dict(parts=items[:2], row=0), dict(parts=items[2:], row=1)],
+    )
     want = _grads(folder, tok, single, False, 1)
-    assert any('lm_head' in n and 'trainable_tokens_delta' in n and g.abs().sum() > 0 for n, g in want.items())
+    assert any(
+        'lm_head' in n and 'trainable_tokens_delta' in n and g.abs().sum() > 0
+        for n, g in want.items()
+    )
     for rows, trl, accum in ((single, True, 4), (packed, True, 1), (packed, False, 2)):
         got = _grads(folder, tok, rows, trl, accum)
         assert got.keys() == want.keys()
-        for n in want: torch.testing.assert_close(got[n], want[n], atol=1e-6, rtol=1e-4, msg=n)
-    a, b = (_grads(folder, tok, rows, True, k, prompt_weight=.1) for rows, k in ((single, 4), (packed, 1)))
-    for n in a: torch.testing.assert_close(a[n], b[n], atol=1e-6, rtol=1e-4, msg=n)
+        for n in want:
+            torch.testing.assert_close(got[n], want[n], atol=1e-6, rtol=1e-4, msg=n)
+    a, b = (
+        _grads(folder, tok, rows, True, k, prompt_weight=0.1)
+        for rows, k in ((single, 4), (packed, 1))
+    )
+    for n in a:
+        torch.testing.assert_close(a[n], b[n], atol=1e-6, rtol=1e-4, msg=n)
     assert any((a[n] - want[n]).abs().max() > 1e-4 for n in a)
+
 
 def test_finetune_leaves_a_plain_folder(folder, tok, tmp_path):
     import torch
     from transformers import AutoTokenizer
+
     from llama_zh_nb.sft import finetune
     from llama_zh_nb.text.templates import get_template
-    out, texts = tmp_path/'chat', write(tmp_path, 'plain.txt', 'The river is long. '*5)
-    h = finetune(folder, CHATS, out, template='atom', extra_texts=texts, text_share=.2, heldout=dict(zh=['长江很长。']), questions=[dict(question='长江?', answer='长江很长。')], **KW)
-    assert h.last('loss') < h.first('loss') and h.last('zh_bpc') and h.last('right') is not None and not (out/'checkpoints').exists()
+
+    out, texts = tmp_path / 'chat', write(tmp_path, 'plain.txt', 'The river is long. ' * 5)
+    h = finetune(
+        folder,
+        CHATS,
+        out,
+        template='atom',
+        extra_texts=texts,
+        text_share=0.2,
+        heldout=dict(zh=['长江很长。']),
+        questions=[dict(question='长江?', answer='长江很长。')],
+        **KW,
+    )
+    assert (
+        h.last('loss') < h.first('loss')
+        and h.last('zh_bpc')
+        and h.last('right') is not None
+        and not (out / 'checkpoints').exists()
+    )
     assert h.info['data']['chats'] == 40 and h.info['data']['text_tokens'] > 0
     ct, m, old = AutoTokenizer.from_pretrained(out), load(out), load(folder)
     msgs = talk('长江?')
-    assert ct.apply_chat_template(msgs, add_generation_prompt=True)['input_ids'] == get_template('atom').encode(tok, msgs, True).ids
-    assert ct.pad_token_id == 3 and ct.eos_token_id == 2 and (out/'adapter/adapter_model.safetensors').exists() and (out/'tokenizer.model').exists()
+    assert (
+        ct.apply_chat_template(msgs, add_generation_prompt=True)['input_ids']
+        == get_template('atom').encode(tok, msgs, True).ids
+    )
+    assert (
+        ct.pad_token_id == 3
+        and ct.eos_token_id == 2
+        and (out / 'adapter/adapter_model.safetensors').exists()
+        and (out / 'tokenizer.model').exists()
+    )
     for name in ('embed_tokens', 'lm_head'):
-        a, b = ((x.get_input_embeddings() if name == 'embed_tokens' else x.get_output_embeddings()).weight for x in (old, m))
+        a, b = (
+            (
+                x.get_input_embeddings() if name == 'embed_tokens' else x.get_output_embeddings()
+            ).weight
+            for x in (old, m)
+        )
         assert torch.equal(a[:310], b[:310]) and not torch.equal(a[310:], b[310:])
+
 
 def test_resume_is_exact(folder, tmp_path, monkeypatch):
     import torch
+
     from llama_zh_nb import sft
-    kw = KW | dict(lora_dropout=.1, save_every=3)
-    sft.finetune(folder, CHATS, tmp_path/'a', **kw)
-    class Stop(Exception): pass
+
+    kw = KW | dict(lora_dropout=0.1, save_every=3)
+    sft.finetune(folder, CHATS, tmp_path / 'a', **kw)
+
+    class Stop(Exception):
+        pass
+
     n, plain = [0], sft.ChatCollate.__call__
+
     def dies(self, rows):
         n[0] += 1
-        if n[0] > 5: raise Stop
+        if n[0] > 5:
+            raise Stop
         return plain(self, rows)
+
     monkeypatch.setattr(sft.ChatCollate, '__call__', dies)
-    with pytest.raises(Stop): sft.finetune(folder, CHATS, tmp_path/'b', **kw)
-    assert not (tmp_path/'b/config.json').exists()
+    with pytest.raises(Stop):
+        sft.finetune(folder, CHATS, tmp_path / 'b', **kw)
+    assert not (tmp_path / 'b/config.json').exists()
     monkeypatch.setattr(sft.ChatCollate, '__call__', plain)
-    sft.finetune(folder, CHATS, tmp_path/'b', **kw)
-    a, b = load(tmp_path/'a').state_dict(), load(tmp_path/'b').state_dict()
+    sft.finetune(folder, CHATS, tmp_path / 'b', **kw)
+    a, b = load(tmp_path / 'a').state_dict(), load(tmp_path / 'b').state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
+
 
 @pytest.mark.parametrize('train', ['full', 'lora+embed'])
 def test_other_trained_parts(folder, tmp_path, train):
     import torch
+
     from llama_zh_nb.sft import finetune
-    finetune(folder, CHATS, tmp_path/'c', **KW | dict(train=train, max_steps=2, trl=train == 'full'))
-    assert not torch.equal(load(folder).lm_head.weight[:310], load(tmp_path/'c').lm_head.weight[:310])
+
+    finetune(
+        folder, CHATS, tmp_path / 'c', **KW | dict(train=train, max_steps=2, trl=train == 'full')
+    )
+    assert not torch.equal(
+        load(folder).lm_head.weight[:310], load(tmp_path / 'c').lm_head.weight[:310]
+    )
+
 
 def test_too_long_is_counted_not_cut(tok):
     from llama_zh_nb.training.chat_rows import examples
-    long = [dict(messages=talk('q', 'far '*100), source='f:9'), *CHATS[:1]]
+
+    long = [dict(messages=talk('q', 'far ' * 100), source='f:9'), *CHATS[:1]]
     d = examples(long, tok, block=64)
-    assert d.report['left_out'] == 1 and d.report['left_out_rows'][0].startswith('f:9') and all(e.ids[-1] == 2 for e in d.items)
-    d = examples([dict(messages=talk('q', 'a', 'r', 'far '*100))], tok, block=64)
-    assert d.report['shortened'] == 1 and d.items[0].ids[-1] == 2 and sum(i == 2 for i in d.items[0].ids) == 1
-    with pytest.raises(LlamaZhError, match='raise block'): examples(long[:1], tok, block=64)
-    with pytest.raises(LlamaZhError, match='unknown too_long'): examples(long, tok, block=64, too_long='x')
+    assert (
+        d.report['left_out'] == 1
+        and d.report['left_out_rows'][0].startswith('f:9')
+        and all(e.ids[-1] == 2 for e in d.items)
+    )
+    d = examples([dict(messages=talk('q', 'a', 'r', 'far ' * 100))], tok, block=64)
+    assert (
+        d.report['shortened'] == 1
+        and d.items[0].ids[-1] == 2
+        and sum(i == 2 for i in d.items[0].ids) == 1
+    )
+    with pytest.raises(LlamaZhError, match='raise block'):
+        examples(long[:1], tok, block=64)
+    with pytest.raises(LlamaZhError, match='unknown too_long'):
+        examples(long, tok, block=64, too_long='x')
+
 
 def test_pad_is_never_the_end(tok, folder):
     from transformers import AutoTokenizer
+
     from llama_zh_nb.training.chat_rows import pad_id
+
     t = AutoTokenizer.from_pretrained(folder)
     t.pad_token = t.eos_token
-    assert pad_id(t) == t.unk_token_id == 0  # a folder that pads with its end mark: the unknown token takes its place
+    assert (
+        pad_id(t) == t.unk_token_id == 0
+    )  # a folder that pads with its end mark: the unknown token takes its place
     t.unk_token = None
-    with pytest.raises(LlamaZhError, match='never learns to stop'): pad_id(t)
+    with pytest.raises(LlamaZhError, match='never learns to stop'):
+        pad_id(t)
+
 
 def test_folder_that_pads_with_its_end_mark(folder, tmp_path, capsys):
     "Such folders are common: the trained one pads otherwise, and its end mark is learnt."
     import shutil
+
     from transformers import AutoTokenizer
+
     from llama_zh_nb.sft import finetune
-    d = tmp_path/'m'; shutil.copytree(folder, d)
-    for f in ('tokenizer_config.json', 'special_tokens_map.json'): (d/f).write_text(json.dumps(json.loads((d/f).read_text()) | dict(pad_token='</s>')))
-    (d/'config.json').write_text(json.dumps(json.loads((d/'config.json').read_text()) | dict(pad_token_id=2)))
-    finetune(d, CHATS, tmp_path/'out', **KW | dict(max_steps=2))
+
+    d = tmp_path / 'm'
+    shutil.copytree(folder, d)
+    for f in ('tokenizer_config.json', 'special_tokens_map.json'):
+        (d / f).write_text(json.dumps(json.loads((d / f).read_text()) | dict(pad_token='</s>')))
+    (d / 'config.json').write_text(
+        json.dumps(json.loads((d / 'config.json').read_text()) | dict(pad_token_id=2))
+    )
+    finetune(d, CHATS, tmp_path / 'out', **KW | dict(max_steps=2))
     assert 'pads with its end mark' in capsys.readouterr().out
-    t = AutoTokenizer.from_pretrained(tmp_path/'out')
-    assert t.pad_token_id == 0 and t.eos_token_id == 2 and load(tmp_path/'out').config.pad_token_id == 0
+    t = AutoTokenizer.from_pretrained(tmp_path / 'out')
+    assert (
+        t.pad_token_id == 0
+        and t.eos_token_id == 2
+        and load(tmp_path / 'out').config.pad_token_id == 0
+    )
+
 
 def test_packing_order(tok):
-    from llama_zh_nb.training.chat_rows import examples, with_texts, Packed
-    d = with_texts(examples(CHATS, tok), ['The river is long. '*9]*30, tok, 128)
-    p, q = (Packed(d, 128, epochs=3, share=.25, seed=s) for s in (0, 0))
-    assert p.rows == q.rows != Packed(d, 128, epochs=3, share=.25, seed=1).rows and p.filled > .75
+    from llama_zh_nb.training.chat_rows import Packed, examples, with_texts
+
+    d = with_texts(examples(CHATS, tok), ['The river is long. ' * 9] * 30, tok, 128)
+    p, q = (Packed(d, 128, epochs=3, share=0.25, seed=s) for s in (0, 0))
+    assert p.rows == q.rows != Packed(d, 128, epochs=3, share=0.25, seed=1).rows and p.filled > 0.75
     n = lambda text: sum(len(d[i].ids) for r in p.rows for i in r if (d.kinds[i] == 'text') == text)
-    assert abs(n(True)/(n(True) + n(False)) - .25) < .05
-    assert len(Packed(d, 128, rows=10)) == 10 and len(Packed(d, 128, epochs=.5, multiple=4)) % 4 == 0
+    assert abs(n(True) / (n(True) + n(False)) - 0.25) < 0.05
+    assert (
+        len(Packed(d, 128, rows=10)) == 10 and len(Packed(d, 128, epochs=0.5, multiple=4)) % 4 == 0
+    )
     assert sorted(i for r in Packed(d, 128).rows for i in r) == list(range(len(d)))
+
 
 def test_a_plain_base_learns_without_new_rows(folder, tmp_path, capsys):
     "Fine-tuning of a Llama as it came, no new vocabulary: LoRA alone, no row of the embeddings moves, the end mark is learnt."
-    import shutil, torch
+    import shutil
+
+    import torch
+
     from llama_zh_nb.sft import finetune
-    d = tmp_path/'plain'; shutil.copytree(folder, d, ignore=shutil.ignore_patterns('resize.json'))
-    h = finetune(d, CHATS, tmp_path/'chat', **KW | dict(max_steps=12))
-    assert 'no new rows: training LoRA alone' in capsys.readouterr().out and h.info['train'] == 'lora'
-    old, new = load(d).state_dict(), load(tmp_path/'chat').state_dict()
-    for k in old: assert torch.equal(old[k], new[k]) == (not k.endswith('proj.weight')), k
+
+    d = tmp_path / 'plain'
+    shutil.copytree(folder, d, ignore=shutil.ignore_patterns('resize.json'))
+    h = finetune(d, CHATS, tmp_path / 'chat', **KW | dict(max_steps=12))
+    assert (
+        'no new rows: training LoRA alone' in capsys.readouterr().out and h.info['train'] == 'lora'
+    )
+    old, new = load(d).state_dict(), load(tmp_path / 'chat').state_dict()
+    for k in old:
+        assert torch.equal(old[k], new[k]) == (not k.endswith('proj.weight')), k
     assert h.last('loss') < h.first('loss')
+
 
 def test_packaged_mini_learns_as_it_is(tmp_path, root):
     "The same with the packaged base and its vocabulary, from files in two languages."
     from llama_zh_nb.sft import finetune
     from llama_zh_nb.weights import acquire
-    base = acquire('mini', tmp_path/'base')
-    zh = write(tmp_path, 'zh.json', json.dumps([dict(instruction=f'{i}加{i}?', output=f'等于{2*i}。') for i in range(30)], ensure_ascii=False))
-    en = write(tmp_path, 'en.csv', 'instruction,output\n' + ''.join(f'What is {i} and {i}?,It is {2*i}.\n' for i in range(30)))
-    h = finetune(base, [zh, en], tmp_path/'chat', **KW | dict(max_steps=2, en_share=.3))
+
+    base = acquire('mini', tmp_path / 'base')
+    zh = write(
+        tmp_path,
+        'zh.json',
+        json.dumps(
+            [dict(instruction=f'{i}加{i}?', output=f'等于{2 * i}。') for i in range(30)],
+            ensure_ascii=False,
+        ),
+    )
+    en = write(
+        tmp_path,
+        'en.csv',
+        'instruction,output\n'
+        + ''.join(f'What is {i} and {i}?,It is {2 * i}.\n' for i in range(30)),
+    )
+    h = finetune(base, [zh, en], tmp_path / 'chat', **KW | dict(max_steps=2, en_share=0.3))
     assert h.info['chats']['languages'] == dict(zh=30, en=30) and h.last('loss') < h.first('loss')
-    assert abs(h.info['mix']['en']/sum(h.info['mix'].values()) - .3) < .1 and (tmp_path/'chat/chat_template.jinja').exists()
+    assert (
+        abs(h.info['mix']['en'] / sum(h.info['mix'].values()) - 0.3) < 0.1
+        and (tmp_path / 'chat/chat_template.jinja').exists()
+    )
+
 
 def test_mix_of_languages(tok):
-    from llama_zh_nb.training.chat_rows import examples, with_texts, Packed
-    chats = [dict(messages=talk('q', 'It is far, the river is long.'))]*10 + [dict(messages=talk('长江?', '长江很长。'))]*30
-    d = with_texts(examples(chats, tok), ['The river is long. '*9]*30, tok, 128)
+    from llama_zh_nb.training.chat_rows import Packed, examples, with_texts
+
+    chats = [dict(messages=talk('q', 'It is far, the river is long.'))] * 10 + [
+        dict(messages=talk('长江?', '长江很长。'))
+    ] * 30
+    d = with_texts(examples(chats, tok), ['The river is long. ' * 9] * 30, tok, 128)
     assert (d.report['chinese'], d.report['english']) == (30, 10)
+
     def share(**kw):
         p = Packed(d, 128, epochs=4, **kw)
         assert sum(p.mix.values()) == sum(len(d[i].ids) for r in p.rows for i in r)
-        return p.mix['en']/(p.mix['en'] + p.mix['zh']), p.mix['text']/sum(p.mix.values())
-    for want in (.1, .5, .7): assert abs(share(en_share=want, share=.2)[0] - want) < .04 and abs(share(en_share=want, share=.2)[1] - .2) < .05
-    assert share(en_share=0., share=0.) == (0, 0)
+        return p.mix['en'] / (p.mix['en'] + p.mix['zh']), p.mix['text'] / sum(p.mix.values())
+
+    for want in (0.1, 0.5, 0.7):
+        assert (
+            abs(share(en_share=want, share=0.2)[0] - want) < 0.04
+            and abs(share(en_share=want, share=0.2)[1] - 0.2) < 0.05
+        )
+    assert share(en_share=0.0, share=0.0) == (0, 0)
     one = examples(chats[:10], tok)
-    with pytest.raises(LlamaZhError, match='all English'): Packed(one, 128, en_share=.5)
-    with pytest.raises(LlamaZhError, match='from 0 to below 1'): Packed(d, 128, en_share=1)
+    with pytest.raises(LlamaZhError, match='all English'):
+        Packed(one, 128, en_share=0.5)
+    with pytest.raises(LlamaZhError, match='from 0 to below 1'):
+        Packed(d, 128, en_share=1)
+
 
 def test_truncation_is_counted_by_kind(tok):
     from llama_zh_nb.training.chat_rows import examples
-    chats = [dict(messages=talk('q', 'a', 'r', 'far '*60, 'u', 'b')), dict(messages=talk('q', 'far '*100)), dict(messages=talk('q', 'a'))]
-    n = lambda p: [examples(chats, tok, block=48, too_long=p).report[k] for k in ('chats', 'shortened', 'answers_lost', 'answers_cut', 'left_out')]
+
+    chats = [
+        dict(messages=talk('q', 'a', 'r', 'far ' * 60, 'u', 'b')),
+        dict(messages=talk('q', 'far ' * 100)),
+        dict(messages=talk('q', 'a')),
+    ]
+    n = lambda p: [
+        examples(chats, tok, block=48, too_long=p).report[k]
+        for k in ('chats', 'shortened', 'answers_lost', 'answers_cut', 'left_out')
+    ]
     assert n('turns') == [2, 1, 2, 0, 1] and n('drop') == [1, 0, 0, 0, 2] and n('cut')[3:] == [2, 0]
     d = examples(chats, tok, block=48)
-    assert [k for _, k in d.lengths][1] == 0 and 'chat 2' in d.lost() and '1 chats are shortened, by 2 answers' in d.lost()
-    assert 'in the middle of an answer' in examples(chats, tok, block=48, too_long='cut').lost() and examples(chats[2:], tok).lost() == ''
+    assert (
+        [k for _, k in d.lengths][1] == 0
+        and 'chat 2' in d.lost()
+        and '1 chats are shortened, by 2 answers' in d.lost()
+    )
+    assert (
+        'in the middle of an answer' in examples(chats, tok, block=48, too_long='cut').lost()
+        and examples(chats[2:], tok).lost() == ''
+    )
 
-@pytest.mark.parametrize('kw,says', [
-    (dict(batch=0), 'batch is 0'), (dict(max_steps=0), 'max_steps is 0'), (dict(max_steps=-1), 'max_steps is -1'), (dict(max_steps=None, epochs=0), 'epochs is 0'), (dict(accum=-2), 'accum is -2'),
-    (dict(lr=-1.), 'lr is -1'), (dict(prompt_weight=2), 'prompt_weight is 2'), (dict(train='lorra'), "'lorra': expected one of lora"), (dict(too_long='x'), "'x': expected one of turns"),
-    (dict(attn='x'), "'x': expected one of sdpa"), (dict(text_share=.2), 'extra_texts with it'), (dict(block=10**6), 'positions of hf end'), (dict(template='chatml'), 'unknown chat template'),
-    (dict(questions='nofile'), 'no questions could be read'), (dict(questions=[dict(q='x')]), 'question 1 has no'), (dict(en_share=.5, chats=[dict(messages=talk('q', 'it is a'))]), 'all English')])
+
+@pytest.mark.parametrize(
+    'kw,says',
+    [
+        (dict(batch=0), 'batch is 0'),
+        (dict(max_steps=0), 'max_steps is 0'),
+        (dict(max_steps=-1), 'max_steps is -1'),
+        (dict(max_steps=None, epochs=0), 'epochs is 0'),
+        (dict(accum=-2), 'accum is -2'),
+        (dict(lr=-1.0), 'lr is -1'),
+        (dict(prompt_weight=2), 'prompt_weight is 2'),
+        (dict(train='lorra'), "'lorra': expected one of lora"),
+        (dict(too_long='x'), "'x': expected one of turns"),
+        (dict(attn='x'), "'x': expected one of sdpa"),
+        (dict(text_share=0.2), 'extra_texts with it'),
+        (dict(block=10**6), 'positions of hf end'),
+        (dict(template='chatml'), 'unknown chat template'),
+        (dict(questions='nofile'), 'no questions could be read'),
+        (dict(questions=[dict(q='x')]), 'question 1 has no'),
+        (dict(en_share=0.5, chats=[dict(messages=talk('q', 'it is a'))]), 'all English'),
+    ],
+)
 def test_wrong_values_are_refused_first(folder, tmp_path, kw, says):
     from llama_zh_nb.sft import finetune
-    with pytest.raises(LlamaZhError, match=says): finetune(folder, kw.pop('chats', CHATS), tmp_path/'o', **KW | kw)
-    assert not (tmp_path/'o').exists()
+
+    with pytest.raises(LlamaZhError, match=says):
+        finetune(folder, kw.pop('chats', CHATS), tmp_path / 'o', **KW | kw)
+    assert not (tmp_path / 'o').exists()
+
 
 def test_the_model_itself_is_never_overwritten(folder):
     from llama_zh_nb.sft import finetune
-    with pytest.raises(LlamaZhError, match='is the model itself'): finetune(folder, CHATS, folder/'..'/folder.name, **KW)
+
+    with pytest.raises(LlamaZhError, match='is the model itself'):
+        finetune(folder, CHATS, folder / '..' / folder.name, **KW)
+
 
 def test_one_step_learns_something(folder, tmp_path):
     from llama_zh_nb.sft import finetune
-    finetune(folder, CHATS, tmp_path/'o', **KW | dict(max_steps=1))
+
+    finetune(folder, CHATS, tmp_path / 'o', **KW | dict(max_steps=1))
+
 
 def test_what_was_read_is_said_and_kept(folder, tmp_path, capsys):
     from llama_zh_nb.sft import finetune
-    f = write(tmp_path, 'a.jsonl', '{"prompt": "q", "response": "a"}\n{broken\n{"prompt": "q", "response": ""}\n' + json.dumps(dict(prompt='q', response='far '*300)))
-    h = finetune(folder, f, tmp_path/'o', **KW | dict(max_steps=1))
+
+    f = write(
+        tmp_path,
+        'a.jsonl',
+        '{"prompt": "q", "response": "a"}\n{broken\n{"prompt": "q", "response": ""}\n'
+        + json.dumps(dict(prompt='q', response='far ' * 300)),
+    )
+    h = finetune(folder, f, tmp_path / 'o', **KW | dict(max_steps=1))
     said = capsys.readouterr().out
-    assert 'a.jsonl, line 2: not valid JSON' in said and 'line 3: nothing to learn' in said and '1 chats are left out (a.jsonl:4' in said
-    assert [b[1] for b in json.loads((tmp_path/'o/history.json').read_text())['info']['chats']['bad']] == [2, 3] and h.info['data']['left_out_rows'][0].startswith('a.jsonl:4')
+    assert (
+        'a.jsonl, line 2: not valid JSON' in said
+        and 'line 3: nothing to learn' in said
+        and '1 chats are left out (a.jsonl:4' in said
+    )
+    assert [
+        b[1] for b in json.loads((tmp_path / 'o/history.json').read_text())['info']['chats']['bad']
+    ] == [2, 3] and h.info['data']['left_out_rows'][0].startswith('a.jsonl:4')

@@ -1,78 +1,138 @@
 """The site: it builds without network and Quarto, every page of the sidebar opens, nothing is dead, and the search finds Chinese and English."""
-import functools, http.server, shutil, subprocess, sys, threading
+
+import functools
+import http.server
+import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
-import pytest, yaml
+
+import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/'tools'))
+sys.path.insert(0, str(ROOT / 'tools'))
+
 
 @pytest.fixture(scope='module')
 def site():
     "The built site; built now if it is not what the sources give."
-    res = subprocess.run([sys.executable, ROOT/'tools'/'docs.py', '--sphinx', '--if-stale'], cwd=ROOT, capture_output=True, text=True)
+    res = subprocess.run(
+        [sys.executable, ROOT / 'tools' / 'docs.py', '--sphinx', '--if-stale'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert res.returncode == 0, res.stdout + res.stderr
-    return ROOT/'_docs'
+    return ROOT / '_docs'
+
 
 @pytest.fixture(scope='module')
 def url(site):
     class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *a): pass
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(site)))
+        def log_message(self, *a):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ('127.0.0.1', 0), functools.partial(Quiet, directory=str(site))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{server.server_port}'
     server.shutdown()
     server.server_close()
 
+
 @pytest.fixture(scope='module')
 def browser():
-    exe = next((p for b in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(b))), None)
-    if not exe: pytest.skip('no Chromium on this machine: install it (Debian: apt-get install chromium) to test the site in a browser')
+    exe = next(
+        (p for b in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(b))),
+        None,
+    )
+    if not exe:
+        pytest.skip(
+            'no Chromium on this machine: install it (Debian: apt-get install chromium) to test the site in a browser'
+        )
     playwright = pytest.importorskip('playwright.sync_api')
     with playwright.sync_playwright() as p:
         b = p.chromium.launch(executable_path=exe, args=['--no-sandbox'])
         yield b
         b.close()
 
+
 @pytest.fixture
 def watched(browser, url):
     "A page, and the list of everything that went wrong on it."
     page, wrong = browser.new_page(), []
-    page.on('console', lambda m: wrong.append(f'{page.url}: {m.text}') if m.type == 'error' else None)
+    page.on(
+        'console', lambda m: wrong.append(f'{page.url}: {m.text}') if m.type == 'error' else None
+    )
     page.on('pageerror', lambda e: wrong.append(f'{page.url}: {e}'))
-    page.on('request', lambda r: None if r.url.startswith((url, 'data:', 'blob:')) else wrong.append(f'{page.url} asks for {r.url}'))
+    page.on(
+        'request',
+        lambda r: (
+            None
+            if r.url.startswith((url, 'data:', 'blob:'))
+            else wrong.append(f'{page.url} asks for {r.url}')
+        ),
+    )
     page.on('response', lambda r: wrong.append(f'{r.url}: {r.status}') if r.status >= 400 else None)
     yield page, wrong
     page.close()
 
+
 def sidebar_files():
     "What _quarto.yml lists, flat."
-    for o in yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']:
-        for e in o['contents'] if isinstance(o, dict) and 'section' in o else [o]: yield e if isinstance(e, str) else e['href']
+    for o in yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))['website'][
+        'sidebar'
+    ]['contents']:
+        for e in o['contents'] if isinstance(o, dict) and 'section' in o else [o]:
+            yield e if isinstance(e, str) else e['href']
+
 
 def test_no_dead_links(site):
     from sphinx_site import dead_links
+
     assert dead_links(site) == []
+
 
 def test_nothing_from_elsewhere(site):
     "No script, style, font or picture of a page comes from another server."
     import re
-    loads = re.compile(r'<(?:script|img|iframe|link rel="(?:stylesheet|preload)")[^>]*?(?:src|href)="((?:https?:)?//[^"]+)"')
-    assert {p.name: m for p in site.glob('*.html') if (m := loads.findall(p.read_text(encoding='utf-8')))} == {}
+
+    loads = re.compile(
+        r'<(?:script|img|iframe|link rel="(?:stylesheet|preload)")[^>]*?(?:src|href)="((?:https?:)?//[^"]+)"'
+    )
+    assert {
+        p.name: m
+        for p in site.glob('*.html')
+        if (m := loads.findall(p.read_text(encoding='utf-8')))
+    } == {}
+
 
 @pytest.mark.parametrize('width,height', [(1280, 900), (390, 844)], ids=['desktop', 'phone'])
 def test_every_page_opens(watched, url, width, height):
     page, wrong = watched
     page.set_viewport_size({'width': width, 'height': height})
     page.goto(f'{url}/index.html')
-    pages = list(dict.fromkeys(page.eval_on_selector_all('.bd-sidebar-primary nav a.reference.internal', 'a => a.map(o => o.href.split("#")[0])')))
+    pages = list(
+        dict.fromkeys(
+            page.eval_on_selector_all(
+                '.bd-sidebar-primary nav a.reference.internal',
+                'a => a.map(o => o.href.split("#")[0])',
+            )
+        )
+    )
     assert len(pages) == len(list(sidebar_files()))
     wide = []
     for p in pages:
         page.goto(p)
         assert page.inner_text('article h1').strip(), p
-        if page.evaluate('document.documentElement.scrollWidth') > width: wide.append(p)
+        if page.evaluate('document.documentElement.scrollWidth') > width:
+            wide.append(p)
     assert wrong == []
     assert wide == [], 'wider than the screen'
+
 
 @pytest.mark.parametrize('query', ['词表', '扩充词表', '量化', 'tokenizer', 'embeddings'])
 def test_search(watched, url, query):
@@ -84,7 +144,8 @@ def test_search(watched, url, query):
     assert page.inner_text('article h1').strip()
     assert wrong == []
 
+
 def test_api_lists_every_module(site):
-    html = (site/'reference.html').read_text(encoding='utf-8')
-    mods = [p.stem for p in (ROOT/'llama_zh_nb').glob('*.py') if not p.stem.startswith('_')]
+    html = (site / 'reference.html').read_text(encoding='utf-8')
+    mods = [p.stem for p in (ROOT / 'llama_zh_nb').glob('*.py') if not p.stem.startswith('_')]
     assert [m for m in mods if f'llama_zh_nb.{m}' not in html] == []

@@ -6,180 +6,353 @@
 __all__ = ['COMMANDS', 'add_arguments', 'commands', 'overview', 'main']
 
 # %% ../../nbs/app/cli.ipynb #cc15ce7e
-import argparse, importlib, inspect, os, sys
-from pathlib import Path
-from ..core.errors import LlamaZhError
+import argparse
+import importlib
+import inspect
+import os
+import sys
 from importlib import resources
+from pathlib import Path
+
+from ..core.errors import LlamaZhError
 
 # %% ../../nbs/app/cli.ipynb #138f341e
-_HIDE = {'heldout','words','keep','new','kw','kwargs','questions_list'}   # nothing one can type
-_MANY = {'adapters','data','texts','sources','add','docs','chats','paths','files','question','chats_or_texts','corpora','hosts','models','tasks'}   # several may follow
+_HIDE = {
+    'heldout',
+    'words',
+    'keep',
+    'new',
+    'kw',
+    'kwargs',
+    'questions_list',
+}  # nothing one can type
+_MANY = {
+    'adapters',
+    'data',
+    'texts',
+    'sources',
+    'add',
+    'docs',
+    'chats',
+    'paths',
+    'files',
+    'question',
+    'chats_or_texts',
+    'corpora',
+    'hosts',
+    'models',
+    'tasks',
+}  # several may follow
+
+
 def _guess(v):
     "A typed word as int, float, bool, None or str"
     low = v.lower()
-    if low in ('none','null'): return None
-    if low in ('true','false'): return low == 'true'
+    if low in ('none', 'null'):
+        return None
+    if low in ('true', 'false'):
+        return low == 'true'
     for t in (int, float):
-        try: return t(v)
-        except ValueError: pass
+        try:
+            return t(v)
+        except ValueError:
+            pass
     return v
+
+
 _NAMED = {t.__name__: t for t in (int, float, str, bool, list)}
+
+
 def _kind(p):
     "What turns the word of parameter `p` into its value"
-    t = _NAMED.get(p.annotation, p.annotation) if isinstance(p.annotation, str) else p.annotation   # `from __future__ import annotations` makes words of types
-    if t not in _NAMED.values(): t = None
-    if t is None and p.default not in (None, inspect.Parameter.empty): t = type(p.default)
+    t = (
+        _NAMED.get(p.annotation, p.annotation) if isinstance(p.annotation, str) else p.annotation
+    )  # `from __future__ import annotations` makes words of types
+    if t not in _NAMED.values():
+        t = None
+    if t is None and p.default not in (None, inspect.Parameter.empty):
+        t = type(p.default)
     return t if t in _NAMED.values() else _guess if p.default is None else str
 
 # %% ../../nbs/app/cli.ipynb #54c5ad07
-_COMMON = {'model_dir': 'Hugging Face folder', 'corpus': 'corpus folder or file', 'replay_corpus': 'corpus folder or file of English texts', 'out': 'what is to be made'}
+_COMMON = {
+    'model_dir': 'Hugging Face folder',
+    'corpus': 'corpus folder or file',
+    'replay_corpus': 'corpus folder or file of English texts',
+    'out': 'what is to be made',
+}
+
+
 def _helps(f):
     "{argument: help}"
     from fastcore.docments import docments
+
     from llama_zh_nb.recipes import Recipe, explain
+
     doc = docments(f)
-    if f is Recipe: return doc
-    words = {k: v for k,v in explain().items() if k not in ('name','base','corpus','replay_corpus','sft','docs','out','questions')}
-    shared = f.__name__ in ('pretrain','finetune')   # one comment for a line of arguments
-    return {k: (shared and (words.get(k) or _COMMON.get(k))) or v or words.get(k) or _COMMON.get(k, '') for k,v in doc.items()}
+    if f is Recipe:
+        return doc
+    words = {
+        k: v
+        for k, v in explain().items()
+        if k not in ('name', 'base', 'corpus', 'replay_corpus', 'sft', 'docs', 'out', 'questions')
+    }
+    shared = f.__name__ in ('pretrain', 'finetune')  # one comment for a line of arguments
+    return {
+        k: (shared and (words.get(k) or _COMMON.get(k))) or v or words.get(k) or _COMMON.get(k, '')
+        for k, v in doc.items()
+    }
 
 # %% ../../nbs/app/cli.ipynb #c055b829
 def add_arguments(
-    parser, # argparse's
-    f,      # function: its required parameters become arguments, the others options
+    parser,  # argparse's
+    f,  # function: its required parameters become arguments, the others options
     hide=(),
 ):
     "The signature and comments of `f` as arguments"
     doc = _helps(f)
-    for n,p in inspect.signature(f).parameters.items():
-        if n in _HIDE or n in hide or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL): continue
+    for n, p in inspect.signature(f).parameters.items():
+        if n in _HIDE or n in hide or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
+            continue
         kind, need_it = _kind(p), p.default is p.empty
         text = (doc.get(n) or '').replace('%', '%%')
-        if need_it: parser.add_argument(n, type=str, help=text, metavar=n.upper(), **(dict(nargs='+') if n in _MANY else {})); continue
-        names = list(dict.fromkeys([f"--{n.replace('_','-')}", f'--{n}']))
-        shown = '' if p.default in (None, '', (), []) or kind is list else f' [{p.default}]'.replace('%', '%%')
+        if need_it:
+            parser.add_argument(
+                n, type=str, help=text, metavar=n.upper(), **(dict(nargs='+') if n in _MANY else {})
+            )
+            continue
+        names = list(dict.fromkeys([f'--{n.replace("_", "-")}', f'--{n}']))
+        shown = (
+            ''
+            if p.default in (None, '', (), []) or kind is list
+            else f' [{p.default}]'.replace('%', '%%')
+        )
         kw = dict(dest=n, default=argparse.SUPPRESS, help=text + shown)
-        kw |= dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=str if kind is list else kind, metavar=n.upper(), nargs='+' if kind is list or n in _MANY else None)
-        for i,o in enumerate(names): parser.add_argument(o, **(kw | dict(help=argparse.SUPPRESS) if i else kw))   # --max_steps works too, but is not shown
+        kw |= (
+            dict(action=argparse.BooleanOptionalAction)
+            if kind is bool
+            else dict(
+                type=str if kind is list else kind,
+                metavar=n.upper(),
+                nargs='+' if kind is list or n in _MANY else None,
+            )
+        )
+        for i, o in enumerate(names):
+            parser.add_argument(
+                o, **(kw | dict(help=argparse.SUPPRESS) if i else kw)
+            )  # --max_steps works too, but is not shown
 
 # %% ../../nbs/app/cli.ipynb #8b19335d
 def _typed(f, args):
     "Bring required arguments to the types in the signature"
-    for n,p in inspect.signature(f).parameters.items():
+    for n, p in inspect.signature(f).parameters.items():
         if n in args and p.default is p.empty and (t := _kind(p)) in (int, float):
-            try: args[n] = t(args[n])
-            except ValueError: raise SystemExit(_usage(f'{n.upper()} must be a number, not {args[n]!r}')) from None
+            try:
+                args[n] = t(args[n])
+            except ValueError:
+                raise SystemExit(_usage(f'{n.upper()} must be a number, not {args[n]!r}')) from None
     return args
+
+
 class _Parser(argparse.ArgumentParser):
     "Wrong use gets one line; a list of a hundred options helps nobody"
-    def error(self, message): raise SystemExit(_usage(f'{message}. See {self.prog} --help'))
+
+    def error(self, message):
+        raise SystemExit(_usage(f'{message}. See {self.prog} --help'))
+
+
 def _usage(msg):
     print(f'llama-zh: {msg}', file=sys.stderr)
     return 2
 
 # %% ../../nbs/app/cli.ipynb #55305619
 COMMANDS = {
-    'run':               ('app.run.run',                'the whole path from one recipe'),
-    'weights get':       ('weights.acquire',        "fetch, convert and verify a base: 'mini', a folder, or a Hub id"),
-    'weights verify':    ('weights.verify',         'check shapes, sizes, numbers and tokenizer of a folder'),
-    'weights convert':   ('checkpoint.meta.convert_meta',   "Meta's layout to a Hugging Face folder"),
-    'corpus':            ('corpus.build_corpus',    'text files to clean documents, with a count of what fell'),
-    'vocab train':       ('tokenizer.pieces.train_pieces',     'train Chinese pieces'),
-    'vocab merge':       ('vocab.merge_command',    'add pieces to a base vocabulary'),
-    'vocab audit':       ('tokenizer.audit.audit_command',    'faults, dead pieces, English as before, characters per token'),
-    'vocab compare':     ('tokenizer.audit.compare_command',  'several vocabularies on the same texts'),
-    'embeddings resize': ('embeddings.resize',      'rows for new pieces'),
-    'pretrain':          ('pretrain.pretrain',      'read Chinese: LoRA, new rows, or all weights'),
-    'sft':               ('sft.finetune',           'learn to answer from chats'),
-    'merge-lora':        ('checkpoint.merge.merge_lora',       'adapters and base to a plain model, a few rows at a time'),
-    'card':              ('checkpoint.cards.write_card',       'write the model card of a trained folder'),
-    'push':              ('checkpoint.cards.push_to_hub',      'say what would go to the Hub; send it with --yes'),
-    'quantize':          ('quantize.quantize',      'GPTQ with 4, 8, 3 or 2 bits'),
-    'rag index':         ('documents.index.build_index',      'documents to an index'),
-    'rag ask':           ('documents.conversation.rag_ask',         'answer from an index, with sources'),
-    'rag chat':          ('documents.conversation.rag_chat',        'a conversation with an index in the terminal'),
-    'rag eval':          ('documents.scoring.rag_eval',      'recall of passages, exact match and F1 of answers, with intervals'),
-    'rag summary':       ('documents.summary.rag_summary',    'sum up a long document, part by part'),
-    'chat':              ('chat.chat',              'talk to a model in the terminal'),
-    'serve':             ('serve.serve',            "serve a model: OpenAI's API, LinkSoul's, Atom's"),
-    'page':              ('app.page.page',              'a web page to chat and to ask about files'),
-    'evaluate':          ('evaluate.evaluate_command', 'C-Eval and its like, LongBench, bits, side by side'),
-    'gguf':              ('export.gguf.to_gguf',      'one file for llama.cpp, Ollama and others'),
-    'gguf show':         ('export.gguf.read_gguf',    'what a GGUF file holds'),
-    'modelfile':         ('export.ollama.modelfile',    'a Modelfile for Ollama, its template made from ours'),
-    'webui-template':    ('export.webui.webui_template',   'an instruction template for text-generation-webui'),
+    'run': ('app.run.run', 'the whole path from one recipe'),
+    'weights get': (
+        'weights.acquire',
+        "fetch, convert and verify a base: 'mini', a folder, or a Hub id",
+    ),
+    'weights verify': ('weights.verify', 'check shapes, sizes, numbers and tokenizer of a folder'),
+    'weights convert': ('checkpoint.meta.convert_meta', "Meta's layout to a Hugging Face folder"),
+    'corpus': ('corpus.build_corpus', 'text files to clean documents, with a count of what fell'),
+    'vocab train': ('tokenizer.pieces.train_pieces', 'train Chinese pieces'),
+    'vocab merge': ('vocab.merge_command', 'add pieces to a base vocabulary'),
+    'vocab audit': (
+        'tokenizer.audit.audit_command',
+        'faults, dead pieces, English as before, characters per token',
+    ),
+    'vocab compare': ('tokenizer.audit.compare_command', 'several vocabularies on the same texts'),
+    'embeddings resize': ('embeddings.resize', 'rows for new pieces'),
+    'pretrain': ('pretrain.pretrain', 'read Chinese: LoRA, new rows, or all weights'),
+    'sft': ('sft.finetune', 'learn to answer from chats'),
+    'merge-lora': (
+        'checkpoint.merge.merge_lora',
+        'adapters and base to a plain model, a few rows at a time',
+    ),
+    'card': ('checkpoint.cards.write_card', 'write the model card of a trained folder'),
+    'push': ('checkpoint.cards.push_to_hub', 'say what would go to the Hub; send it with --yes'),
+    'quantize': ('quantize.quantize', 'GPTQ with 4, 8, 3 or 2 bits'),
+    'rag index': ('documents.index.build_index', 'documents to an index'),
+    'rag ask': ('documents.conversation.rag_ask', 'answer from an index, with sources'),
+    'rag chat': ('documents.conversation.rag_chat', 'a conversation with an index in the terminal'),
+    'rag eval': (
+        'documents.scoring.rag_eval',
+        'recall of passages, exact match and F1 of answers, with intervals',
+    ),
+    'rag summary': ('documents.summary.rag_summary', 'sum up a long document, part by part'),
+    'chat': ('chat.chat', 'talk to a model in the terminal'),
+    'serve': ('serve.serve', "serve a model: OpenAI's API, LinkSoul's, Atom's"),
+    'page': ('app.page.page', 'a web page to chat and to ask about files'),
+    'evaluate': ('evaluate.evaluate_command', 'C-Eval and its like, LongBench, bits, side by side'),
+    'gguf': ('export.gguf.to_gguf', 'one file for llama.cpp, Ollama and others'),
+    'gguf show': ('export.gguf.read_gguf', 'what a GGUF file holds'),
+    'modelfile': ('export.ollama.modelfile', 'a Modelfile for Ollama, its template made from ours'),
+    'webui-template': (
+        'export.webui.webui_template',
+        'an instruction template for text-generation-webui',
+    ),
     'privategpt-settings': ('export.privategpt.privategpt_settings', 'settings for privateGPT'),
-    'draft':             ('generation.decoding.make_draft',    'a small draft model for faster answers'),
-    'rope':              ('generation.long_context.write_rope', 'a folder that reads longer texts'),
-    'report':            ('app.report.report',          "a run's story as one HTML page"),
-    'estimate':          ('app.estimate.estimate',      'memory by part, time and disk of a recipe, and where it fits'),
+    'draft': ('generation.decoding.make_draft', 'a small draft model for faster answers'),
+    'rope': ('generation.long_context.write_rope', 'a folder that reads longer texts'),
+    'report': ('app.report.report', "a run's story as one HTML page"),
+    'estimate': (
+        'app.estimate.estimate',
+        'memory by part, time and disk of a recipe, and where it fits',
+    ),
 }
+
+
 def _load(target):
     mod, _, name = target.rpartition('.')
     return getattr(importlib.import_module(f'llama_zh_nb.{mod}'), name)
+
+
 def _there(cmd):
     "Whether the room of this command exists in this version"
     mod, _, name = COMMANDS[cmd][0].rpartition('.')
-    f = Path(str(resources.files('llama_zh_nb')))/f"{mod.replace('.', '/')}.py"
+    f = Path(str(resources.files('llama_zh_nb'))) / f'{mod.replace(".", "/")}.py'
     return f.is_file() and f'def {name}(' in f.read_text(encoding='utf-8')
-def commands(): return [c for c in COMMANDS if _there(c)]
+
+
+def commands():
+    return [c for c in COMMANDS if _there(c)]
 
 # %% ../../nbs/app/cli.ipynb #997a8235
 def overview(
-    words='', # show only commands that begin so
-)->str:
+    words='',  # show only commands that begin so
+) -> str:
     "The list of commands"
     cs = [c for c in commands() if c == words or c.startswith(words and words + ' ')]
-    return ('usage: llama-zh ' + (f'{words} ' if words else '') + 'COMMAND ...\n\nFrom Llama-2 weights to a quantized Chinese model that answers from documents.\n\ncommands:\n'
-            + '\n'.join(f'  {c:19} {COMMANDS[c][1]}' for c in cs) + '\n\n`llama-zh COMMAND --help` explains its arguments; `llama-zh --version` the version.\n')
+    return (
+        'usage: llama-zh '
+        + (f'{words} ' if words else '')
+        + 'COMMAND ...\n\nFrom Llama-2 weights to a quantized Chinese model that answers from documents.\n\ncommands:\n'
+        + '\n'.join(f'  {c:19} {COMMANDS[c][1]}' for c in cs)
+        + '\n\n`llama-zh COMMAND --help` explains its arguments; `llama-zh --version` the version.\n'
+    )
 
 # %% ../../nbs/app/cli.ipynb #fb0c2a4e
 def _recipe_parser(prog, text, extra):
-    from llama_zh_nb.recipes import Recipe, PRESETS
+    from llama_zh_nb.recipes import PRESETS, Recipe
+
     p = _Parser(prog, description=text)
-    p.add_argument('--recipe', metavar='NAME_OR_YAML', default=None, help=f"a preset ({', '.join(PRESETS)}) or a YAML file; default: the environment's LLAMA_ZH_RECIPE, else mini")
+    p.add_argument(
+        '--recipe',
+        metavar='NAME_OR_YAML',
+        default=None,
+        help=f"a preset ({', '.join(PRESETS)}) or a YAML file; default: the environment's LLAMA_ZH_RECIPE, else mini",
+    )
     extra(p)
-    add_arguments(p.add_argument_group('fields of the recipe', 'each goes before what the recipe says'), Recipe)
+    add_arguments(
+        p.add_argument_group('fields of the recipe', 'each goes before what the recipe says'),
+        Recipe,
+    )
     return p
+
+
 def _recipe(a):
     from llama_zh_nb.recipes import get_recipe
-    try: return get_recipe(a.pop('recipe'), **a)
-    except LlamaZhError as e: raise SystemExit(_usage(e)) from None
+
+    try:
+        return get_recipe(a.pop('recipe'), **a)
+    except LlamaZhError as e:
+        raise SystemExit(_usage(e)) from None
+
+
 def _run(argv):
     def extra(p):
         p.add_argument('--only', nargs='+', metavar='STAGE', help='only these stages')
         p.add_argument('--force', action='store_true', help='also what is done and unchanged')
         p.add_argument('--plan', action='store_true', help='say what would be done, and do nothing')
-    a = vars(_recipe_parser('llama-zh run', 'The whole path. What is done and unchanged is skipped; an interrupted run goes on.', extra).parse_args(argv))
+
+    a = vars(
+        _recipe_parser(
+            'llama-zh run',
+            'The whole path. What is done and unchanged is skipped; an interrupted run goes on.',
+            extra,
+        ).parse_args(argv)
+    )
     only, force, plan = a.pop('only'), a.pop('force'), a.pop('plan')
-    from llama_zh_nb.app.run import plan as plan_recipe, run
-    if plan: print(plan_recipe(_recipe(a), only)); return 0
+    from llama_zh_nb.app.run import plan as plan_recipe
+    from llama_zh_nb.app.run import run
+
+    if plan:
+        print(plan_recipe(_recipe(a), only))
+        return 0
     source = a['recipe'] or os.environ.get('LLAMA_ZH_RECIPE') or 'mini'
     run(_recipe(a), only, force, source)
     return 0
+
+
 def _estimate(argv):
     def extra(p):
-        p.add_argument('--gpu', default=None, help='such as t4, rtx4090, a100-80gb, or cpu; default: the smallest that fits')
-        p.add_argument('--fits', action='store_true', help='which presets fit on --gpu, and nothing else')
-        for n,t in (('tokens','tokens of the corpus'), ('chars','its characters')): p.add_argument(f'--{n}', type=int, default=None, help=t)
-        p.add_argument('--tflops', type=float, default=None, help='sustained speed, where you know it')
-        p.add_argument('--probe', action='store_true', help='measure the speed of this machine, some seconds')
-    a = vars(_recipe_parser('llama-zh estimate', 'Memory by part, time and disk of a recipe, and where it fits.', extra).parse_args(argv))
+        p.add_argument(
+            '--gpu',
+            default=None,
+            help='such as t4, rtx4090, a100-80gb, or cpu; default: the smallest that fits',
+        )
+        p.add_argument(
+            '--fits', action='store_true', help='which presets fit on --gpu, and nothing else'
+        )
+        for n, t in (('tokens', 'tokens of the corpus'), ('chars', 'its characters')):
+            p.add_argument(f'--{n}', type=int, default=None, help=t)
+        p.add_argument(
+            '--tflops', type=float, default=None, help='sustained speed, where you know it'
+        )
+        p.add_argument(
+            '--probe', action='store_true', help='measure the speed of this machine, some seconds'
+        )
+
+    a = vars(
+        _recipe_parser(
+            'llama-zh estimate',
+            'Memory by part, time and disk of a recipe, and where it fits.',
+            extra,
+        ).parse_args(argv)
+    )
     kw = {k: a.pop(k) for k in ('gpu', 'tokens', 'chars', 'tflops', 'probe')}
-    if low := [k for k in ('tokens', 'chars', 'tflops') if kw[k] is not None and kw[k] <= 0]: raise LlamaZhError(f'--{low[0]} is {kw[low[0]]}: expected more than 0')
-    if a.pop('fits'): print('\n'.join(_load('app.estimate.fits')(kw['gpu'] or 't4')))
-    else: print(_load('app.estimate.estimate')(_recipe(a), **kw))
+    if low := [k for k in ('tokens', 'chars', 'tflops') if kw[k] is not None and kw[k] <= 0]:
+        raise LlamaZhError(f'--{low[0]} is {kw[low[0]]}: expected more than 0')
+    if a.pop('fits'):
+        print('\n'.join(_load('app.estimate.fits')(kw['gpu'] or 't4')))
+    else:
+        print(_load('app.estimate.estimate')(_recipe(a), **kw))
     return 0
 
 # %% ../../nbs/app/cli.ipynb #56397e82
 def _read_either(files):
     "Chats if the files hold chats, else documents"
     from llama_zh_nb.text.chats import read_chats
-    try: return read_chats(files)
+
+    try:
+        return read_chats(files)
     except LlamaZhError:
         from llama_zh_nb.text.files import read_texts
+
         return [t for f in files for t in read_texts(f)]
-_READ = {('quantize','chats_or_texts'): _read_either}
+
+
+_READ = {('quantize', 'chats_or_texts'): _read_either}
 
 # %% ../../nbs/app/cli.ipynb #d0623cc1
 def _plain(argv, cmd):
@@ -188,41 +361,74 @@ def _plain(argv, cmd):
     p = _Parser(f'llama-zh {cmd}', description=inspect.getdoc(f))
     add_arguments(p, f)
     a = _typed(f, vars(p.parse_args(argv)))
-    for (c,n),read in _READ.items():
-        if c == cmd and n in a: a[n] = read(a[n])
+    for (c, n), read in _READ.items():
+        if c == cmd and n in a:
+            a[n] = read(a[n])
     res = f(**a)
-    if res is not None: print(res)
-    if getattr(res, 'ok', True) is not False: return 0
+    if res is not None:
+        print(res)
+    if getattr(res, 'ok', True) is not False:
+        return 0
     print('llama-zh: not as it should be, see above', file=sys.stderr)
     return 1
+
+
 def _split(argv):
     "(command, its arguments); the command is None if the words name none"
     for n in (2, 1):
         cmd = ' '.join(argv[:n])
-        if cmd in COMMANDS and len(argv) >= n and _there(cmd): return cmd, argv[n:]
+        if cmd in COMMANDS and len(argv) >= n and _there(cmd):
+            return cmd, argv[n:]
     return None, argv
 
 # %% ../../nbs/app/cli.ipynb #830a9cbc
 def main(
-    argv:list=None, # words after the program's name; None: the process'
-)->int: # exit code: 0, 1 for a failure that was explained, 2 for wrong use
+    argv: list = None,  # words after the program's name; None: the process'
+) -> int:  # exit code: 0, 1 for a failure that was explained, 2 for wrong use
     "`llama-zh`"
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ('-h','--help','help'): print(overview()); return 0 if argv else 2
-    if argv[0] in ('-V','--version'): print('llama-zh-nb', importlib.import_module('llama_zh_nb').__version__); return 0
+    if not argv or argv[0] in ('-h', '--help', 'help'):
+        print(overview())
+        return 0 if argv else 2
+    if argv[0] in ('-V', '--version'):
+        print('llama-zh-nb', importlib.import_module('llama_zh_nb').__version__)
+        return 0
     cmd, rest = _split(argv)
-    if cmd is None: return _no_command(argv)
-    try: return {'run': _run, 'estimate': _estimate}.get(cmd, lambda a: _plain(a, cmd))(rest)
-    except LlamaZhError as e: print(f'llama-zh: {e}', file=sys.stderr); return 1
-    except KeyboardInterrupt: print('\nllama-zh: interrupted; the same command goes on from here', file=sys.stderr); return 130
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), 1); return 0
-    except OSError as e: print(f'llama-zh: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr); return 1
-    except SystemExit as e: return e.code if isinstance(e.code, int) else 2
+    if cmd is None:
+        return _no_command(argv)
+    try:
+        return {'run': _run, 'estimate': _estimate}.get(cmd, lambda a: _plain(a, cmd))(rest)
+    except LlamaZhError as e:
+        print(f'llama-zh: {e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('\nllama-zh: interrupted; the same command goes on from here', file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except OSError as e:
+        print(f'llama-zh: {e.filename or "a file"}: {e.strerror or e}', file=sys.stderr)
+        return 1
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else 2
+
+
 def _no_command(argv):
     if any(c.startswith(argv[0] + ' ') for c in commands()):
-        print(overview(argv[0]), file=sys.stdout if set(argv[1:]) & {'-h','--help'} else sys.stderr)
-        return 0 if set(argv[1:]) & {'-h','--help'} else 2
+        print(
+            overview(argv[0]), file=sys.stdout if set(argv[1:]) & {'-h', '--help'} else sys.stderr
+        )
+        return 0 if set(argv[1:]) & {'-h', '--help'} else 2
     from difflib import get_close_matches
-    near = get_close_matches(argv[0], {c.split()[0] for c in COMMANDS}, 2, .5)
-    return _usage(f"no command {argv[0]!r}" + (f", did you mean {' or '.join(near)}?" if near else '') + ' See llama-zh --help')
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+
+    near = get_close_matches(argv[0], {c.split()[0] for c in COMMANDS}, 2, 0.5)
+    return _usage(
+        f'no command {argv[0]!r}'
+        + (f', did you mean {" or ".join(near)}?' if near else '')
+        + ' See llama-zh --help'
+    )
+
+
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

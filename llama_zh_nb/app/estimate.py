@@ -8,334 +8,792 @@ __all__ = ['SHAPES', 'GPUS', 'USABLE', 'SUSTAINED', 'Shape', 'shape_of', 'skelet
            'memory', 'needs', 'fits', 'estimate']
 
 # %% ../../nbs/app/estimate.ipynb #4f2a651b
-import contextlib, gc, os, time, weakref
+import contextlib
+import gc
+import os
+import time
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
-from ..core.errors import LlamaZhError, need, read_json
+
 from ..checkpoint.meta import packaged
+from ..core.errors import LlamaZhError, need, read_json
 from ..core.machine import pick_device, quiet
-from ..recipes import PRESETS, Recipe, _near as near, get_recipe
+from ..recipes import PRESETS, Recipe, get_recipe
+from ..recipes import _near as near
 from ..training.lora import prepare
 
 # %% ../../nbs/app/estimate.ipynb #6bf2ac44
 @dataclass
 class Shape:
-    layers:int; hidden:int; inter:int; vocab:int; heads:int; kv:int; dim:int  # inter: width of the MLP; kv: heads of keys and values; dim: of a head
+    layers: int
+    hidden: int
+    inter: int
+    vocab: int
+    heads: int
+    kv: int
+    dim: int  # inter: width of the MLP; kv: heads of keys and values; dim: of a head
 
     @property
     def linear(self):  # q and o, k and v, gate, up and down
-        return self.layers*(2*self.hidden*self.heads*self.dim + 2*self.hidden*self.kv*self.dim + 3*self.hidden*self.inter)
+        return self.layers * (
+            2 * self.hidden * self.heads * self.dim
+            + 2 * self.hidden * self.kv * self.dim
+            + 3 * self.hidden * self.inter
+        )
+
     @property
-    def norms(self): return (2*self.layers + 1)*self.hidden
-    def params(self, rows=None): return self.linear + self.norms + 2*self.hidden*(rows or self.vocab)
-    def lora(self, r): # each projection gets r columns in and r rows out
-        h, q, k, f = self.hidden, self.heads*self.dim, self.kv*self.dim, self.inter
-        return r*self.layers*((h+q)*2 + (h+k)*2 + (h+f)*3)
+    def norms(self):
+        return (2 * self.layers + 1) * self.hidden
+
+    def params(self, rows=None):
+        return self.linear + self.norms + 2 * self.hidden * (rows or self.vocab)
+
+    def lora(self, r):  # each projection gets r columns in and r rows out
+        h, q, k, f = self.hidden, self.heads * self.dim, self.kv * self.dim, self.inter
+        return r * self.layers * ((h + q) * 2 + (h + k) * 2 + (h + f) * 3)
 
 # %% ../../nbs/app/estimate.ipynb #2321456c
 _META = 'meta-llama/Llama-2-{}-hf'
-SHAPES = {_META.format('7b'): Shape(32, 4096, 11008, 32000, 32, 32, 128), _META.format('13b'): Shape(40, 5120, 13824, 32000, 40, 40, 128),
-          _META.format('70b'): Shape(80, 8192, 28672, 32000, 64, 8, 128)}
+SHAPES = {
+    _META.format('7b'): Shape(32, 4096, 11008, 32000, 32, 32, 128),
+    _META.format('13b'): Shape(40, 5120, 13824, 32000, 40, 40, 128),
+    _META.format('70b'): Shape(80, 8192, 28672, 32000, 64, 8, 128),
+}
+
+
 def shape_of(
-    base, # a recipe's base: 'mini', a folder (Hugging Face's or Meta's layout), or one of `SHAPES`
-)->Shape:
+    base,  # a recipe's base: 'mini', a folder (Hugging Face's or Meta's layout), or one of `SHAPES`
+) -> Shape:
     "The shape of a base, from its config alone"
-    if base in SHAPES: return SHAPES[base]
-    if str(base).startswith('run:') and (r := get_recipe(base[4:].split('/')[0])): return replace(shape_of(r.base), vocab=r.vocab_size)
+    if base in SHAPES:
+        return SHAPES[base]
+    if str(base).startswith('run:') and (r := get_recipe(base[4:].split('/')[0])):
+        return replace(shape_of(r.base), vocab=r.vocab_size)
     folder = packaged('mini') if base == 'mini' else Path(base)
-    if (folder/'config.json').is_file():
-        c = read_json(folder/'config.json'); n, h = c['num_attention_heads'], c['hidden_size']
-        return Shape(c['num_hidden_layers'], h, c['intermediate_size'], c['vocab_size'], n, c.get('num_key_value_heads') or n, c.get('head_dim') or h//n)
-    if (folder/'params.json').is_file():
-        c = read_json(folder/'params.json'); n, h, mult = c['n_heads'], c['dim'], c.get('multiple_of', 256)
-        f, v = int((c.get('ffn_dim_multiplier') or 1)*int(8*h/3)), c.get('vocab_size', 0)
-        return Shape(c['n_layers'], h, mult*-(-f//mult), v if v > 0 else 32000, n, c.get('n_kv_heads') or n, h//n)
-    raise LlamaZhError(f'cannot tell the shape of {base!r}: it is neither a folder with config.json or params.json, nor one of {", ".join(SHAPES)}')
+    if (folder / 'config.json').is_file():
+        c = read_json(folder / 'config.json')
+        n, h = c['num_attention_heads'], c['hidden_size']
+        return Shape(
+            c['num_hidden_layers'],
+            h,
+            c['intermediate_size'],
+            c['vocab_size'],
+            n,
+            c.get('num_key_value_heads') or n,
+            c.get('head_dim') or h // n,
+        )
+    if (folder / 'params.json').is_file():
+        c = read_json(folder / 'params.json')
+        n, h, mult = c['n_heads'], c['dim'], c.get('multiple_of', 256)
+        f, v = int((c.get('ffn_dim_multiplier') or 1) * int(8 * h / 3)), c.get('vocab_size', 0)
+        return Shape(
+            c['n_layers'],
+            h,
+            mult * -(-f // mult),
+            v if v > 0 else 32000,
+            n,
+            c.get('n_kv_heads') or n,
+            h // n,
+        )
+    raise LlamaZhError(
+        f'cannot tell the shape of {base!r}: it is neither a folder with config.json or params.json, nor one of {", ".join(SHAPES)}'
+    )
 
 # %% ../../nbs/app/estimate.ipynb #0e54b865
 def skeleton(
-    s:Shape,
-    train=None, new=None, r=8, # as `prepare`: what is trained, (start, stop) of new rows, rank; None: just the model
-    dropout=0., dtype='float32', rows=None, checkpointing=False, # rows: of the embeddings, if not the shape's
+    s: Shape,
+    train=None,
+    new=None,
+    r=8,  # as `prepare`: what is trained, (start, stop) of new rows, rank; None: just the model
+    dropout=0.0,
+    dtype='float32',
+    rows=None,
+    checkpointing=False,  # rows: of the embeddings, if not the shape's
 ):
     "The real model, prepared for training by the real code, without memory"
     tf, torch = need('transformers', 'train'), need('torch', 'train')
-    c = tf.LlamaConfig(hidden_size=s.hidden, intermediate_size=s.inter, num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv, head_dim=s.dim,
-                       vocab_size=rows or s.vocab, max_position_embeddings=4096, tie_word_embeddings=False, attn_implementation='sdpa', use_cache=False)
+    c = tf.LlamaConfig(
+        hidden_size=s.hidden,
+        intermediate_size=s.inter,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.kv,
+        head_dim=s.dim,
+        vocab_size=rows or s.vocab,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        attn_implementation='sdpa',
+        use_cache=False,
+    )
     with torch.device('meta'), quiet():
         m = tf.LlamaForCausalLM(c).to(getattr(torch, dtype))
         if checkpointing:
-            getattr(m, 'activation_checkpointing_enable', m.gradient_checkpointing_enable)(**{('activation' if hasattr(m, 'activation_checkpointing_enable') else 'gradient') + '_checkpointing_kwargs': dict(use_reentrant=False)})
+            getattr(m, 'activation_checkpointing_enable', m.gradient_checkpointing_enable)(
+                **{
+                    ('activation' if hasattr(m, 'activation_checkpointing_enable') else 'gradient')
+                    + '_checkpointing_kwargs': dict(use_reentrant=False)
+                }
+            )
             m.enable_input_require_grads()
-        return prepare(m.train(), train, new, r, 2*r, dropout) if train else m
+        return prepare(m.train(), train, new, r, 2 * r, dropout) if train else m
 
 # %% ../../nbs/app/estimate.ipynb #33ab4dcd
 def trained_params(
-    s:Shape, train:str,
-    new=0,    # new rows
-    rows=None, r=8, # rows of the embeddings in all; rank
-)->dict: # {'new rows', 'LoRA', 'other'}: parameters
+    s: Shape,
+    train: str,
+    new=0,  # new rows
+    rows=None,
+    r=8,  # rows of the embeddings in all; rank
+) -> dict:  # {'new rows', 'LoRA', 'other'}: parameters
     "Parameters that are trained, by part"
-    if train == 'lora+new' and not new: train = 'lora'
-    lora, edges = s.lora(r) if train.startswith('lora') else 0, 2*s.hidden
-    return {'new rows': edges*new if train == 'lora+new' else 0, 'LoRA': lora, 'other': {'lora+embed': edges*(rows or s.vocab), 'embed': edges*(rows or s.vocab), 'full': s.params(rows)}.get(train, 0)}
+    if train == 'lora+new' and not new:
+        train = 'lora'
+    lora, edges = s.lora(r) if train.startswith('lora') else 0, 2 * s.hidden
+    return {
+        'new rows': edges * new if train == 'lora+new' else 0,
+        'LoRA': lora,
+        'other': {
+            'lora+embed': edges * (rows or s.vocab),
+            'embed': edges * (rows or s.vocab),
+            'full': s.params(rows),
+        }.get(train, 0),
+    }
 
 # %% ../../nbs/app/estimate.ipynb #8f6cf466
 def _live_tensors():
     "A mode of torch that counts the bytes of all tensors made in it"
-    pd, tree, torch = need('torch.utils._python_dispatch', 'train'), need('torch.utils._pytree', 'train'), need('torch', 'train')
+    pd, tree, torch = (
+        need('torch.utils._python_dispatch', 'train'),
+        need('torch.utils._pytree', 'train'),
+        need('torch', 'train'),
+    )
+
     class Live(pd.TorchDispatchMode):
-        def __init__(self): super().__init__(); self.sizes, self.now, self.peak = {}, 0, 0
+        def __init__(self):
+            super().__init__()
+            self.sizes, self.now, self.peak = {}, 0, 0
+
         def add(self, t):
-            if not isinstance(t, torch.Tensor): return
-            st = t.untyped_storage(); k = st._cdata
-            if k in self.sizes: return
-            self.sizes[k] = st.nbytes(); self.now += self.sizes[k]; self.peak = max(self.peak, self.now)
+            if not isinstance(t, torch.Tensor):
+                return
+            st = t.untyped_storage()
+            k = st._cdata
+            if k in self.sizes:
+                return
+            self.sizes[k] = st.nbytes()
+            self.now += self.sizes[k]
+            self.peak = max(self.peak, self.now)
             weakref.finalize(st, self.drop, k)
-        def drop(self, k): self.now -= self.sizes.pop(k, 0)
+
+        def drop(self, k):
+            self.now -= self.sizes.pop(k, 0)
+
         def __torch_dispatch__(self, f, types, args=(), kwargs=None):
             out = f(*args, **(kwargs or {}))
-            for t in tree.tree_iter(out): self.add(t)
+            for t in tree.tree_iter(out):
+                self.add(t)
             return out
+
     return Live()
+
+
 def _fill(m, torch):
     "Give a skeleton real (or, in a fake mode, fake) tensors; returns all of them"
     out = []
     for mod in m.modules():
         for d in (mod._parameters, mod._buffers):
-            for k,p in list(d.items()):
-                if p is None: continue
-                t = torch.randn(p.shape).mul_(.02).to(p.dtype) if p.is_floating_point() else torch.zeros(p.shape, dtype=p.dtype)
-                d[k] = torch.nn.Parameter(t, requires_grad=p.requires_grad) if d is mod._parameters else t
+            for k, p in list(d.items()):
+                if p is None:
+                    continue
+                t = (
+                    torch.randn(p.shape).mul_(0.02).to(p.dtype)
+                    if p.is_floating_point()
+                    else torch.zeros(p.shape, dtype=p.dtype)
+                )
+                d[k] = (
+                    torch.nn.Parameter(t, requires_grad=p.requires_grad)
+                    if d is mod._parameters
+                    else t
+                )
                 out.append(d[k].data)
     return out
 
 # %% ../../nbs/app/estimate.ipynb #2a94e70b
 def trace(
-    s:Shape, train='lora+new',
-    new=0, rows=None, r=8, dropout=0.,  # new rows, rows in all, LoRA's rank and dropout
-    batch=1, block=512,                 # blocks in a step, tokens in a block
-    half=False,                         # bfloat16 with autocast, as on a GPU
-    checkpointing=False, packed=True,   # packed: several documents in a block, which need an attention mask
-    fake=True,                          # tensors without memory
-)->dict: # bytes: weights, saved (for backward), forward (its peak), backward (its peak), gradients
+    s: Shape,
+    train='lora+new',
+    new=0,
+    rows=None,
+    r=8,
+    dropout=0.0,  # new rows, rows in all, LoRA's rank and dropout
+    batch=1,
+    block=512,  # blocks in a step, tokens in a block
+    half=False,  # bfloat16 with autocast, as on a GPU
+    checkpointing=False,
+    packed=True,  # packed: several documents in a block, which need an attention mask
+    fake=True,  # tensors without memory
+) -> (
+    dict
+):  # bytes: weights, saved (for backward), forward (its peak), backward (its peak), gradients
     "Run one step of the real code and count the tensors; all but `weights` comes on top of them"
     torch, rows = need('torch', 'train'), rows or s.vocab
-    low = half and train not in ('full', 'embed')   # whole weights are trained in float32
-    m = skeleton(s, train, (rows-new, rows) if train == 'lora+new' else None, r, dropout, 'bfloat16' if low else 'float32', rows, checkpointing)
-    fm = need('torch._subclasses.fake_tensor', 'train').FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
+    low = half and train not in ('full', 'embed')  # whole weights are trained in float32
+    m = skeleton(
+        s,
+        train,
+        (rows - new, rows) if train == 'lora+new' else None,
+        r,
+        dropout,
+        'bfloat16' if low else 'float32',
+        rows,
+        checkpointing,
+    )
+    fm = (
+        need('torch._subclasses.fake_tensor', 'train').FakeTensorMode(allow_non_fake_inputs=True)
+        if fake
+        else contextlib.nullcontext()
+    )
     with fm, _live_tensors() as live:
         keep = _fill(m, torch)
         ids = torch.ones(batch, block, dtype=torch.int64)
-        more = dict(position_ids=(torch.arange(block) % (block//2)).expand(batch, block).contiguous()) if packed else {}
+        more = (
+            dict(
+                position_ids=(torch.arange(block) % (block // 2)).expand(batch, block).contiguous()
+            )
+            if packed
+            else {}
+        )
         live.peak = weights = live.now
-        with torch.autocast('cpu', torch.bfloat16, enabled=half): loss = m(input_ids=ids, labels=ids.clone(), **more).loss
+        with torch.autocast('cpu', torch.bfloat16, enabled=half):
+            loss = m(input_ids=ids, labels=ids.clone(), **more).loss
         gc.collect()
         saved, fwd, live.peak = live.now, live.peak, live.now
         loss.backward()
         del loss
-        return {k: v-weights for k,v in dict(saved=saved, forward=fwd, backward=live.peak, gradients=live.now).items()} | dict(weights=weights)
+        return {
+            k: v - weights
+            for k, v in dict(
+                saved=saved, forward=fwd, backward=live.peak, gradients=live.now
+            ).items()
+        } | dict(weights=weights)
 
 # %% ../../nbs/app/estimate.ipynb #ec73fc92
-def layer_bytes(s:Shape, train, block, r=8, dropout=0., half=False, gpu=False, packed=True)->float: # for one token
+def layer_bytes(
+    s: Shape, train, block, r=8, dropout=0.0, half=False, gpu=False, packed=True
+) -> float:  # for one token
     "What one layer keeps for backward"
-    h, f, H, w = s.hidden, s.inter, s.heads*s.dim, 2 if half else 4
-    K, learns, lora = H if packed else s.kv*s.dim, train != 'embed', train.startswith('lora')
+    h, f, H, w = s.hidden, s.inter, s.heads * s.dim, 2 if half else 4
+    K, learns, lora = H if packed else s.kv * s.dim, train != 'embed', train.startswith('lora')
     copies = lora and (half or dropout)
-    n = 2*h*4*(2 if train == 'full' else 1) + (2*H + 2*K)*w + 4*s.heads + 8 + (4 if learns else 3)*f*w + (block*w if packed else 0)
-    if learns: n += (5*h + H if copies else 5*h if half else 2*h)*w
-    if lora: n += 7*r*w + ((5*h + H + f)*(1 if gpu else 4) if dropout else 0)
+    n = (
+        2 * h * 4 * (2 if train == 'full' else 1)
+        + (2 * H + 2 * K) * w
+        + 4 * s.heads
+        + 8
+        + (4 if learns else 3) * f * w
+        + (block * w if packed else 0)
+    )
+    if learns:
+        n += (5 * h + H if copies else 5 * h if half else 2 * h) * w
+    if lora:
+        n += 7 * r * w + ((5 * h + H + f) * (1 if gpu else 4) if dropout else 0)
     return n
 
 # %% ../../nbs/app/estimate.ipynb #573b37a7
-def cast_bytes(s:Shape, train, rows, new=0, r=8, half=False)->tuple: # bytes: of all layers, of the embeddings
+def cast_bytes(
+    s: Shape, train, rows, new=0, r=8, half=False
+) -> tuple:  # bytes: of all layers, of the embeddings
     "16-bit copies of weights that a step keeps"
-    w, head = 2 if half else 4, rows*s.hidden
-    layers = 2*(s.lora(r) if train.startswith('lora') else s.linear) if half else 0
-    return layers, head*w + (2*s.hidden*new*2 if half else 0) if train == 'lora+new' else 2*head if half and train != 'lora' else 0
-_NF4 = .5 + 1/64 + 4/(64*256)   # bytes of a 4-bit weight: its share of a scale of 8 bits for 64, and of that scale's own for 256
+    w, head = 2 if half else 4, rows * s.hidden
+    layers = 2 * (s.lora(r) if train.startswith('lora') else s.linear) if half else 0
+    return layers, head * w + (
+        2 * s.hidden * new * 2 if half else 0
+    ) if train == 'lora+new' else 2 * head if half and train != 'lora' else 0
+
+
+_NF4 = (
+    0.5 + 1 / 64 + 4 / (64 * 256)
+)  # bytes of a 4-bit weight: its share of a scale of 8 bits for 64, and of that scale's own for 256
 _STAY = ('frozen weights', 'new rows', 'LoRA', 'other trained weights', 'optimizer', 'gathered')
+
+
 def _share(engine, n):
     "What part of weights, gradients and optimizer lies on each of `n` GPUs"
     off, e = str(engine).endswith('-offload'), str(engine).removesuffix('-offload')
-    if e in ('zero3','fsdp2'): return dict(weights=0 if off else 1/n, gradients=1/n, optimizer=0 if off else 1/n)
-    if e == 'zero2': return dict(weights=1, gradients=1/n, optimizer=0 if off else 1/n)
-    return dict(weights=1, gradients=1 if n == 1 else 2, optimizer=1)   # DDP sends gradients from buckets of their own
+    if e in ('zero3', 'fsdp2'):
+        return dict(weights=0 if off else 1 / n, gradients=1 / n, optimizer=0 if off else 1 / n)
+    if e == 'zero2':
+        return dict(weights=1, gradients=1 / n, optimizer=0 if off else 1 / n)
+    return dict(
+        weights=1, gradients=1 if n == 1 else 2, optimizer=1
+    )  # DDP sends gradients from buckets of their own
 
 # %% ../../nbs/app/estimate.ipynb #9f7efdfe
 def peak(
-    s:Shape, train='lora+new', new=0, rows=None, r=8, dropout=0., batch=1, block=512, half=False, checkpointing=False, packed=True, # as `trace`
-    gpu=False, in_4bit=False,
-    accum=1, # with more than one the gradients so far wait while the next are computed
-    engine=None, gpus=1,
-)->dict: # {'parts': bytes by part, 'moments': what comes on top of the parts that stay, 'peak': bytes}
+    s: Shape,
+    train='lora+new',
+    new=0,
+    rows=None,
+    r=8,
+    dropout=0.0,
+    batch=1,
+    block=512,
+    half=False,
+    checkpointing=False,
+    packed=True,  # as `trace`
+    gpu=False,
+    in_4bit=False,
+    accum=1,  # with more than one the gradients so far wait while the next are computed
+    engine=None,
+    gpus=1,
+) -> (
+    dict
+):  # {'parts': bytes by part, 'moments': what comes on top of the parts that stay, 'peak': bytes}
     "Memory of a training step on each device, by part and by moment"
-    rows, T, w = rows or s.vocab, batch*block, 2 if half else 4
-    p, head, fw = trained_params(s, train, new, rows, r), rows*s.hidden, 4 if train in ('full','embed') else w
+    rows, T, w = rows or s.vocab, batch * block, 2 if half else 4
+    p, head, fw = (
+        trained_params(s, train, new, rows, r),
+        rows * s.hidden,
+        4 if train in ('full', 'embed') else w,
+    )
     n, (casts, ends) = sum(p.values()), cast_bytes(s, train, rows, new, r, half)
-    layer, wide = T*layer_bytes(s, train, block, r, dropout, half, gpu, packed), not half or train in ('full','embed','lora+embed')
-    kept = T*s.hidden*s.layers*(4 if wide else w) if checkpointing else s.layers*layer
-    kept, share = kept + T*(s.hidden*(4+w) + 2*s.dim*w + 24), _share(engine, gpus)
-    casts = (casts if share['weights'] == 1 else 0) + in_4bit*s.hidden*s.inter*w   # a split model is gathered in 16 bits; of 4-bit weights one matrix at a time is unpacked
-    logits, again = T*rows*4, layer + casts/s.layers + T*s.inter*(6 if not half else 14 if dropout else 10)
-    frozen = 0 if train == 'full' else s.linear*(_NF4 if in_4bit else fw) + s.norms*fw + (0 if train == 'embed' else 2*head*fw)
-    parts = {'frozen weights': frozen*share['weights'], 'new rows': p['new rows']*8*share['weights'], 'LoRA': p['LoRA']*4*share['weights'], 'other trained weights': p['other']*4*share['weights'],
-             'gradients': 4*n*share['gradients'], 'optimizer': 8*n*share['optimizer'], 'gathered': (2*s.linear/s.layers + 2*head)*w if share['weights'] < 1 else 0}
-    wait, late = parts['gradients']*(accum > 1), 0 if checkpointing else casts
-    moments = {'end of forward': wait + kept + casts + ends + logits*(2.5 if half else 2), 'loss': wait + kept + late + ends + 3*logits,
-               'lm_head': wait + kept + late + ends + logits*w/4 + head*w*(train != 'lora'), 'a layer again': (wait + kept + again)*checkpointing,
-               'end of backward': parts['gradients'] + head*w*(train == 'lora+new')}
-    parts |= {'activations': max(kept, (kept + again)*checkpointing), 'copies of weights': late + ends, 'logits': 3*logits}
-    return dict(parts=parts, moments=moments, peak=sum(v for k,v in parts.items() if k in _STAY) + max(moments.values()))
+    layer, wide = (
+        T * layer_bytes(s, train, block, r, dropout, half, gpu, packed),
+        not half or train in ('full', 'embed', 'lora+embed'),
+    )
+    kept = T * s.hidden * s.layers * (4 if wide else w) if checkpointing else s.layers * layer
+    kept, share = kept + T * (s.hidden * (4 + w) + 2 * s.dim * w + 24), _share(engine, gpus)
+    casts = (
+        (casts if share['weights'] == 1 else 0) + in_4bit * s.hidden * s.inter * w
+    )  # a split model is gathered in 16 bits; of 4-bit weights one matrix at a time is unpacked
+    logits, again = (
+        T * rows * 4,
+        layer + casts / s.layers + T * s.inter * (6 if not half else 14 if dropout else 10),
+    )
+    frozen = (
+        0
+        if train == 'full'
+        else s.linear * (_NF4 if in_4bit else fw)
+        + s.norms * fw
+        + (0 if train == 'embed' else 2 * head * fw)
+    )
+    parts = {
+        'frozen weights': frozen * share['weights'],
+        'new rows': p['new rows'] * 8 * share['weights'],
+        'LoRA': p['LoRA'] * 4 * share['weights'],
+        'other trained weights': p['other'] * 4 * share['weights'],
+        'gradients': 4 * n * share['gradients'],
+        'optimizer': 8 * n * share['optimizer'],
+        'gathered': (2 * s.linear / s.layers + 2 * head) * w if share['weights'] < 1 else 0,
+    }
+    wait, late = parts['gradients'] * (accum > 1), 0 if checkpointing else casts
+    moments = {
+        'end of forward': wait + kept + casts + ends + logits * (2.5 if half else 2),
+        'loss': wait + kept + late + ends + 3 * logits,
+        'lm_head': wait + kept + late + ends + logits * w / 4 + head * w * (train != 'lora'),
+        'a layer again': (wait + kept + again) * checkpointing,
+        'end of backward': parts['gradients'] + head * w * (train == 'lora+new'),
+    }
+    parts |= {
+        'activations': max(kept, (kept + again) * checkpointing),
+        'copies of weights': late + ends,
+        'logits': 3 * logits,
+    }
+    return dict(
+        parts=parts,
+        moments=moments,
+        peak=sum(v for k, v in parts.items() if k in _STAY) + max(moments.values()),
+    )
 
 # %% ../../nbs/app/estimate.ipynb #e9ba9228
-def step_flops(s:Shape, train, new=0, rows=None, r=8, block=512, checkpointing=False)->float:
+def step_flops(s: Shape, train, new=0, rows=None, r=8, block=512, checkpointing=False) -> float:
     "Floating-point operations of training on one token"
     rows, lora = rows or s.vocab, train.startswith('lora')
-    att, head = 12*s.layers*s.heads*s.dim*block/2, s.hidden*rows
-    again = (2*s.linear + 2*s.lora(r)*lora + att/3) if checkpointing else 0
-    return s.linear*(6 if train == 'full' else 4) + 6*s.lora(r)*lora + att + again + head*(4 if train == 'lora' else 6)
+    att, head = 12 * s.layers * s.heads * s.dim * block / 2, s.hidden * rows
+    again = (2 * s.linear + 2 * s.lora(r) * lora + att / 3) if checkpointing else 0
+    return (
+        s.linear * (6 if train == 'full' else 4)
+        + 6 * s.lora(r) * lora
+        + att
+        + again
+        + head * (4 if train == 'lora' else 6)
+    )
 
 # %% ../../nbs/app/estimate.ipynb #26ea0c62
 def probe(
-    s:Shape, train='lora+new', new=0, rows=None, r=8, dropout=0., batch=1, block=512, half=False, checkpointing=False, # as `trace`
-    device='auto', steps=3,
-)->float: # seconds
+    s: Shape,
+    train='lora+new',
+    new=0,
+    rows=None,
+    r=8,
+    dropout=0.0,
+    batch=1,
+    block=512,
+    half=False,
+    checkpointing=False,  # as `trace`
+    device='auto',
+    steps=3,
+) -> float:  # seconds
     "Seconds of one step, extrapolated from short runs with one and two layers on this device"
     torch, device, rows = need('torch', 'train'), pick_device(device), rows or s.vocab
+
     def run(layers):
-        m = skeleton(replace(s, layers=layers), train, (rows-new, rows) if train == 'lora+new' else None, r, dropout, 'bfloat16' if half and train not in ('full','embed') else 'float32', rows, checkpointing)
-        _fill(m, torch); m = m.to(device)
+        m = skeleton(
+            replace(s, layers=layers),
+            train,
+            (rows - new, rows) if train == 'lora+new' else None,
+            r,
+            dropout,
+            'bfloat16' if half and train not in ('full', 'embed') else 'float32',
+            rows,
+            checkpointing,
+        )
+        _fill(m, torch)
+        m = m.to(device)
         opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-5, fused=True)
         ids = torch.randint(0, s.vocab, (batch, block), device=device)
-        pos, wait, ts = (torch.arange(block, device=device) % -(-block//2)).expand(batch, block), torch.cuda.synchronize if device.startswith('cuda') else lambda: None, []
+        pos, wait, ts = (
+            (torch.arange(block, device=device) % -(-block // 2)).expand(batch, block),
+            torch.cuda.synchronize if device.startswith('cuda') else lambda: None,
+            [],
+        )
         for _ in range(steps + 1):
-            wait(); t = time.perf_counter()
-            with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=half): loss = m(input_ids=ids, labels=ids, position_ids=pos).loss
-            loss.backward(); opt.step(); opt.zero_grad(); wait()
+            wait()
+            t = time.perf_counter()
+            with torch.autocast(device.split(':')[0], torch.bfloat16, enabled=half):
+                loss = m(input_ids=ids, labels=ids, position_ids=pos).loss
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            wait()
             ts.append(time.perf_counter() - t)
-        return sorted(ts[1:])[0]   # the least disturbed; the first one also loads libraries
+        return sorted(ts[1:])[0]  # the least disturbed; the first one also loads libraries
+
     one, two = run(1), run(min(2, s.layers))
-    return one + max(two-one, 0)*(s.layers-1)
+    return one + max(two - one, 0) * (s.layers - 1)
 
 # %% ../../nbs/app/estimate.ipynb #825b32b6
-GPUS = { # name: (GiB, TFLOP/s, GB/s), as NVIDIA states them; a100-80gb, h100, h200, l40s and rtx4090 were compared with published tables, the others were not: check yours
-    't4': (16, 65, 320), 'l4': (24, 121, 300), 'a10': (24, 125, 600), 'rtx3090': (24, 71, 936), 'rtx4090': (24, 165, 1008), 'l40s': (48, 362, 864),
-    'a100-40gb': (40, 312, 1555), 'a100-80gb': (80, 312, 2039), 'h100': (80, 989, 3350), 'h200': (141, 989, 4800)}
-USABLE, SUSTAINED = .9, .4   # of the memory: CUDA, libraries and fragments take the rest; of the peak speed. Both are assumptions
+GPUS = {  # name: (GiB, TFLOP/s, GB/s), as NVIDIA states them; a100-80gb, h100, h200, l40s and rtx4090 were compared with published tables, the others were not: check yours
+    't4': (16, 65, 320),
+    'l4': (24, 121, 300),
+    'a10': (24, 125, 600),
+    'rtx3090': (24, 71, 936),
+    'rtx4090': (24, 165, 1008),
+    'l40s': (48, 362, 864),
+    'a100-40gb': (40, 312, 1555),
+    'a100-80gb': (80, 312, 2039),
+    'h100': (80, 989, 3350),
+    'h200': (141, 989, 4800),
+}
+USABLE, SUSTAINED = (
+    0.9,
+    0.4,
+)  # of the memory: CUDA, libraries and fragments take the rest; of the peak speed. Both are assumptions
+
+
 def find_gpu(name):
     k = str(name).lower().replace(' ', '').removeprefix('nvidia-')
-    if k not in GPUS: raise LlamaZhError(near(k, list(GPUS), 'GPU'))
+    if k not in GPUS:
+        raise LlamaZhError(near(k, list(GPUS), 'GPU'))
     return k
 
 # %% ../../nbs/app/estimate.ipynb #88967ece
 def step_of(
-    r:Recipe, sft=False, # the step of fine-tuning instead of pretraining
+    r: Recipe,
+    sft=False,  # the step of fine-tuning instead of pretraining
     gpu=True,
-)->dict: # arguments of `peak` but for gpu, in_4bit, engine...
+) -> dict:  # arguments of `peak` but for gpu, in_4bit, engine...
     "What a recipe says about a step"
     s = shape_of(r.base)
-    train, new, rows = r.sft_train if sft else r.train, max(0, r.vocab_size - s.vocab), -(-max(r.vocab_size, s.vocab)//r.pad_to)*r.pad_to
-    if train == 'lora+new' and not new: train = 'lora'
-    return dict(s=s, train=train, new=new if train == 'lora+new' else 0, rows=rows, r=r.lora_r, dropout=r.lora_dropout, batch=r.sft_batch if sft else r.batch, block=r.sft_block if sft else r.block,
-                half=gpu and r.dtype != 'float32', checkpointing=r.gradient_checkpointing)
-def disk_bytes(r:Recipe, tokens=0, chars=0)->dict: # {folder: bytes}
+    train, new, rows = (
+        r.sft_train if sft else r.train,
+        max(0, r.vocab_size - s.vocab),
+        -(-max(r.vocab_size, s.vocab) // r.pad_to) * r.pad_to,
+    )
+    if train == 'lora+new' and not new:
+        train = 'lora'
+    return dict(
+        s=s,
+        train=train,
+        new=new if train == 'lora+new' else 0,
+        rows=rows,
+        r=r.lora_r,
+        dropout=r.lora_dropout,
+        batch=r.sft_batch if sft else r.batch,
+        block=r.sft_block if sft else r.block,
+        half=gpu and r.dtype != 'float32',
+        checkpointing=r.gradient_checkpointing,
+    )
+
+
+def disk_bytes(r: Recipe, tokens=0, chars=0) -> dict:  # {folder: bytes}
     "What a run leaves on disk, and its two largest checkpoints while it lasts"
-    k = step_of(r); s, rows = k['s'], k['rows']
+    k = step_of(r)
+    s, rows = k['s'], k['rows']
     trained = sum(trained_params(s, k['train'], k['new'], rows, r.lora_r).values())
-    base, big, adapter = 2*s.params(), 2*s.params(rows), 4*trained*(k['train'].startswith('lora'))
-    return {'base': base, 'corpus': 3*chars, 'blocks': 4*tokens, 'resized': big, 'pretrained': big + adapter, 'chat': (big + adapter)*bool(r.sft or not r.corpus),
-            'gptq': s.linear*(r.bits/8 + (2 + r.bits/8)/r.group_size) + 4*s.hidden*rows, 'checkpoints': 2*12*trained}
+    base, big, adapter = (
+        2 * s.params(),
+        2 * s.params(rows),
+        4 * trained * (k['train'].startswith('lora')),
+    )
+    return {
+        'base': base,
+        'corpus': 3 * chars,
+        'blocks': 4 * tokens,
+        'resized': big,
+        'pretrained': big + adapter,
+        'chat': (big + adapter) * bool(r.sft or not r.corpus),
+        'gptq': s.linear * (r.bits / 8 + (2 + r.bits / 8) / r.group_size) + 4 * s.hidden * rows,
+        'checkpoints': 2 * 12 * trained,
+    }
 
 # %% ../../nbs/app/estimate.ipynb #4e61fcbb
-def _gib(n): return f'{n/2**30:,.2f} GiB' if n >= 2**27 else f'{n/2**20:,.1f} MiB'
-def _hms(s): return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:,.1f} h' if s < 4e5 else f'{s/86400:,.1f} days'
+def _gib(n):
+    return f'{n / 2**30:,.2f} GiB' if n >= 2**27 else f'{n / 2**20:,.1f} MiB'
+
+
+def _hms(s):
+    return (
+        f'{s:.0f} s'
+        if s < 100
+        else f'{s / 60:.0f} min'
+        if s < 6000
+        else f'{s / 3600:,.1f} h'
+        if s < 4e5
+        else f'{s / 86400:,.1f} days'
+    )
+
+
 class Estimate(dict):
     "A recipe's needs: `memory: ...` and `disk: ...` in bytes, `time...` in seconds; shows itself as a table"
+
     note = ''
+
     def rows(self):
-        show = lambda k, v: v if isinstance(v, str) else _gib(v) if k.startswith(('memory','disk')) else _hms(v) if k.startswith('time') else f'{v:,.0f}'
-        return [(k, show(k, v)) for k,v in self.items() if v or not k.startswith('memory')]
-    def __repr__(self): return '\n'.join(f'{k:34} {v:>14}' for k,v in self.rows()) + f'\n{self.note}'
-    def _repr_markdown_(self): return '| | |\n|---|--:|\n' + '\n'.join(f'| {k} | {v} |' for k,v in self.rows()) + f'\n\n{self.note}'
+        show = lambda k, v: (
+            v
+            if isinstance(v, str)
+            else _gib(v)
+            if k.startswith(('memory', 'disk'))
+            else _hms(v)
+            if k.startswith('time')
+            else f'{v:,.0f}'
+        )
+        return [(k, show(k, v)) for k, v in self.items() if v or not k.startswith('memory')]
+
+    def __repr__(self):
+        return '\n'.join(f'{k:34} {v:>14}' for k, v in self.rows()) + f'\n{self.note}'
+
+    def _repr_markdown_(self):
+        return (
+            '| | |\n|---|--:|\n'
+            + '\n'.join(f'| {k} | {v} |' for k, v in self.rows())
+            + f'\n\n{self.note}'
+        )
 
 # %% ../../nbs/app/estimate.ipynb #320b576d
 def on_gpu(r, gpu=None):
     "Whether a recipe is meant for GPUs"
-    if gpu is not None: return str(gpu).lower() != 'cpu'
-    if r.device.startswith('cuda') or r.dtype in ('bfloat16','float16') or r.load_in_4bit: return True
+    if gpu is not None:
+        return str(gpu).lower() != 'cpu'
+    if r.device.startswith('cuda') or r.dtype in ('bfloat16', 'float16') or r.load_in_4bit:
+        return True
     return r.device == 'auto' and pick_device().startswith('cuda')
-def memory(r:Recipe, sft=False, gpu=None)->dict: # see `peak`
+
+
+def memory(r: Recipe, sft=False, gpu=None) -> dict:  # see `peak`
     "Memory of the recipe's step on each device"
-    return peak(**step_of(r, sft, on_gpu(r, gpu)), gpu=on_gpu(r, gpu), in_4bit=r.load_in_4bit, accum=r.accum, engine=r.engine, gpus=r.gpus)
+    return peak(
+        **step_of(r, sft, on_gpu(r, gpu)),
+        gpu=on_gpu(r, gpu),
+        in_4bit=r.load_in_4bit,
+        accum=r.accum,
+        engine=r.engine,
+        gpus=r.gpus,
+    )
+
+
 def needs(r, gpu=None):
     "The larger of pretraining's and fine-tuning's peak"
     return max(memory(r, k, gpu)['peak'] for k in (False, True))
 
 # %% ../../nbs/app/estimate.ipynb #6b1d0c06
-_FROM = dict(batch=1, block=2, accum=1, gpus=1, machines=1, lora_r=1, vocab_size=1, pad_to=1, sft_batch=1, sft_block=2, max_steps=1, sft_max_steps=1, group_size=1, threads=1, lr=0, sft_lr=0, lora_alpha=1, lora_dropout=0, replay=0)
+_FROM = dict(
+    batch=1,
+    block=2,
+    accum=1,
+    gpus=1,
+    machines=1,
+    lora_r=1,
+    vocab_size=1,
+    pad_to=1,
+    sft_batch=1,
+    sft_block=2,
+    max_steps=1,
+    sft_max_steps=1,
+    group_size=1,
+    threads=1,
+    lr=0,
+    sft_lr=0,
+    lora_alpha=1,
+    lora_dropout=0,
+    replay=0,
+)
+
+
 def _check(r, **given):
     "Numbers that mean nothing are refused, before they become hours or bytes"
     for k, low in _FROM.items():
         v, share = getattr(r, k, None), k in ('replay', 'lora_dropout')
-        if v is not None and not low <= v < (1 if share else float('inf')): raise LlamaZhError(f'recipe field {k} is {v}: expected {low} or more' + ', and less than 1'*share)
+        if v is not None and not low <= v < (1 if share else float('inf')):
+            raise LlamaZhError(
+                f'recipe field {k} is {v}: expected {low} or more' + ', and less than 1' * share
+            )
     for k, v in (given | dict(epochs=r.epochs, sft_epochs=r.sft_epochs)).items():
-        if v is not None and not 0 < v < float('inf'): raise LlamaZhError(f'{k} is {v}: expected more than 0')
+        if v is not None and not 0 < v < float('inf'):
+            raise LlamaZhError(f'{k} is {v}: expected more than 0')
+
+
 def fits(
-    gpu, # a name of `GPUS`, or 'cpu': the memory of this machine
-    recipes=None, # names or recipes; None: all presets
-)->list: # names
+    gpu,  # a name of `GPUS`, or 'cpu': the memory of this machine
+    recipes=None,  # names or recipes; None: all presets
+) -> list:  # names
     "Which recipes fit on such GPUs"
     rs = [get_recipe(r) if isinstance(r, str) else r for r in recipes or PRESETS]
-    if str(gpu).lower() == 'cpu':   # no 4-bit kernels there, and one process
-        room, rs = os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')*USABLE, [r for r in rs if not r.load_in_4bit and r.gpus == 1]
-    else: room = GPUS[find_gpu(gpu)][0]*2**30*USABLE
+    if str(gpu).lower() == 'cpu':  # no 4-bit kernels there, and one process
+        room, rs = (
+            os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * USABLE,
+            [r for r in rs if not r.load_in_4bit and r.gpus == 1],
+        )
+    else:
+        room = GPUS[find_gpu(gpu)][0] * 2**30 * USABLE
     return [r.name for r in rs if needs(r, gpu) <= room]
 
 # %% ../../nbs/app/estimate.ipynb #6b1d0c0a
 def _amount(r, tokens, chars, per):
     "Tokens of the corpus (0: not known), tokens that are trained on, and in words where they come from"
-    n, each = tokens or chars and int(chars/per) or 0, (getattr(r, 'global_batch', None) or r.batch*r.accum*r.gpus)*r.block
-    if r.max_steps and not n: return n, r.max_steps*each, f'{r.max_steps:,} steps of {each:,} tokens, as the recipe says'
-    seen = int((n or 1e6)*r.epochs/(1 - r.replay*bool(r.replay_corpus)))
-    if not n: return n, seen, 'no corpus was given: ONE MILLION TOKENS ARE ASSUMED (say --tokens or --chars); time grows with them'
-    return n, seen, f'{n:,} tokens of the corpus' + (f' ({chars:,} characters at {per:g} a token)' if not tokens else '') + f', {r.epochs:g} times through, with {r.replay*bool(r.replay_corpus):.0%} replay'
+    n, each = (
+        tokens or chars and int(chars / per) or 0,
+        (getattr(r, 'global_batch', None) or r.batch * r.accum * r.gpus) * r.block,
+    )
+    if r.max_steps and not n:
+        return (
+            n,
+            r.max_steps * each,
+            f'{r.max_steps:,} steps of {each:,} tokens, as the recipe says',
+        )
+    seen = int((n or 1e6) * r.epochs / (1 - r.replay * bool(r.replay_corpus)))
+    if not n:
+        return (
+            n,
+            seen,
+            'no corpus was given: ONE MILLION TOKENS ARE ASSUMED (say --tokens or --chars); time grows with them',
+        )
+    return (
+        n,
+        seen,
+        f'{n:,} tokens of the corpus'
+        + (f' ({chars:,} characters at {per:g} a token)' if not tokens else '')
+        + f', {r.epochs:g} times through, with {r.replay * bool(r.replay_corpus):.0%} replay',
+    )
+
+
 def _seconds(r, s, tokens, gpu, tflops, measure, g):
     "Time of pretraining and how it was found"
     if measure:
-        one = probe(**s | dict(half=on_gpu(r) and s['half'] and pick_device(r.device).startswith('cuda')), device=r.device)
-        return one*tokens/(r.batch*r.block*r.gpus), f'steps timed on this machine now ({one:.2g} s each, {r.batch*r.block/one:,.0f} tokens a second); measuring and saving during the run come on top'
-    speed, how = (tflops, f'the given {tflops:g} TFLOP/s') if tflops else (GPUS[gpu][1]*SUSTAINED, f'{SUSTAINED:.0%} of the peak of {gpu} (an assumption)') if gpu else (100, '100 TFLOP/s (an assumption)') if g else (.05, '0.05 TFLOP/s (an assumption; --probe measures this machine)')
-    flops = step_flops(s['s'], s['train'], s['new'], s['rows'], r.lora_r, r.block, r.gradient_checkpointing)
-    return tokens*flops/(speed*1e12*r.gpus), f'{flops/1e9:,.3g} GFLOP for a token at {how}' + (f' on each of {r.gpus} GPUs' if r.gpus > 1 else '')
+        one = probe(
+            **s | dict(half=on_gpu(r) and s['half'] and pick_device(r.device).startswith('cuda')),
+            device=r.device,
+        )
+        return (
+            one * tokens / (r.batch * r.block * r.gpus),
+            f'steps timed on this machine now ({one:.2g} s each, {r.batch * r.block / one:,.0f} tokens a second); measuring and saving during the run come on top',
+        )
+    speed, how = (
+        (tflops, f'the given {tflops:g} TFLOP/s')
+        if tflops
+        else (GPUS[gpu][1] * SUSTAINED, f'{SUSTAINED:.0%} of the peak of {gpu} (an assumption)')
+        if gpu
+        else (100, '100 TFLOP/s (an assumption)')
+        if g
+        else (0.05, '0.05 TFLOP/s (an assumption; --probe measures this machine)')
+    )
+    flops = step_flops(
+        s['s'], s['train'], s['new'], s['rows'], r.lora_r, r.block, r.gradient_checkpointing
+    )
+    return tokens * flops / (
+        speed * 1e12 * r.gpus
+    ), f'{flops / 1e9:,.3g} GFLOP for a token at {how}' + (
+        f' on each of {r.gpus} GPUs' if r.gpus > 1 else ''
+    )
+
+
 def _note(r, gpu, g, cards, m, how, amount):
     at = max(m['moments'], key=m['moments'].get)
     out = f'The peak is at the {at.replace("a layer again", "recomputation of a layer")}; parts that live at other moments are not added to it. Time: {amount}; {how}.'
-    if not g: return out + ' Memory of the tensors alone: Python and its libraries take some hundred MiB more.' + ' 4-bit training (load_in_4bit) needs a GPU.'*r.load_in_4bit
-    return out + f' Arithmetic, not measured on a GPU; {1-USABLE:.0%} of its memory is left for CUDA and fragments.' + (f' Memory is that of each of {r.gpus} GPUs.' if r.gpus > 1 else '') + (f' On {gpu} it {"fits" if gpu in cards else "does NOT fit: smaller batch or block, gradient_checkpointing, load_in_4bit, or more GPUs"}.' if gpu else '')
+    if not g:
+        return (
+            out
+            + ' Memory of the tensors alone: Python and its libraries take some hundred MiB more.'
+            + ' 4-bit training (load_in_4bit) needs a GPU.' * r.load_in_4bit
+        )
+    return (
+        out
+        + f' Arithmetic, not measured on a GPU; {1 - USABLE:.0%} of its memory is left for CUDA and fragments.'
+        + (f' Memory is that of each of {r.gpus} GPUs.' if r.gpus > 1 else '')
+        + (
+            f' On {gpu} it {"fits" if gpu in cards else "does NOT fit: smaller batch or block, gradient_checkpointing, load_in_4bit, or more GPUs"}.'
+            if gpu
+            else ''
+        )
+    )
 
 # %% ../../nbs/app/estimate.ipynb #ed511d58
 def estimate(
-    recipe:Recipe,
-    gpu:str=None,          # a name of `GPUS`, or 'cpu'; None: the smallest that fits
-    tokens:int=None,       # tokens of the corpus
-    chars:int=None,        # its characters; None of both: the recipe's steps, else one million tokens
-    chars_per_token:float=None, # None: 1.5 with a Chinese vocabulary, .7 without (held-out text, see the vocabulary chapter)
-    tflops:float=None,     # sustained speed in TFLOP/s, where you know it
-    probe:bool=False,      # measure the speed of this machine, a few seconds
-)->Estimate:
+    recipe: Recipe,
+    gpu: str = None,  # a name of `GPUS`, or 'cpu'; None: the smallest that fits
+    tokens: int = None,  # tokens of the corpus
+    chars: int = None,  # its characters; None of both: the recipe's steps, else one million tokens
+    chars_per_token: float = None,  # None: 1.5 with a Chinese vocabulary, .7 without (held-out text, see the vocabulary chapter)
+    tflops: float = None,  # sustained speed in TFLOP/s, where you know it
+    probe: bool = False,  # measure the speed of this machine, a few seconds
+) -> Estimate:
     "Memory by part, time, disk, and where the recipe fits"
     _check(recipe, tokens=tokens, chars=chars, chars_per_token=chars_per_token, tflops=tflops)
     r, m, sft = recipe, memory(recipe, gpu=gpu), memory(recipe, True, gpu)
     most, g, s, asked = max(m['peak'], sft['peak']), on_gpu(recipe, gpu), step_of(recipe), gpu
-    cards = [k for k,v in GPUS.items() if most <= v[0]*2**30*USABLE]
-    gpu = find_gpu(gpu) if gpu and g else next(iter(sorted(cards, key=lambda k: GPUS[k][:2])), None) if g else None
-    per = chars_per_token or (1.5 if r.vocab_size > s['s'].vocab else .7)
+    cards = [k for k, v in GPUS.items() if most <= v[0] * 2**30 * USABLE]
+    gpu = (
+        find_gpu(gpu)
+        if gpu and g
+        else next(iter(sorted(cards, key=lambda k: GPUS[k][:2])), None)
+        if g
+        else None
+    )
+    per = chars_per_token or (1.5 if r.vocab_size > s['s'].vocab else 0.7)
     n, seen, amount = _amount(r, tokens, chars, per)
     seconds, how = _seconds(r, s, seen, gpu, tflops, probe, g)
-    disk = disk_bytes(r, n or seen, chars or int((n or 0)*per))
-    e = Estimate({'parameters': s['s'].params(s['rows']), 'trained parameters': sum(trained_params(s['s'], s['train'], s['new'], s['rows'], r.lora_r).values()),
-                  **{f'memory: {k}': v for k,v in m['parts'].items()}, 'memory: peak of pretraining': m['peak'], 'memory: peak of fine-tuning': sft['peak'],
-                  **{f'disk: {k}': v for k,v in disk.items() if v}, 'disk: sum': sum(disk.values()), 'tokens': seen, 'time of pretraining, about': seconds, **({'fits on': ', '.join(cards) or 'none of the GPUs known here'} if asked != 'cpu' else {})})
+    disk = disk_bytes(r, n or seen, chars or int((n or 0) * per))
+    e = Estimate(
+        {
+            'parameters': s['s'].params(s['rows']),
+            'trained parameters': sum(
+                trained_params(s['s'], s['train'], s['new'], s['rows'], r.lora_r).values()
+            ),
+            **{f'memory: {k}': v for k, v in m['parts'].items()},
+            'memory: peak of pretraining': m['peak'],
+            'memory: peak of fine-tuning': sft['peak'],
+            **{f'disk: {k}': v for k, v in disk.items() if v},
+            'disk: sum': sum(disk.values()),
+            'tokens': seen,
+            'time of pretraining, about': seconds,
+            **(
+                {'fits on': ', '.join(cards) or 'none of the GPUs known here'}
+                if asked != 'cpu'
+                else {}
+            ),
+        }
+    )
     e.note = _note(r, gpu, g, cards, m, how, amount)
     return e

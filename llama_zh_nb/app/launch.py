@@ -7,168 +7,314 @@ __all__ = ['call_by_recipe', 'train_by_recipe', 'configs', 'write_configs', 'lau
            'main']
 
 # %% ../../nbs/app/launch.ipynb #9b1e0a05
-import argparse, inspect, json, os, shlex, sys, time
+import argparse
+import inspect
+import json
+import os
+import shlex
+import sys
+import time
 from pathlib import Path
-from ..pretrain import pretrain
-from ..sft import finetune
+
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import record
+from ..pretrain import pretrain
 from ..recipes import Recipe, get_recipe, heldout, resolve, run_dir
+from ..sft import finetune
 from ..text.files import _some, read_texts
 from ..training.distributed import ds_config, is_main, rank
 
 # %% ../../nbs/app/launch.ipynb #44ee7d42
 def _of_recipe(r, run):
     "The chats of a recipe, and the documents to mix in: what `llama-zh run` takes"
-    if not r.sft: raise LlamaZhError(f'recipe {r.name!r} names no chats: give --sft FILES')
-    had = [run/c for c in ('corpus', 'corpus_en') if (run/c).exists()]
+    if not r.sft:
+        raise LlamaZhError(f'recipe {r.name!r} names no chats: give --sft FILES')
+    had = [run / c for c in ('corpus', 'corpus_en') if (run / c).exists()]
     read, some = read_texts, _some
-    texts = some((t for c in had for t in read(c)), 50_000, r.seed) if r.sft_text_share and had else None
-    return dict(chats=resolve(r, r.sft), extra_texts=texts, text_share=r.sft_text_share if texts else None, weight_decay=0., questions=None)
+    texts = (
+        some((t for c in had for t in read(c)), 50_000, r.seed)
+        if r.sft_text_share and had
+        else None
+    )
+    return dict(
+        chats=resolve(r, r.sft),
+        extra_texts=texts,
+        text_share=r.sft_text_share if texts else None,
+        weight_decay=0.0,
+        questions=None,
+    )
 
 # %% ../../nbs/app/launch.ipynb #adff2b83
 def _overrides(words):
     "`--lr 1e-4 --corpus a b` as {field: value}"
     out, key = {}, None
     for w in words:
-        if w.startswith('--'): key, eq, v = w[2:].partition('='); key = key.replace('-', '_'); out[key] = [v] if eq else []
-        elif key is None: raise LlamaZhError(f'what is {w!r}? Options have the form  --field value')
-        else: out[key].append(w)
+        if w.startswith('--'):
+            key, eq, v = w[2:].partition('=')
+            key = key.replace('-', '_')
+            out[key] = [v] if eq else []
+        elif key is None:
+            raise LlamaZhError(f'what is {w!r}? Options have the form  --field value')
+        else:
+            out[key].append(w)
     return {k: 'true' if not v else v[0] if len(v) == 1 else v for k, v in out.items()}
+
+
 def _value(v):
-    try: return json.loads(v)
-    except (ValueError, TypeError): return None if v == 'None' else v
+    try:
+        return json.loads(v)
+    except (ValueError, TypeError):
+        return None if v == 'None' else v
 
 # %% ../../nbs/app/launch.ipynb #04478c22
 def call_by_recipe(
-    f,       # `pretrain`, or another function that trains
-    argv,    # words of a command line: a recipe, then fields of it or arguments of `f`
-    folders, # {argument of `f`: its folder in the run}
-    made_by='weights corpus vocab embeddings', # the stages that make them
-    prefix='', # `sft_`: a field with it goes before the one without, in the recipe and on the command line
-    more=None, # recipe, run folder -> further arguments of `f`
-): # (run folder, arguments of `f`)
+    f,  # `pretrain`, or another function that trains
+    argv,  # words of a command line: a recipe, then fields of it or arguments of `f`
+    folders,  # {argument of `f`: its folder in the run}
+    made_by='weights corpus vocab embeddings',  # the stages that make them
+    prefix='',  # `sft_`: a field with it goes before the one without, in the recipe and on the command line
+    more=None,  # recipe, run folder -> further arguments of `f`
+):  # (run folder, arguments of `f`)
     "What a recipe and the words after it mean for `f`"
-    p = argparse.ArgumentParser(f"python -m {getattr(getattr(sys.modules[f.__module__], '__spec__', None), 'name', f.__module__)}", description='Train by a recipe, in one process or many. Other options are fields of the recipe or arguments of the function: --lr 1e-4 --engine fsdp2')
+    p = argparse.ArgumentParser(
+        f'python -m {getattr(getattr(sys.modules[f.__module__], "__spec__", None), "name", f.__module__)}',
+        description='Train by a recipe, in one process or many. Other options are fields of the recipe or arguments of the function: --lr 1e-4 --engine fsdp2',
+    )
     p.add_argument('recipe', help='a preset or a YAML file')
     name = lambda k: k.replace('_', '-').removesuffix('-dir') + '-dir'
-    for k, d in folders.items(): p.add_argument('--' + name(k), dest=k, help=f'default: {d}/ in the run folder')
+    for k, d in folders.items():
+        p.add_argument('--' + name(k), dest=k, help=f'default: {d}/ in the run folder')
     a, rest = p.parse_known_args(argv)
     mine, ours = inspect.signature(f).parameters, Recipe.__dataclass_fields__
-    over = {prefix+k if prefix and prefix+k in ours else k: v for k, v in _overrides(rest).items()}
+    over = {
+        prefix + k if prefix and prefix + k in ours else k: v for k, v in _overrides(rest).items()
+    }
     r = get_recipe(a.recipe, **{k: v for k, v in over.items() if k in ours or k not in mine})
     run = run_dir(r)
-    kw = {k: getattr(r, prefix+k if prefix+k in ours else k) for k in mine if (k in ours or prefix+k in ours) and k not in folders} | {k: _value(v) for k, v in over.items() if k not in ours}
-    if 'heldout' in mine: kw['heldout'] = {k: v[:60] for k, v in heldout(r).items() if v}
-    kw |= {k: getattr(a, k) or run/d for k, d in folders.items()}
+    kw = {
+        k: getattr(r, prefix + k if prefix + k in ours else k)
+        for k in mine
+        if (k in ours or prefix + k in ours) and k not in folders
+    } | {k: _value(v) for k, v in over.items() if k not in ours}
+    if 'heldout' in mine:
+        kw['heldout'] = {k: v[:60] for k, v in heldout(r).items() if v}
+    kw |= {k: getattr(a, k) or run / d for k, d in folders.items()}
     for k in folders:
-        if k == 'out' or Path(kw[k]).exists(): continue
-        if mine[k].default is mine[k].empty: raise LlamaZhError(f'{kw[k]} is not there: make it with  llama-zh run --recipe {a.recipe} --only {made_by}  or name another with --{name(k)}')
+        if k == 'out' or Path(kw[k]).exists():
+            continue
+        if mine[k].default is mine[k].empty:
+            raise LlamaZhError(
+                f'{kw[k]} is not there: make it with  llama-zh run --recipe {a.recipe} --only {made_by}  or name another with --{name(k)}'
+            )
         kw[k] = None
     return run, kw | (more(r, run) if more else {})
 
 # %% ../../nbs/app/launch.ipynb #9b1e0a0a
 def train_by_recipe(
-    f, argv, folders, # see `call_by_recipe`
-    stage=None,       # name of the stage in run.json; None: the function's
+    f,
+    argv,
+    folders,  # see `call_by_recipe`
+    stage=None,  # name of the stage in run.json; None: the function's
     **kw,
-)->int:
+) -> int:
     "The `main` of a module that trains; gives the exit code"
     try:
         run, kw = call_by_recipe(f, sys.argv[1:] if argv is None else argv, folders, **kw)
         h = f(**kw)
         if is_main():
-            record(run, stage or f.__name__, history=list(h), steps=h.last('step'), tokens=h.last('tokens'), tokens_per_second=h.info.get('tokens_per_second'))
+            record(
+                run,
+                stage or f.__name__,
+                history=list(h),
+                steps=h.last('step'),
+                tokens=h.last('tokens'),
+                tokens_per_second=h.info.get('tokens_per_second'),
+            )
             print(h)
         return 0
     except LlamaZhError as e:
-        if not is_main(): time.sleep(3) # the main process speaks first; when it ends, the launcher ends the others
-        print(f'{f.__name__}: {e}' if is_main() else f'{f.__name__}, process {rank()}: {e}', file=sys.stderr, flush=True)
+        if not is_main():
+            time.sleep(
+                3
+            )  # the main process speaks first; when it ends, the launcher ends the others
+        print(
+            f'{f.__name__}: {e}' if is_main() else f'{f.__name__}, process {rank()}: {e}',
+            file=sys.stderr,
+            flush=True,
+        )
         return 1
 
 # %% ../../nbs/app/launch.ipynb #6000ea58
-def configs()->dict:
+def configs() -> dict:
     "What lies in configs/: {file: content}, for `accelerate launch --config_file`"
-    common = dict(compute_environment='LOCAL_MACHINE', num_machines=1, num_processes=8, machine_rank=0, main_training_function='main', mixed_precision='bf16', debug=False)
-    fsdp = dict(fsdp_version=2, fsdp_auto_wrap_policy='TRANSFORMER_BASED_WRAP', fsdp_transformer_layer_cls_to_wrap='LlamaDecoderLayer', fsdp_state_dict_type='SHARDED_STATE_DICT',
-                fsdp_reshard_after_forward=True, fsdp_cpu_ram_efficient_loading=True, fsdp_offload_params=False)
-    out = {'ddp.yaml': dict(common, distributed_type='MULTI_GPU', mixed_precision='no'), 'fsdp2.yaml': dict(common, distributed_type='FSDP', fsdp_config=fsdp),
-           'fsdp2-offload.yaml': dict(common, distributed_type='FSDP', fsdp_config=dict(fsdp, fsdp_offload_params=True)),
-           'fsdp2-2nodes.yaml': dict(common, distributed_type='FSDP', fsdp_config=fsdp, num_machines=2, num_processes=16, main_process_ip='10.0.0.1', main_process_port=29500, rdzv_backend='static', same_network=True)}
+    common = dict(
+        compute_environment='LOCAL_MACHINE',
+        num_machines=1,
+        num_processes=8,
+        machine_rank=0,
+        main_training_function='main',
+        mixed_precision='bf16',
+        debug=False,
+    )
+    fsdp = dict(
+        fsdp_version=2,
+        fsdp_auto_wrap_policy='TRANSFORMER_BASED_WRAP',
+        fsdp_transformer_layer_cls_to_wrap='LlamaDecoderLayer',
+        fsdp_state_dict_type='SHARDED_STATE_DICT',
+        fsdp_reshard_after_forward=True,
+        fsdp_cpu_ram_efficient_loading=True,
+        fsdp_offload_params=False,
+    )
+    out = {
+        'ddp.yaml': dict(common, distributed_type='MULTI_GPU', mixed_precision='no'),
+        'fsdp2.yaml': dict(common, distributed_type='FSDP', fsdp_config=fsdp),
+        'fsdp2-offload.yaml': dict(
+            common, distributed_type='FSDP', fsdp_config=dict(fsdp, fsdp_offload_params=True)
+        ),
+        'fsdp2-2nodes.yaml': dict(
+            common,
+            distributed_type='FSDP',
+            fsdp_config=fsdp,
+            num_machines=2,
+            num_processes=16,
+            main_process_ip='10.0.0.1',
+            main_process_port=29500,
+            rdzv_backend='static',
+            same_network=True,
+        ),
+    }
     for n in (2, 3):
         for off in (False, True):
-            name, file = f'zero{n}' + '-offload'*off, dict(common, distributed_type='DEEPSPEED')
-            del file['mixed_precision'] # in the JSON file
-            out |= {f'{name}.json': ds_config(n, off), f'{name}.yaml': dict(file, deepspeed_config=dict(deepspeed_config_file=f'configs/{name}.json', zero3_init_flag=False))}
+            name, file = f'zero{n}' + '-offload' * off, dict(common, distributed_type='DEEPSPEED')
+            del file['mixed_precision']  # in the JSON file
+            out |= {
+                f'{name}.json': ds_config(n, off),
+                f'{name}.yaml': dict(
+                    file,
+                    deepspeed_config=dict(
+                        deepspeed_config_file=f'configs/{name}.json', zero3_init_flag=False
+                    ),
+                ),
+            }
     return out
+
+
 def write_configs(
     folder='configs',
-): # Path
+):  # Path
     "Write `configs()` into a folder"
     folder, yaml = Path(folder), need('yaml')
     folder.mkdir(parents=True, exist_ok=True)
-    for name, d in configs().items(): (folder/name).write_text(json.dumps(d, indent=1) + '\n' if name.endswith('json') else yaml.safe_dump(d, sort_keys=False))
+    for name, d in configs().items():
+        (folder / name).write_text(
+            json.dumps(d, indent=1) + '\n'
+            if name.endswith('json')
+            else yaml.safe_dump(d, sort_keys=False)
+        )
     return folder
 
 # %% ../../nbs/app/launch.ipynb #9b1e0a0d
 def launch_command(
-    engine, gpus,    # of the recipe
-    machines=1,      # the same command on each
+    engine,
+    gpus,  # of the recipe
+    machines=1,  # the same command on each
     recipe='recipe.yaml',
-    module='pretrain', # or 'sft'
-)->str:
+    module='pretrain',  # or 'sft'
+) -> str:
     "The command that trains a recipe"
     more = f' --num_processes {gpus}' if gpus != 8 or machines > 1 else ''
-    if machines > 1: more += f' --num_machines {machines} --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500'
-    return f"accelerate launch --config_file configs/{engine or 'ddp'}.yaml{more} -m llama_zh_nb.app.launch {module} {recipe}"
+    if machines > 1:
+        more += f' --num_machines {machines} --machine_rank 0 --main_process_ip 10.0.0.1 --main_process_port 29500'
+    return f'accelerate launch --config_file configs/{engine or "ddp"}.yaml{more} -m llama_zh_nb.app.launch {module} {recipe}'
+
+
 def _given(recipe, source):
     "The fields that were given beside the recipe's source, as words"
-    try: base = vars(get_recipe(source))
-    except LlamaZhError: return ''
+    try:
+        base = vars(get_recipe(source))
+    except LlamaZhError:
+        return ''
     words = lambda v: ' '.join(shlex.quote(str(x)) for x in (v if isinstance(v, list) else [v]))
-    return ''.join(f" --{k.replace('_', '-')} {words(v)}" for k, v in vars(recipe).items() if k != 'name' and v not in (None, [], base[k]))
+    return ''.join(
+        f' --{k.replace("_", "-")} {words(v)}'
+        for k, v in vars(recipe).items()
+        if k != 'name' and v not in (None, [], base[k])
+    )
+
+
 def commands(
-    recipe,      # a `Recipe`
-    source=None, # what it was got from; None: its name
-)->list: # of str
+    recipe,  # a `Recipe`
+    source=None,  # what it was got from; None: its name
+) -> list:  # of str
     "What to type for a recipe, from the weights to the index"
     src, chats = source or recipe.name, bool(recipe.sft)
     src += _given(recipe, src)
-    train = [launch_command(recipe.engine, recipe.gpus, recipe.machines, src, m) for m in ('pretrain', *(['sft'] if chats else []))]
-    return [f'llama-zh run --recipe {src} --only weights corpus vocab embeddings', *train, f'llama-zh run --recipe {src} --only quantize' + ' rag'*bool(recipe.docs)]
+    train = [
+        launch_command(recipe.engine, recipe.gpus, recipe.machines, src, m)
+        for m in ('pretrain', *(['sft'] if chats else []))
+    ]
+    return [
+        f'llama-zh run --recipe {src} --only weights corpus vocab embeddings',
+        *train,
+        f'llama-zh run --recipe {src} --only quantize' + ' rag' * bool(recipe.docs),
+    ]
 
 # %% ../../nbs/app/launch.ipynb #9b1e0a11
 def check_alone(
-    recipe,      # a `Recipe`
-    only=None,   # names of the stages that will be run; None: all
-    source=None, # what the recipe was got from
+    recipe,  # a `Recipe`
+    only=None,  # names of the stages that will be run; None: all
+    source=None,  # what the recipe was got from
 ):
     "Refuse to train in one process what is meant for many"
     trained = [s for s in ('pretrain', 'control', 'sft') if only is None or s in only]
-    if not trained or not recipe.engine or 'RANK' in os.environ: return
-    raise LlamaZhError(f"recipe {recipe.name!r} is trained by engine {recipe.engine!r} on {recipe.gpus} GPU{'s' if recipe.gpus > 1 else ' (--gpus N for more)'}, and this is one process. Type these one after the other"
-                       f"{f', the launches on each of the {recipe.machines} machines with its own --machine_rank' if recipe.machines > 1 else ''}:\n  " + '\n  '.join(commands(recipe, source))
-                       + "\n(configs/ is written by  python -m llama_zh_nb.app.launch;  to train in one process all the same: --engine none)")
+    if not trained or not recipe.engine or 'RANK' in os.environ:
+        return
+    raise LlamaZhError(
+        f'recipe {recipe.name!r} is trained by engine {recipe.engine!r} on {recipe.gpus} GPU{"s" if recipe.gpus > 1 else " (--gpus N for more)"}, and this is one process. Type these one after the other'
+        f'{f", the launches on each of the {recipe.machines} machines with its own --machine_rank" if recipe.machines > 1 else ""}:\n  '
+        + '\n  '.join(commands(recipe, source))
+        + '\n(configs/ is written by  python -m llama_zh_nb.app.launch;  to train in one process all the same: --engine none)'
+    )
 
 # %% ../../nbs/app/launch.ipynb #9b1e0a14
-def train(stage, argv)->int:
+def train(stage, argv) -> int:
     "What every process of a launcher runs: `python -m llama_zh_nb.app.launch pretrain RECIPE` or `... sft RECIPE`; gives the exit code"
     if stage == 'pretrain':
-        return train_by_recipe(pretrain, argv, dict(model_dir='resized', corpus='corpus', replay_corpus='corpus_en', out='pretrained'))
+        return train_by_recipe(
+            pretrain,
+            argv,
+            dict(model_dir='resized', corpus='corpus', replay_corpus='corpus_en', out='pretrained'),
+        )
     made_by = 'weights corpus vocab embeddings pretrain'
-    return train_by_recipe(finetune, argv, dict(model_dir='pretrained', out='chat'), stage='sft', made_by=made_by, prefix='sft_', more=_of_recipe)
+    return train_by_recipe(
+        finetune,
+        argv,
+        dict(model_dir='pretrained', out='chat'),
+        stage='sft',
+        made_by=made_by,
+        prefix='sft_',
+        more=_of_recipe,
+    )
 
-def main(argv=None)->int:
+
+def main(argv=None) -> int:
     "`python -m llama_zh_nb.app.launch [recipe]`: the commands of a recipe, and configs/ in this folder"
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ('pretrain', 'sft'): return train(argv[0], argv[1:])
+    if argv and argv[0] in ('pretrain', 'sft'):
+        return train(argv[0], argv[1:])
     p = argparse.ArgumentParser('python -m llama_zh_nb.app.launch', description=main.__doc__)
     p.add_argument('recipe', nargs='?', help='a preset or a YAML file')
     a = p.parse_args(argv)
     try:
-        if a.recipe: print(*commands(get_recipe(a.recipe), a.recipe), sep='\n')
-        if not Path('configs').exists(): print(f'# written: {write_configs()}/')
+        if a.recipe:
+            print(*commands(get_recipe(a.recipe), a.recipe), sep='\n')
+        if not Path('configs').exists():
+            print(f'# written: {write_configs()}/')
         return 0
-    except LlamaZhError as e: print(f'launch: {e}', file=sys.stderr); return 1
+    except LlamaZhError as e:
+        print(f'launch: {e}', file=sys.stderr)
+        return 1
 
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+
+if __name__ == '__main__' and '__file__' in globals():
+    sys.exit(main())

@@ -7,8 +7,18 @@ __all__ = ['KINDS', 'WORDS', 'Local', 'Remote', 'safe_name', 'keep_uploads', 'tu
            'showing', 'page']
 
 # %% ../../nbs/app/page.ipynb #a2090f84
-import contextlib, html, os, re, shutil, signal, sys, tempfile, time, unicodedata
+import contextlib
+import html
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import unicodedata
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need
 from ..documents.assistant import Assistant
 from ..documents.chat_model import load_chat
@@ -21,105 +31,229 @@ from ..serving.engine import Engine
 # %% ../../nbs/app/page.ipynb #8b031f56
 class Local:
     "The engine of this process"
-    def __init__(self, engine:Engine): self.engine, self.name = engine, engine.name
+
+    def __init__(self, engine: Engine):
+        self.engine, self.name = engine, engine.name
+
     def fit(self, messages, max_new):
         "The messages that fit, and what was left out"
-        kept, gone, _ = fit_turns(messages, lambda ms: len(self.engine.encode(ms)), room_for(self.engine.reach, max_new))
+        kept, gone, _ = fit_turns(
+            messages, lambda ms: len(self.engine.encode(ms)), room_for(self.engine.reach, max_new)
+        )
         return kept, gone
+
     def stream(self, messages, preset='alpaca2', max_new=None, seed=None, **changes):
         "Yield pieces of the answer; leaving early stops the model"
-        job = self.engine.submit(messages, settings_of(preset, **changes), min(max_new or self.engine.max_new_tokens, self.engine.max_new_tokens), seed=seed)
-        try: yield from job
+        job = self.engine.submit(
+            messages,
+            settings_of(preset, **changes),
+            min(max_new or self.engine.max_new_tokens, self.engine.max_new_tokens),
+            seed=seed,
+        )
+        try:
+            yield from job
         finally:
-            if not job.finish_reason: job.cancel()
+            if not job.finish_reason:
+                job.cancel()
+
     def assistant(self, index, **kw):
         "Answers from documents; it finds and packs passages, the engine does the reading"
         e = self.engine
-        return Assistant(index, load_chat((e.model, e.tok), template=e.template or 'alpaca2', max_new_tokens=min(e.max_new_tokens, e.reach//4)), **kw)
+        return Assistant(
+            index,
+            load_chat(
+                (e.model, e.tok),
+                template=e.template or 'alpaca2',
+                max_new_tokens=min(e.max_new_tokens, e.reach // 4),
+            ),
+            **kw,
+        )
 
 # %% ../../nbs/app/page.ipynb #3d5b5e16
 class Remote:
     "A server with OpenAI's API: `llama-zh serve`, vLLM, llama.cpp's, or another"
-    def __init__(self, url:str, key:str=None, model:str=None):
+
+    def __init__(self, url: str, key: str = None, model: str = None):
         self.openai = need('openai', 'serve')
         self.url = url
-        self.client = self.openai.OpenAI(base_url=url, api_key=key or os.environ.get('LLAMA_ZH_API_KEY') or 'none', max_retries=1, timeout=300)
+        self.client = self.openai.OpenAI(
+            base_url=url,
+            api_key=key or os.environ.get('LLAMA_ZH_API_KEY') or 'none',
+            max_retries=1,
+            timeout=300,
+        )
         self.name = model or self._first()
+
     def _first(self):
-        with self._plainly(): return next(m.id for m in self.client.models.list().data)
+        with self._plainly():
+            return next(m.id for m in self.client.models.list().data)
+
     @contextlib.contextmanager
     def _plainly(self):
-        try: yield
+        try:
+            yield
         except self.openai.APIStatusError as e:
             said = e.body.get('message') if isinstance(e.body, dict) else None
-            raise LlamaZhError(f'the server at {self.url} answered {e.status_code}: {said or "nothing more"}') from None
-        except self.openai.OpenAIError as e: raise LlamaZhError(f'the server at {self.url} cannot be asked ({e}): is it running?') from None
-        except StopIteration: raise LlamaZhError(f'the server at {self.url} has no model') from None
-    def fit(self, messages, max_new): return messages, 0     # the server knows how long a conversation may be, and says so
+            raise LlamaZhError(
+                f'the server at {self.url} answered {e.status_code}: {said or "nothing more"}'
+            ) from None
+        except self.openai.OpenAIError as e:
+            raise LlamaZhError(
+                f'the server at {self.url} cannot be asked ({e}): is it running?'
+            ) from None
+        except StopIteration:
+            raise LlamaZhError(f'the server at {self.url} has no model') from None
+
+    def fit(self, messages, max_new):
+        return messages, 0  # the server knows how long a conversation may be, and says so
+
     def stream(self, messages, preset='alpaca2', max_new=None, seed=None, **changes):
         s = settings_of(preset, **changes)
         with self._plainly():
-            events = self.client.chat.completions.create(model=self.name, messages=messages, stream=True, temperature=s['temperature'], top_p=s['top_p'], max_tokens=max_new or None, seed=seed)
+            events = self.client.chat.completions.create(
+                model=self.name,
+                messages=messages,
+                stream=True,
+                temperature=s['temperature'],
+                top_p=s['top_p'],
+                max_tokens=max_new or None,
+                seed=seed,
+            )
             try:
                 for e in events:
-                    if e.choices and (text := e.choices[0].delta.content): yield text
-            finally: events.close()
-    def assistant(self, index, **kw): return Assistant(index, None, context_tokens=2000, **kw)
+                    if e.choices and (text := e.choices[0].delta.content):
+                        yield text
+            finally:
+                events.close()
+
+    def assistant(self, index, **kw):
+        return Assistant(index, None, context_tokens=2000, **kw)
 
 # %% ../../nbs/app/page.ipynb #5033b1d4
 KINDS = ('.txt', '.md', '.html', '.htm', '.pdf', '.docx', '.csv', '.json', '.jsonl')
+
+
 def safe_name(
-    name:str,  # as the browser gave it
+    name: str,  # as the browser gave it
     taken=(),  # names that exist
-)->str:
+) -> str:
     "A file name that stays in its folder and differs from all in `taken`"
     base = unicodedata.normalize('NFC', str(name)).replace('\\', '/').rsplit('/', 1)[-1]
-    base = re.sub(r'[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069<>:"|?*]', '', base).strip(' .') or 'file'
+    base = (
+        re.sub(
+            r'[\x00-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069<>:"|?*]', '', base
+        ).strip(' .')
+        or 'file'
+    )
     stem, dot, ext = base.rpartition('.')
     stem, ext = (stem or base)[:60], f'.{ext.lower()}' if dot and stem else ''
     out, n, low = stem + ext, 2, {t.lower() for t in taken}
-    while out.lower() in low: out, n = f'{stem} ({n}){ext}', n + 1
+    while out.lower() in low:
+        out, n = f'{stem} ({n}){ext}', n + 1
     return out
 
 # %% ../../nbs/app/page.ipynb #2950ae49
 def keep_uploads(
-    files:list,        # paths of uploaded files, under their own names
-    folder,            # where they are kept
-    max_mb:float=20,   # of one file
-    max_files:int=50,  # in the folder
-)->tuple: # (names kept, why others were not)
+    files: list,  # paths of uploaded files, under their own names
+    folder,  # where they are kept
+    max_mb: float = 20,  # of one file
+    max_files: int = 50,  # in the folder
+) -> tuple:  # (names kept, why others were not)
     "Copy uploads into `folder`, each within the bounds; what is not taken is named with its reason"
     folder, kept, refused = Path(folder), [], []
     folder.mkdir(parents=True, exist_ok=True)
     for f in map(Path, files):
         have = [p.name for p in folder.iterdir()]
         name = safe_name(f.name, have)
-        if Path(name).suffix not in KINDS: refused.append(f'{name}: {Path(name).suffix or "no ending"}, expected {" ".join(KINDS)}')
-        elif f.is_symlink() or not f.is_file(): refused.append(f'{name}: not a file')
-        elif f.stat().st_size > max_mb*2**20: refused.append(f'{name}: {f.stat().st_size/2**20:.1f} MB, at most {max_mb:g}')
-        elif len(have) >= max_files: refused.append(f'{name}: there are {len(have)} files already')
-        else: shutil.copyfile(f, folder/name); kept.append(name)
+        if Path(name).suffix not in KINDS:
+            refused.append(
+                f'{name}: {Path(name).suffix or "no ending"}, expected {" ".join(KINDS)}'
+            )
+        elif f.is_symlink() or not f.is_file():
+            refused.append(f'{name}: not a file')
+        elif f.stat().st_size > max_mb * 2**20:
+            refused.append(f'{name}: {f.stat().st_size / 2**20:.1f} MB, at most {max_mb:g}')
+        elif len(have) >= max_files:
+            refused.append(f'{name}: there are {len(have)} files already')
+        else:
+            shutil.copyfile(f, folder / name)
+            kept.append(name)
     return kept, refused
 
 # %% ../../nbs/app/page.ipynb #c169563b
 WORDS = dict(
-    zh=dict(title='llama-zh', chat='对话', docs='文档问答', message='请输入消息，回车发送', send='发送', stop='停止', retry='重新回答', clear='清空', settings='设置',
-            system='系统提示', preset='采样方案', temperature='温度', top_p='top-p', max_new='最长回答（词元）', seed='随机种子（-1 则每次不同）', upload='上传文件', index='建立索引',
-            question='请输入问题', ask='提问', answer='回答', sources='出处', files='已收下 {n} 个文件：{names}', none='还没有文件：请先上传', indexed='索引已建好：{n} 段', refused='没有收下：{why}',
-            gone='最早的 {n} 轮对话放不下了，模型没有读到', empty='请先写点什么', drop='删除文件', error='出错了'),
-    en=dict(title='llama-zh', chat='Chat', docs='Documents', message='Type a message, Enter sends it', send='Send', stop='Stop', retry='Answer again', clear='Clear', settings='Settings',
-            system='System prompt', preset='Sampling', temperature='Temperature', top_p='top-p', max_new='Longest answer (tokens)', seed='Random seed (-1: another each time)', upload='Upload files', index='Make the index',
-            question='Type a question', ask='Ask', answer='Answer', sources='Sources', files='{n} files taken: {names}', none='There are no files yet: upload some first', indexed='The index is ready: {n} passages', refused='Not taken: {why}',
-            gone='The oldest {n} turns no longer fit and were not read', empty='Write something first', drop='Remove the files', error='That did not work'))
+    zh=dict(
+        title='llama-zh',
+        chat='对话',
+        docs='文档问答',
+        message='请输入消息，回车发送',
+        send='发送',
+        stop='停止',
+        retry='重新回答',
+        clear='清空',
+        settings='设置',
+        system='系统提示',
+        preset='采样方案',
+        temperature='温度',
+        top_p='top-p',
+        max_new='最长回答（词元）',
+        seed='随机种子（-1 则每次不同）',
+        upload='上传文件',
+        index='建立索引',
+        question='请输入问题',
+        ask='提问',
+        answer='回答',
+        sources='出处',
+        files='已收下 {n} 个文件：{names}',
+        none='还没有文件：请先上传',
+        indexed='索引已建好：{n} 段',
+        refused='没有收下：{why}',
+        gone='最早的 {n} 轮对话放不下了，模型没有读到',
+        empty='请先写点什么',
+        drop='删除文件',
+        error='出错了',
+    ),
+    en=dict(
+        title='llama-zh',
+        chat='Chat',
+        docs='Documents',
+        message='Type a message, Enter sends it',
+        send='Send',
+        stop='Stop',
+        retry='Answer again',
+        clear='Clear',
+        settings='Settings',
+        system='System prompt',
+        preset='Sampling',
+        temperature='Temperature',
+        top_p='top-p',
+        max_new='Longest answer (tokens)',
+        seed='Random seed (-1: another each time)',
+        upload='Upload files',
+        index='Make the index',
+        question='Type a question',
+        ask='Ask',
+        answer='Answer',
+        sources='Sources',
+        files='{n} files taken: {names}',
+        none='There are no files yet: upload some first',
+        indexed='The index is ready: {n} passages',
+        refused='Not taken: {why}',
+        gone='The oldest {n} turns no longer fit and were not read',
+        empty='Write something first',
+        drop='Remove the files',
+        error='That did not work',
+    ),
+)
 
 # %% ../../nbs/app/page.ipynb #1f055f78
 def turn(
-    who,                 # `Local` or `Remote`
-    history:list,        # OpenAI messages so far, the last one from the user
-    system:str='',       # system prompt
-    lang:str='zh',
-    **settings,          # see `stream`
-): # yields (history with the answer so far, note)
+    who,  # `Local` or `Remote`
+    history: list,  # OpenAI messages so far, the last one from the user
+    system: str = '',  # system prompt
+    lang: str = 'zh',
+    **settings,  # see `stream`
+):  # yields (history with the answer so far, note)
     "Answer the last message of `history`"
     head = [dict(role='system', content=system.strip())] if system and system.strip() else []
     kept, gone = who.fit(head + history, settings.get('max_new') or 128)
@@ -131,143 +265,329 @@ def turn(
 # %% ../../nbs/app/page.ipynb #805c8a2a
 class Desk:
     "The files of one visitor, and the index over them"
+
     def __init__(self, who, root=None, prompt='plain', k=None, **bounds):
-        self.who, self.prompt, self.k, self.bounds, self.bot, self.skipped = who, prompt, k, bounds, None, []
+        self.who, self.prompt, self.k, self.bounds, self.bot, self.skipped = (
+            who,
+            prompt,
+            k,
+            bounds,
+            None,
+            [],
+        )
         self.folder = Path(tempfile.mkdtemp(prefix='visit-', dir=root))
-    def add(self, files): return keep_uploads(files, self.folder/'files', **self.bounds)
-    def names(self): return sorted(p.name for p in (self.folder/'files').glob('*'))
-    def build(self)->int:
+
+    def add(self, files):
+        return keep_uploads(files, self.folder / 'files', **self.bounds)
+
+    def names(self):
+        return sorted(p.name for p in (self.folder / 'files').glob('*'))
+
+    def build(self) -> int:
         "Index all files; how many passages there are"
         tok = getattr(getattr(self.who, 'engine', None), 'tok', None)
-        if not self.names(): raise LlamaZhError('there are no files')
-        out = self.folder/'index'
-        build_index(str(self.folder/'files'), out, **(dict(tokenizer=tok) if tok is not None else {}))
+        if not self.names():
+            raise LlamaZhError('there are no files')
+        out = self.folder / 'index'
+        build_index(
+            str(self.folder / 'files'), out, **(dict(tokenizer=tok) if tok is not None else {})
+        )
         self.bot = self.who.assistant(open_index(out), prompt=self.prompt, k=self.k)
-        self.skipped = [f'{Path(n).name}: {why}' for n, why in self.bot.index.info.get('skipped', [])]     # taken, but nothing could be read in it
+        self.skipped = [
+            f'{Path(n).name}: {why}' for n, why in self.bot.index.info.get('skipped', [])
+        ]  # taken, but nothing could be read in it
         return len(self.bot.index)
+
     def ask(self, question, **settings):
         "Yield (answer so far, sources)"
         sources = self.bot.sources(question)
-        if not sources: yield self.bot.refusal, []; return
+        if not sources:
+            yield self.bot.refusal, []
+            return
         text = ''
-        for piece in self.who.stream([dict(role='user', content=self.bot.message(question, sources))], **settings): text += piece; yield text, sources
-    def clear(self): shutil.rmtree(self.folder, ignore_errors=True); self.folder.mkdir(parents=True); self.bot = None
-    def close(self): shutil.rmtree(self.folder, ignore_errors=True)
+        for piece in self.who.stream(
+            [dict(role='user', content=self.bot.message(question, sources))], **settings
+        ):
+            text += piece
+            yield text, sources
+
+    def clear(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.bot = None
+
+    def close(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../../nbs/app/page.ipynb #8ed787a5
 def sources_html(sources, words):
     "The passages under an answer; their text stays text"
-    row = lambda s: (f'<details class="source"{" open" if s.n == 1 else ""}><summary>[{s.n}] {html.escape(Path(s.name).name)}{" / " + html.escape(s.heading) if s.heading else ""} '
-                     f'<small>{s.score:.2f}</small></summary><div style="white-space:pre-wrap">{html.escape(s.text)}</div></details>')
+    row = lambda s: (
+        f'<details class="source"{" open" if s.n == 1 else ""}><summary>[{s.n}] {html.escape(Path(s.name).name)}{" / " + html.escape(s.heading) if s.heading else ""} '
+        f'<small>{s.score:.2f}</small></summary><div style="white-space:pre-wrap">{html.escape(s.text)}</div></details>'
+    )
     return f'<h4>{words["sources"]}</h4>' + ''.join(map(row, sources)) if sources else ''
 
 # %% ../../nbs/app/page.ipynb #31d14b6c
 _CSS = '.source{border-left:3px solid var(--border-color-primary);padding:.2em .8em;margin:.4em 0} .source summary{cursor:pointer} footer{display:none !important} #lang{margin-left:auto;flex:0 0 auto !important;width:auto;min-width:0} #lang .wrap{flex-wrap:nowrap}'
-_FONTS = ['system-ui', '-apple-system', 'PingFang SC', 'Noto Sans CJK SC', 'Microsoft YaHei', 'sans-serif']
+_FONTS = [
+    'system-ui',
+    '-apple-system',
+    'PingFang SC',
+    'Noto Sans CJK SC',
+    'Microsoft YaHei',
+    'sans-serif',
+]
+
+
 def _look():
     gr = need('gradio', 'serve')
-    return dict(theme=gr.themes.Base(font=_FONTS, font_mono=['ui-monospace', 'monospace']), css=_CSS)
+    return dict(
+        theme=gr.themes.Base(font=_FONTS, font_mono=['ui-monospace', 'monospace']), css=_CSS
+    )
+
+
 def _kindly(gr, f, *args, **kw):
     "Errors meant for people become a notice on the page"
-    try: yield from f(*args, **kw)
-    except LlamaZhError as e: raise gr.Error(str(e), title='llama-zh', print_exception=False) from None
+    try:
+        yield from f(*args, **kw)
+    except LlamaZhError as e:
+        raise gr.Error(str(e), title='llama-zh', print_exception=False) from None
+
+
 def _settings_panel(gr, w, who, max_new):
     with gr.Accordion(w['settings'], open=False) as box:
-        parts = dict(system=gr.Textbox(label=w['system'], lines=2, max_length=4000), preset=gr.Dropdown(list(PRESETS), value='greedy', label=w['preset']),
-                     temperature=gr.Slider(0, 2, value=0, step=.05, label=w['temperature']), top_p=gr.Slider(.05, 1, value=1, step=.05, label=w['top_p']),
-                     max_new=gr.Slider(8, max_new, value=min(256, max_new), step=8, label=w['max_new']), seed=gr.Number(label=w['seed'], value=-1, precision=0, minimum=-1))
-    show = lambda p: (gr.update(value=PRESETS[p]['temperature']), gr.update(value=PRESETS[p]['top_p']))
-    parts['preset'].input(show, parts['preset'], [parts['temperature'], parts['top_p']], queue=False)     # `input`: only when a person chooses
+        parts = dict(
+            system=gr.Textbox(label=w['system'], lines=2, max_length=4000),
+            preset=gr.Dropdown(list(PRESETS), value='greedy', label=w['preset']),
+            temperature=gr.Slider(0, 2, value=0, step=0.05, label=w['temperature']),
+            top_p=gr.Slider(0.05, 1, value=1, step=0.05, label=w['top_p']),
+            max_new=gr.Slider(8, max_new, value=min(256, max_new), step=8, label=w['max_new']),
+            seed=gr.Number(label=w['seed'], value=-1, precision=0, minimum=-1),
+        )
+    show = lambda p: (
+        gr.update(value=PRESETS[p]['temperature']),
+        gr.update(value=PRESETS[p]['top_p']),
+    )
+    parts['preset'].input(
+        show, parts['preset'], [parts['temperature'], parts['top_p']], queue=False
+    )  # `input`: only when a person chooses
     return dict(settings=box, **parts)
 
 # %% ../../nbs/app/page.ipynb #dd1ace22
 def shown(talk):
     "Messages for Gradio's box, which reads its text as HTML: signs like < are escaped, so that everything is seen as it was written"
     return [dict(role=m['role'], content=html.escape(m['content'], quote=False)) for m in talk]
+
+
 def _chat_events(gr, who, box, msg, talk, lang, buttons, inputs):
     def put(text, talk, lang):
-        if not text or not text.strip(): raise gr.Error(WORDS[lang]['empty'], title=WORDS[lang]['error'], print_exception=False)
+        if not text or not text.strip():
+            raise gr.Error(WORDS[lang]['empty'], title=WORDS[lang]['error'], print_exception=False)
         talk = [*talk, dict(role='user', content=text)]
-        return gr.update(value='', interactive=False), talk, shown(talk)      # nothing can be sent until this is answered: it would be lost under the end of the answer
+        return (
+            gr.update(value='', interactive=False),
+            talk,
+            shown(talk),
+        )  # nothing can be sent until this is answered: it would be lost under the end of the answer
+
     def reply(talk, lang, system, preset, temperature, top_p, max_new, seed):
         def go():
-            for h, note in turn(who, talk, system, lang, preset=preset, temperature=temperature, top_p=top_p, max_new=int(max_new), seed=None if seed is None or seed < 0 else int(seed)):
-                if note and len(h[-1]['content']) < 3: gr.Info(note)
+            for h, note in turn(
+                who,
+                talk,
+                system,
+                lang,
+                preset=preset,
+                temperature=temperature,
+                top_p=top_p,
+                max_new=int(max_new),
+                seed=None if seed is None or seed < 0 else int(seed),
+            ):
+                if note and len(h[-1]['content']) < 3:
+                    gr.Info(note)
                 yield h, shown(h)
-        if talk and talk[-1]['role'] == 'user': yield from _kindly(gr, go)
-        else: yield talk, shown(talk)
+
+        if talk and talk[-1]['role'] == 'user':
+            yield from _kindly(gr, go)
+        else:
+            yield talk, shown(talk)
+
     def back(talk):
-        while talk and talk[-1]['role'] == 'assistant': talk = talk[:-1]
+        while talk and talk[-1]['role'] == 'assistant':
+            talk = talk[:-1]
         return gr.update(interactive=False), talk, shown(talk)
-    def ready(): return gr.update(interactive=True)
+
+    def ready():
+        return gr.update(interactive=True)
+
     send, stop, retry, clear = buttons
-    asked = [e(put, [msg, talk, lang], [msg, talk, box], queue=False).success(reply, [talk, lang, *inputs], [talk, box]) for e in (msg.submit, send.click)]
-    asked.append(retry.click(back, talk, [msg, talk, box], cancels=asked, queue=False).then(reply, [talk, lang, *inputs], [talk, box]))
-    for a in asked: a.then(ready, None, msg, queue=False, js="() => { setTimeout(() => document.querySelector('#message textarea')?.focus(), 50) }")
+    asked = [
+        e(put, [msg, talk, lang], [msg, talk, box], queue=False).success(
+            reply, [talk, lang, *inputs], [talk, box]
+        )
+        for e in (msg.submit, send.click)
+    ]
+    asked.append(
+        retry.click(back, talk, [msg, talk, box], cancels=asked, queue=False).then(
+            reply, [talk, lang, *inputs], [talk, box]
+        )
+    )
+    for a in asked:
+        a.then(
+            ready,
+            None,
+            msg,
+            queue=False,
+            js="() => { setTimeout(() => document.querySelector('#message textarea')?.focus(), 50) }",
+        )
     stop.click(ready, None, msg, cancels=asked, queue=False)
     clear.click(lambda: (ready(), [], []), None, [msg, talk, box], cancels=asked, queue=False)
     box.clear(lambda: (ready(), []), None, [msg, talk], cancels=asked, queue=False)
+
+
 def _chat_tab(gr, w, who, lang, max_new):
-    talk, box = gr.State([]), gr.Chatbot(elem_id='chat', height=460, render_markdown=False, show_label=False, buttons=[])     # plain text: an answer can load no picture from elsewhere
+    talk, box = (
+        gr.State([]),
+        gr.Chatbot(elem_id='chat', height=460, render_markdown=False, show_label=False, buttons=[]),
+    )  # plain text: an answer can load no picture from elsewhere
     with gr.Row():
-        msg = gr.Textbox(label=w['message'], placeholder=w['message'], show_label=False, container=False, scale=5, elem_id='message', max_length=20000, autofocus=True)
+        msg = gr.Textbox(
+            label=w['message'],
+            placeholder=w['message'],
+            show_label=False,
+            container=False,
+            scale=5,
+            elem_id='message',
+            max_length=20000,
+            autofocus=True,
+        )
         send = gr.Button(w['send'], variant='primary', min_width=90, elem_id='send')
-    with gr.Row(): stop, retry, clear = (gr.Button(w[k], min_width=90, elem_id=k) for k in ('stop', 'retry', 'clear'))
+    with gr.Row():
+        stop, retry, clear = (
+            gr.Button(w[k], min_width=90, elem_id=k) for k in ('stop', 'retry', 'clear')
+        )
     panel = _settings_panel(gr, w, who, max_new)
-    _chat_events(gr, who, box, msg, talk, lang, (send, stop, retry, clear), [panel[k] for k in ('system', 'preset', 'temperature', 'top_p', 'max_new', 'seed')])
+    _chat_events(
+        gr,
+        who,
+        box,
+        msg,
+        talk,
+        lang,
+        (send, stop, retry, clear),
+        [panel[k] for k in ('system', 'preset', 'temperature', 'top_p', 'max_new', 'seed')],
+    )
     return dict(panel, message=msg, send=send, stop=stop, retry=retry, clear=clear)
 
 # %% ../../nbs/app/page.ipynb #3d7bbaa7
 def _docs_tab(gr, w, who, lang, desk, bounds):
-    files = gr.File(label=w['upload'], file_count='multiple', file_types=list(KINDS), height=140, elem_id='files')
-    with gr.Row(): index, drop = gr.Button(w['index'], elem_id='index'), gr.Button(w['drop'], elem_id='drop')
+    files = gr.File(
+        label=w['upload'],
+        file_count='multiple',
+        file_types=list(KINDS),
+        height=140,
+        elem_id='files',
+    )
+    with gr.Row():
+        index, drop = gr.Button(w['index'], elem_id='index'), gr.Button(w['drop'], elem_id='drop')
     state = gr.Markdown(elem_id='state', sanitize_html=True)
     with gr.Row():
-        q = gr.Textbox(label=w['question'], placeholder=w['question'], show_label=False, container=False, scale=5, elem_id='question', max_length=2000)
+        q = gr.Textbox(
+            label=w['question'],
+            placeholder=w['question'],
+            show_label=False,
+            container=False,
+            scale=5,
+            elem_id='question',
+            max_length=2000,
+        )
         ask = gr.Button(w['ask'], variant='primary', min_width=90, elem_id='ask')
-    out, src = gr.Textbox(label=w['answer'], interactive=False, lines=3, elem_id='answer'), gr.HTML(elem_id='sources')
+    out, src = (
+        gr.Textbox(label=w['answer'], interactive=False, lines=3, elem_id='answer'),
+        gr.HTML(elem_id='sources'),
+    )
 
     def build(files, desk, lang):
         w = WORDS[lang]
         desk = desk or Desk(who, **bounds)
         kept, refused = desk.add(files or [])
-        if not desk.names(): raise gr.Error(w['none'] + ''.join('\n' + w['refused'].format(why=x) for x in refused), title=w['error'], print_exception=False)
-        try: n = desk.build()
-        except LlamaZhError as e: raise gr.Error(str(e), title='llama-zh', print_exception=False) from None
-        lines = [w['files'].format(n=len(desk.names()), names='、'.join(desk.names())), w['indexed'].format(n=n), *(w['refused'].format(why=x) for x in [*refused, *desk.skipped])]
+        if not desk.names():
+            raise gr.Error(
+                w['none'] + ''.join('\n' + w['refused'].format(why=x) for x in refused),
+                title=w['error'],
+                print_exception=False,
+            )
+        try:
+            n = desk.build()
+        except LlamaZhError as e:
+            raise gr.Error(str(e), title='llama-zh', print_exception=False) from None
+        lines = [
+            w['files'].format(n=len(desk.names()), names='、'.join(desk.names())),
+            w['indexed'].format(n=n),
+            *(w['refused'].format(why=x) for x in [*refused, *desk.skipped]),
+        ]
         return desk, '<br>'.join(map(html.escape, lines)), None
+
     def answer(question, desk, lang):
-        if not question or not question.strip(): raise gr.Error(WORDS[lang]['empty'], title=WORDS[lang]['error'], print_exception=False)
-        if not desk or not desk.bot: raise gr.Error(WORDS[lang]['none'], title=WORDS[lang]['error'], print_exception=False)
-        for text, sources in _kindly(gr, desk.ask, question, preset='greedy'): yield text, sources_html(sources, WORDS[lang])
+        if not question or not question.strip():
+            raise gr.Error(WORDS[lang]['empty'], title=WORDS[lang]['error'], print_exception=False)
+        if not desk or not desk.bot:
+            raise gr.Error(WORDS[lang]['none'], title=WORDS[lang]['error'], print_exception=False)
+        for text, sources in _kindly(gr, desk.ask, question, preset='greedy'):
+            yield text, sources_html(sources, WORDS[lang])
+
     def forget(desk):
-        if desk: desk.clear()
+        if desk:
+            desk.clear()
         return '', None
+
     index.click(build, [files, desk, lang], [desk, state, files])
     drop.click(forget, desk, [state, files])
-    for e in (q.submit, ask.click): e(answer, [q, desk, lang], [out, src], show_progress_on=out)
+    for e in (q.submit, ask.click):
+        e(answer, [q, desk, lang], [out, src], show_progress_on=out)
     return dict(upload=files, index=index, drop=drop, question=q, ask=ask, answer=out)
 
 # %% ../../nbs/app/page.ipynb #01cf167d
 def make_page(
-    who,                 # `Local` or `Remote`
-    lang:str='zh',       # 'zh' or 'en' at first; visitors can change it
-    max_new:int=512,     # longest answer that may be asked for
-    **bounds,            # see `Desk` and `keep_uploads`
-): # gradio Blocks
+    who,  # `Local` or `Remote`
+    lang: str = 'zh',  # 'zh' or 'en' at first; visitors can change it
+    max_new: int = 512,  # longest answer that may be asked for
+    **bounds,  # see `Desk` and `keep_uploads`
+):  # gradio Blocks
     "The page, not yet served"
     gr, w = need('gradio', 'serve'), WORDS[lang]
-    with gr.Blocks(title=f'llama-zh: {who.name}', analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(
+        title=f'llama-zh: {who.name}', analytics_enabled=False, delete_cache=(600, 3600)
+    ) as page:
         desk = gr.State(None, time_to_live=3600, delete_callback=lambda d: d and d.close())
         with gr.Row(equal_height=True):
             gr.Markdown(f'### llama-zh · {html.escape(who.name)}', min_width=120)
-            tongue = gr.Radio([('中文', 'zh'), ('English', 'en')], value=lang, label='语言 / Language', show_label=False, container=False, elem_id='lang')
-        with gr.Tab(w['chat']) as t1: parts = _chat_tab(gr, w, who, tongue, max_new)
-        with gr.Tab(w['docs']) as t2: more = _docs_tab(gr, w, who, tongue, desk, bounds)
+            tongue = gr.Radio(
+                [('中文', 'zh'), ('English', 'en')],
+                value=lang,
+                label='语言 / Language',
+                show_label=False,
+                container=False,
+                elem_id='lang',
+            )
+        with gr.Tab(w['chat']) as t1:
+            parts = _chat_tab(gr, w, who, tongue, max_new)
+        with gr.Tab(w['docs']) as t2:
+            more = _docs_tab(gr, w, who, tongue, desk, bounds)
         parts = dict(more, **parts, chat=t1, docs=t2)
+
         def words(lang):
             w = WORDS[lang]
-            return [gr.update(value=w[k]) if isinstance(p, gr.Button) else gr.update(placeholder=w[k], label=w[k]) if k in ('message', 'question') else gr.update(label=w[k]) for k, p in parts.items()]
+            return [
+                gr.update(value=w[k])
+                if isinstance(p, gr.Button)
+                else gr.update(placeholder=w[k], label=w[k])
+                if k in ('message', 'question')
+                else gr.update(label=w[k])
+                for k, p in parts.items()
+            ]
+
         tongue.change(words, tongue, list(parts.values()), queue=False)
     return page
 
@@ -276,40 +596,92 @@ def make_page(
 def showing(who, host='127.0.0.1', port=0, lang='zh', max_new=512, max_mb=20, key=None, **kw):
     "The page served from a thread; yields its address"
     need('gradio', 'serve')
-    root = tempfile.mkdtemp(prefix='llama-zh-page-')     # all visitors' files, gone with the server
+    root = tempfile.mkdtemp(prefix='llama-zh-page-')  # all visitors' files, gone with the server
     page = make_page(who, lang, max_new, max_mb=max_mb, root=root, **kw)
     page.queue(default_concurrency_limit=16, max_size=64)
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    try: url = page.launch(server_name=host, server_port=port or None, prevent_thread_lock=True, quiet=True, share=False, inbrowser=False, inline=False, show_error=False, max_file_size=int(max_mb*2**20),
-                           allowed_paths=[], ssr_mode=False, footer_links=[], auth=('llama-zh', key) if key else None, **_look())[1]
-    except OSError as e: raise LlamaZhError(f'the page cannot be served on {host} port {port}: {e}') from None
-    try: yield url.rstrip('/')
-    finally: page.close(verbose=False); shutil.rmtree(root, ignore_errors=True)
+    try:
+        url = page.launch(
+            server_name=host,
+            server_port=port or None,
+            prevent_thread_lock=True,
+            quiet=True,
+            share=False,
+            inbrowser=False,
+            inline=False,
+            show_error=False,
+            max_file_size=int(max_mb * 2**20),
+            allowed_paths=[],
+            ssr_mode=False,
+            footer_links=[],
+            auth=('llama-zh', key) if key else None,
+            **_look(),
+        )[1]
+    except OSError as e:
+        raise LlamaZhError(f'the page cannot be served on {host} port {port}: {e}') from None
+    try:
+        yield url.rstrip('/')
+    finally:
+        page.close(verbose=False)
+        shutil.rmtree(root, ignore_errors=True)
+
+
 def page(
-    model:str=None,       # model folder; None: `api`
-    api:str=None,         # address of a server with OpenAI's API instead, such as http://127.0.0.1:8000/v1
-    host:str='127.0.0.1', # 0.0.0.0: everybody who can reach this machine
-    port:int=7860,
-    lang:str='zh',        # language at first: zh or en
-    api_key_file:str=None, # file with the server's key; None: LLAMA_ZH_API_KEY, if set
-    password_file:str=None, # file with a password that visitors must give, user llama-zh
-    max_new_tokens:int=512, # longest answer
-    max_mb:float=20.,     # largest file
-    max_files:int=50,     # files of one visitor
-    k:int=None,           # passages for an answer; None: the index's default. Mini reads one at a time
-    prompt:str='plain',   # for documents: plain, cited, or a text with {context} and {question}
-    device:str='auto',    # auto, cpu, cuda
-    dtype:str=None,       # None: bfloat16 on a GPU, float32 on a CPU
+    model: str = None,  # model folder; None: `api`
+    api: str = None,  # address of a server with OpenAI's API instead, such as http://127.0.0.1:8000/v1
+    host: str = '127.0.0.1',  # 0.0.0.0: everybody who can reach this machine
+    port: int = 7860,
+    lang: str = 'zh',  # language at first: zh or en
+    api_key_file: str = None,  # file with the server's key; None: LLAMA_ZH_API_KEY, if set
+    password_file: str = None,  # file with a password that visitors must give, user llama-zh
+    max_new_tokens: int = 512,  # longest answer
+    max_mb: float = 20.0,  # largest file
+    max_files: int = 50,  # files of one visitor
+    k: int = None,  # passages for an answer; None: the index's default. Mini reads one at a time
+    prompt: str = 'plain',  # for documents: plain, cited, or a text with {context} and {question}
+    device: str = 'auto',  # auto, cpu, cuda
+    dtype: str = None,  # None: bfloat16 on a GPU, float32 on a CPU
 ):
     "A web page to chat with a model and to ask about files"
-    if (model is None) == (api is None): raise LlamaZhError('give a model folder, or --api with the address of a server')
-    if lang not in WORDS: raise LlamaZhError(f"lang is {lang!r}: use 'zh' or 'en'")
-    if max_mb <= 0 or max_files < 1 or max_new_tokens < 8: raise LlamaZhError('max_mb, max_files and max_new_tokens must be positive, the last 8 or more')
+    if (model is None) == (api is None):
+        raise LlamaZhError('give a model folder, or --api with the address of a server')
+    if lang not in WORDS:
+        raise LlamaZhError(f"lang is {lang!r}: use 'zh' or 'en'")
+    if max_mb <= 0 or max_files < 1 or max_new_tokens < 8:
+        raise LlamaZhError(
+            'max_mb, max_files and max_new_tokens must be positive, the last 8 or more'
+        )
     secret = _key
     need('gradio', 'serve')
-    who = Remote(api, secret(api_key_file)) if api else Local(Engine(model, max_new_tokens=max_new_tokens, device=device, dtype=dtype))
-    with contextlib.suppress(ValueError): signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))     # leave in order, so that visitors' files go
-    with contextlib.suppress(KeyboardInterrupt), showing(who, host, port, lang, max_new_tokens, max_mb, secret(password_file) if password_file else None, max_files=max_files, prompt=prompt, k=k) as url:
-        if host not in ('127.0.0.1', '::1', 'localhost') and not password_file: print('anybody who can reach this machine may use the page: set --password-file', file=sys.stderr)
+    who = (
+        Remote(api, secret(api_key_file))
+        if api
+        else Local(Engine(model, max_new_tokens=max_new_tokens, device=device, dtype=dtype))
+    )
+    with contextlib.suppress(ValueError):
+        signal.signal(
+            signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )  # leave in order, so that visitors' files go
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        showing(
+            who,
+            host,
+            port,
+            lang,
+            max_new_tokens,
+            max_mb,
+            secret(password_file) if password_file else None,
+            max_files=max_files,
+            prompt=prompt,
+            k=k,
+        ) as url,
+    ):
+        if host not in ('127.0.0.1', '::1', 'localhost') and not password_file:
+            print(
+                'anybody who can reach this machine may use the page: set --password-file',
+                file=sys.stderr,
+            )
         print(f'{who.name} at {url}', flush=True)
-        while True: time.sleep(3600)
+        while True:
+            time.sleep(3600)

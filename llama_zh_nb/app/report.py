@@ -7,8 +7,9 @@ __all__ = ['PARTS', 'Story', 'path_part', 'claims_part', 'vocab_part', 'bits_par
            'accuracy_part', 'failures_part', 'cost_part', 'fine_print', 'tasks_part', 'report']
 
 # %% ../../nbs/app/report.ipynb #e28665ba
-import html, re
+import re
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, writing
 from ..core.run_log import read_run
 from ..core.show import bars, esc, intervals, lines, num, path_picture, size, span, tokens
@@ -16,160 +17,412 @@ from ..evaluate import compare_part
 from ..training.trainer import History
 
 # %% ../../nbs/app/report.ipynb #7da49a03
-_ORDER = ('weights','corpus','vocab','embeddings','pretrain','control','sft','quantize','rag')
-_TITLE = dict(weights='weights', corpus='corpus', vocab='vocabulary', embeddings='embeddings', pretrain='pretraining', control='control', sft='chat', quantize='quantization', rag='documents')
-_MODEL = dict(weights='base', embeddings='resized', pretrain='pretrained', control='control: base vocabulary', sft='after SFT', quantize='GPTQ', rag='with documents')
+_ORDER = (
+    'weights',
+    'corpus',
+    'vocab',
+    'embeddings',
+    'pretrain',
+    'control',
+    'sft',
+    'quantize',
+    'rag',
+)
+_TITLE = dict(
+    weights='weights',
+    corpus='corpus',
+    vocab='vocabulary',
+    embeddings='embeddings',
+    pretrain='pretraining',
+    control='control',
+    sft='chat',
+    quantize='quantization',
+    rag='documents',
+)
+_MODEL = dict(
+    weights='base',
+    embeddings='resized',
+    pretrain='pretrained',
+    control='control: base vocabulary',
+    sft='after SFT',
+    quantize='GPTQ',
+    rag='with documents',
+)
+
+
 class Story:
     "run.json, easy to ask"
-    def __init__(self, j): self.j, self.stages = j, j.get('stages', {})
+
+    def __init__(self, j):
+        self.j, self.stages = j, j.get('stages', {})
+
     def __call__(self, stage, key=None, default=None):
         m = self.stages.get(stage, {}).get('metrics', {})
         return m if key is None else m.get(key, default)
-    def having(self, key): return [(s, self(s, key)) for s in _ORDER if self(s, key) is not None]
-    def acc(self, stage, kind): return (self(stage, 'accuracy') or {}).get(kind)
+
+    def having(self, key):
+        return [(s, self(s, key)) for s in _ORDER if self(s, key) is not None]
+
+    def acc(self, stage, kind):
+        return (self(stage, 'accuracy') or {}).get(kind)
 
 # %% ../../nbs/app/report.ipynb #37f55f99
 def _stations(s):
-    f = dict(weights=lambda m: (m.get('params') and f"{num(m['params']/1e6)} M parameters", m.get('vocab') and f"{m['vocab']:,} pieces"),
-             corpus=lambda m: (m.get('documents') and f"{m['documents']:,} documents", m.get('chars') and f"{num(m['chars']/1e6)} M characters"),
-             vocab=lambda m: (m.get('added') and f"+{m['added']:,} pieces", m.get('zh_after') and f"{m['zh_before']:.2f} → {m['zh_after']:.2f} char/token"),
-             embeddings=lambda m: (m.get('vocab') and f"{m['vocab']:,} rows", m.get('bpc_zh') and f"{m['bpc_zh']:.2f} bits/char"),
-             pretrain=lambda m: (m.get('tokens') and f"{num(m['tokens']/1e6)} M tokens", m.get('bpc_zh') and f"{m['bpc_zh']:.2f} bits/char"),
-             sft=lambda m: (m.get('chats') and f"{m['chats']:,} chats", _best(m)), quantize=lambda m: (m.get('bytes_after') and f"{size(m['bytes_before'])} → {size(m['bytes_after'])}", _best(m)),
-             rag=lambda m: (m.get('chunks') and f"{m['chunks']:,} passages", (m.get('recall') or {}).get('5') is not None and f"R@5 {m['recall']['5']:.1%}"))
+    f = dict(
+        weights=lambda m: (
+            m.get('params') and f'{num(m["params"] / 1e6)} M parameters',
+            m.get('vocab') and f'{m["vocab"]:,} pieces',
+        ),
+        corpus=lambda m: (
+            m.get('documents') and f'{m["documents"]:,} documents',
+            m.get('chars') and f'{num(m["chars"] / 1e6)} M characters',
+        ),
+        vocab=lambda m: (
+            m.get('added') and f'+{m["added"]:,} pieces',
+            m.get('zh_after') and f'{m["zh_before"]:.2f} → {m["zh_after"]:.2f} char/token',
+        ),
+        embeddings=lambda m: (
+            m.get('vocab') and f'{m["vocab"]:,} rows',
+            m.get('bpc_zh') and f'{m["bpc_zh"]:.2f} bits/char',
+        ),
+        pretrain=lambda m: (
+            m.get('tokens') and f'{num(m["tokens"] / 1e6)} M tokens',
+            m.get('bpc_zh') and f'{m["bpc_zh"]:.2f} bits/char',
+        ),
+        sft=lambda m: (m.get('chats') and f'{m["chats"]:,} chats', _best(m)),
+        quantize=lambda m: (
+            m.get('bytes_after') and f'{size(m["bytes_before"])} → {size(m["bytes_after"])}',
+            _best(m),
+        ),
+        rag=lambda m: (
+            m.get('chunks') and f'{m["chunks"]:,} passages',
+            (m.get('recall') or {}).get('5') is not None and f'R@5 {m["recall"]["5"]:.1%}',
+        ),
+    )
     gone = lambda k: ['left out'] if s.stages[k].get('left_out') else []
-    return [(_TITLE[k], *(gone(k) or [t for t in f[k](s(k)) if t])) for k in _ORDER if k in s.stages and k in f]
+    return [
+        (_TITLE[k], *(gone(k) or [t for t in f[k](s(k)) if t]))
+        for k in _ORDER
+        if k in s.stages and k in f
+    ]
+
+
 def _best(m):
     a = (m.get('accuracy') or {}).get('asked')
-    return a and f"{a['share']:.0%} right"
+    return a and f'{a["share"]:.0%} right'
+
+
 def path_part(s):
     st = _stations(s)
-    return st and ('The path', f'<div class="wide">{path_picture(st, 4)}</div><div class="narrow">{path_picture(st, 2)}</div>')
+    return st and (
+        'The path',
+        f'<div class="wide">{path_picture(st, 4)}</div><div class="narrow">{path_picture(st, 2)}</div>',
+    )
 
 # %% ../../nbs/app/report.ipynb #a1f9fcc3
 def _equal(s):
     "Held-out Chinese bits of pretraining and control where both had spent the control's FLOPs; (None, None) if not known"
     p, c = (History(s(k, 'history') or []) for k in ('pretrain', 'control'))
     end = c.last('flops')
-    return (p.at('zh_bpc', flops=end), c.last('zh_bpc')) if end and p.last('flops') else (None, None)
+    return (
+        (p.at('zh_bpc', flops=end), c.last('zh_bpc')) if end and p.last('flops') else (None, None)
+    )
+
+
 def _claims(s):
     "What a run should show, with what this one showed: (text, met or None)"
-    b, p, c, (mine, theirs) = s('weights', 'bpc_zh'), s('pretrain', 'bpc_zh'), s('control', 'bpc_zh'), _equal(s)
-    told = f'; at equal compute {mine:.2f} with the new pieces, {theirs:.2f} without' if mine and theirs else f'; the control without new pieces came to {c:.2f}' if c else ''
-    if b and p: yield f'Chinese on held-out text: {b:.2f} bits a character before, {p:.2f} after pretraining{told}', p < b and (mine < theirs if mine and theirs else not c or p < c)
+    b, p, c, (mine, theirs) = (
+        s('weights', 'bpc_zh'),
+        s('pretrain', 'bpc_zh'),
+        s('control', 'bpc_zh'),
+        _equal(s),
+    )
+    told = (
+        f'; at equal compute {mine:.2f} with the new pieces, {theirs:.2f} without'
+        if mine and theirs
+        else f'; the control without new pieces came to {c:.2f}'
+        if c
+        else ''
+    )
+    if b and p:
+        yield (
+            f'Chinese on held-out text: {b:.2f} bits a character before, {p:.2f} after pretraining{told}',
+            p < b and (mine < theirs if mine and theirs else not c or p < c),
+        )
     e0, e1, e2 = s('weights', 'bpb_en'), s('pretrain', 'bpb_en'), s('sft', 'bpb_en')
-    if e0 and e1: yield f'English: {e0:.2f} bits a byte before, {e1:.2f} after pretraining ({e1/e0-1:+.0%})' + (f', {e2:.2f} after SFT ({e2/e0-1:+.0%})' if e2 else ''), e1 <= 1.1*e0
-    if a := s.acc('sft', 'asked'): yield f"Facts that were asked in training, in phrasings that no training text holds: {a['right']} of {a['n']} right ({a['share']:.0%})", a['share'] >= .8
-    if a and (q := s.acc('quantize', 'asked')): yield f"The same after 4-bit quantization: {q['share']:.0%} ({100*(q['share']-a['share']):+.1f} points)", q['share'] >= a['share']-.03
+    if e0 and e1:
+        yield (
+            f'English: {e0:.2f} bits a byte before, {e1:.2f} after pretraining ({e1 / e0 - 1:+.0%})'
+            + (f', {e2:.2f} after SFT ({e2 / e0 - 1:+.0%})' if e2 else ''),
+            e1 <= 1.1 * e0,
+        )
+    if a := s.acc('sft', 'asked'):
+        yield (
+            f'Facts that were asked in training, in phrasings that no training text holds: {a["right"]} of {a["n"]} right ({a["share"]:.0%})',
+            a['share'] >= 0.8,
+        )
+    if a and (q := s.acc('quantize', 'asked')):
+        yield (
+            f'The same after 4-bit quantization: {q["share"]:.0%} ({100 * (q["share"] - a["share"]):+.1f} points)',
+            q['share'] >= a['share'] - 0.03,
+        )
     u0, u = s.acc('quantize', 'unseen') or s.acc('sft', 'unseen'), s.acc('rag', 'unseen')
-    if u: yield f"Facts that no training text held: {u['share']:.0%} right with the documents" + (f", {u0['share']:.0%} without" if u0 else ''), u['share'] >= .6 and (not u0 or u0['share'] < .1)
-    if (r := s('rag', 'recall')) and r.get('5') is not None: yield f"The right passage is among the first five for {r['5']:.1%} of the questions", None
+    if u:
+        yield (
+            f'Facts that no training text held: {u["share"]:.0%} right with the documents'
+            + (f', {u0["share"]:.0%} without' if u0 else ''),
+            u['share'] >= 0.6 and (not u0 or u0['share'] < 0.1),
+        )
+    if (r := s('rag', 'recall')) and r.get('5') is not None:
+        yield f'The right passage is among the first five for {r["5"]:.1%} of the questions', None
+
+
 def claims_part(s):
     mark = {True: '<b class="yes">✓</b>', False: '<b class="no">✗</b>', None: '<b>·</b>'}
-    rows = ''.join(f'<li>{mark[ok]}<span>{esc(t)}</span></li>' for t,ok in _claims(s))
+    rows = ''.join(f'<li>{mark[ok]}<span>{esc(t)}</span></li>' for t, ok in _claims(s))
     return rows and ('In short', f'<ul class="claims">{rows}</ul>')
 
 # %% ../../nbs/app/report.ipynb #12bce6b9
 def vocab_part(s):
     m, out = s('vocab'), ''
     if e := m.get('example'):
-        out += ''.join(f'<p class="label">{t}: {len(e[k])} tokens for {len(e["text"])} characters</p>{tokens(e[k])}' for k,t in (('before','base'), ('after','merged')))
-    rows = [(f'{lang}, {t}', m[f'{k}_{w}'], f'{m[f"{k}_{w}"]:.2f}', c) for k,lang in (('zh','Chinese'), ('en','English')) for w,t,c in (('before','base',0), ('after','merged',2)) if m.get(f'{k}_{w}')]
-    if rows: out += '<p class="label">characters per token on held-out text; more is better</p>' + bars(rows)
-    if m.get('pieces'): out += f"<p>{m['pieces']:,} pieces, {m.get('added', 0):,} of them new, {m.get('dead', 0):,} that no text can reach. {'English is cut as before. ' if m.get('en_before') and m.get('en_before') == m.get('en_after') else ''}</p>"
+        out += ''.join(
+            f'<p class="label">{t}: {len(e[k])} tokens for {len(e["text"])} characters</p>{tokens(e[k])}'
+            for k, t in (('before', 'base'), ('after', 'merged'))
+        )
+    rows = [
+        (f'{lang}, {t}', m[f'{k}_{w}'], f'{m[f"{k}_{w}"]:.2f}', c)
+        for k, lang in (('zh', 'Chinese'), ('en', 'English'))
+        for w, t, c in (('before', 'base', 0), ('after', 'merged', 2))
+        if m.get(f'{k}_{w}')
+    ]
+    if rows:
+        out += '<p class="label">characters per token on held-out text; more is better</p>' + bars(
+            rows
+        )
+    if m.get('pieces'):
+        out += f'<p>{m["pieces"]:,} pieces, {m.get("added", 0):,} of them new, {m.get("dead", 0):,} that no text can reach. {"English is cut as before. " if m.get("en_before") and m.get("en_before") == m.get("en_after") else ""}</p>'
     return out and ('Characters per token', out)
 
 # %% ../../nbs/app/report.ipynb #da1f655c
 def bits_part(s):
     rows, zh, en = s.having('bpc_zh'), dict(s.having('bpc_zh')), dict(s.having('bpb_en'))
-    if not (zh or en): return None
+    if not (zh or en):
+        return None
     z0, e0 = next(iter(zh.values()), None), next(iter(en.values()), None)
-    cell = lambda v, v0: f'<td>{v:.3f}</td><td class="dim">{"" if v == v0 else f"{v/v0-1:+.0%}"}</td>' if v is not None else '<td>–</td><td></td>'
-    body = ''.join(f'<tr{" class=control" if k == "control" else ""}><th>{_MODEL[k]}</th>{cell(zh.get(k), z0)}{cell(en.get(k), e0)}</tr>' for k in _ORDER if k in zh or k in en)
+    cell = lambda v, v0: (
+        f'<td>{v:.3f}</td><td class="dim">{"" if v == v0 else f"{v / v0 - 1:+.0%}"}</td>'
+        if v is not None
+        else '<td>–</td><td></td>'
+    )
+    body = ''.join(
+        f'<tr{" class=control" if k == "control" else ""}><th>{_MODEL[k]}</th>{cell(zh.get(k), z0)}{cell(en.get(k), e0)}</tr>'
+        for k in _ORDER
+        if k in zh or k in en
+    )
     table = f'<table><tr><th>model</th><th colspan=2>Chinese, bits per character</th><th colspan=2>English, bits per byte</th></tr>{body}</table>'
     note = '<p class="dim">Held-out text that no stage has read. The control kept the base vocabulary and took fewer steps; the curves below compare them step by step. Perplexities of different vocabularies cannot be compared; bits per character can. Lower is better.</p>'
-    chart = bars([(_MODEL[k].replace(': base vocabulary', ''), v, f'{v:.3f}', 1 if k == 'control' else 0) for k,v in zh.items()]) if zh else ''
+    chart = (
+        bars(
+            [
+                (
+                    _MODEL[k].replace(': base vocabulary', ''),
+                    v,
+                    f'{v:.3f}',
+                    1 if k == 'control' else 0,
+                )
+                for k, v in zh.items()
+            ]
+        )
+        if zh
+        else ''
+    )
     return 'How well it reads', f'{chart}<div class="scroll">{table}</div>{note}'
 
 # %% ../../nbs/app/report.ipynb #8b2026b0
-def _col(h, key, x='step'): return [(r[x], r[key]) for r in h or [] if r.get(key) is not None and r.get(x) is not None]
+def _col(h, key, x='step'):
+    return [(r[x], r[key]) for r in h or [] if r.get(key) is not None and r.get(x) is not None]
+
+
 def curves_part(s):
-    p, c, f = (s(k, 'history') or [] for k in ('pretrain','control','sft'))
-    figs = [lines({'pretraining': _col(p, 'loss'), 'control': _col(c, 'loss')}, 'Training loss (nats per token: not comparable between vocabularies)'),
-            lines({'pretraining': _col(p, 'zh_bpc'), 'control': _col(c, 'zh_bpc')}, 'Held-out Chinese, bits per character'),
-            lines({'pretraining': _col(p, 'en_bpb'), 'control': _col(c, 'en_bpb')}, 'Held-out English, bits per byte'),
-            lines({'fine-tuning': _col(f, 'loss')}, 'Loss on answers while learning to chat')]
+    p, c, f = (s(k, 'history') or [] for k in ('pretrain', 'control', 'sft'))
+    figs = [
+        lines(
+            {'pretraining': _col(p, 'loss'), 'control': _col(c, 'loss')},
+            'Training loss (nats per token: not comparable between vocabularies)',
+        ),
+        lines(
+            {'pretraining': _col(p, 'zh_bpc'), 'control': _col(c, 'zh_bpc')},
+            'Held-out Chinese, bits per character',
+        ),
+        lines(
+            {'pretraining': _col(p, 'en_bpb'), 'control': _col(c, 'en_bpb')},
+            'Held-out English, bits per byte',
+        ),
+        lines({'fine-tuning': _col(f, 'loss')}, 'Loss on answers while learning to chat'),
+    ]
     return any(figs) and ('Learning', '<div class="grid">' + ''.join(figs) + '</div>')
 
 # %% ../../nbs/app/report.ipynb #9214ca79
-_KIND = dict(asked='a fact that was asked in training', unasked='in the texts, never asked', unseen='in no training text')
+_KIND = dict(
+    asked='a fact that was asked in training',
+    unasked='in the texts, never asked',
+    unseen='in no training text',
+)
+
+
 def _right(a, want):
-    from llama_zh_nb.measure import _plain
+    from llama_zh_nb.evals.measure import _plain
+
     return None if not want else _plain(a) == _plain(want)
+
+
 def _answer(stage, x):
     ok = _right(x.get('a'), x.get('expected'))
-    tick = {True: ' <b class="yes">✓</b>', False: ' <b class="no">✗</b>', None: ''}[ok if stage not in ('weights','embeddings') or ok else None]
+    tick = {True: ' <b class="yes">✓</b>', False: ' <b class="no">✗</b>', None: ''}[
+        ok if stage not in ('weights', 'embeddings') or ok else None
+    ]
     text = (x.get('a') or '').strip()
-    src = ''.join(f'<details{"" if i else " open"}><summary>source {i+1}</summary><blockquote>{esc(t)}</blockquote></details>' for i,t in enumerate(x.get('sources') or []))
+    src = ''.join(
+        f'<details{"" if i else " open"}><summary>source {i + 1}</summary><blockquote>{esc(t)}</blockquote></details>'
+        for i, t in enumerate(x.get('sources') or [])
+    )
     return f'<div class="turn"><span class="who">{_MODEL[stage]}</span><div>{esc(text[:300]) or "<i>(nothing)</i>"}{"…" if len(text) > 300 else ""}{tick}{src}</div></div>'
+
+
 def answers_part(s):
     by_q = {}
-    for st,rows in s.having('samples'):
-        for x in rows: by_q.setdefault(x['q'], []).append((st, x))
-    if not by_q: return None
+    for st, rows in s.having('samples'):
+        for x in rows:
+            by_q.setdefault(x['q'], []).append((st, x))
+    if not by_q:
+        return None
     cards = ''
-    rank = lambda got: (list(_KIND).index(got[0][1].get('kind')) if got[0][1].get('kind') in _KIND else 9)
-    for q,got in sorted(by_q.items(), key=lambda kv: rank(kv[1]))[:8]:
+    rank = lambda got: (
+        list(_KIND).index(got[0][1].get('kind')) if got[0][1].get('kind') in _KIND else 9
+    )
+    for q, got in sorted(by_q.items(), key=lambda kv: rank(kv[1]))[:8]:
         x = got[0][1]
         kind = _KIND.get(x.get('kind'), x.get('kind') or '')
-        want = f'<div class="want">expected: {esc(x["expected"])}</div>' if x.get('expected') else ''
+        want = (
+            f'<div class="want">expected: {esc(x["expected"])}</div>' if x.get('expected') else ''
+        )
         cards += f'<section class="card"><h3>{esc(q)}</h3><div class="dim">{esc(kind)}</div>{want}{"".join(_answer(*g) for g in got if g[0] not in ("embeddings", "control"))}</section>'
     return 'One question, every stage', f'<div class="cards">{cards}</div>'
 
 # %% ../../nbs/app/report.ipynb #1a67ea4d
 def accuracy_part(s):
     acc, out = dict(s.having('accuracy')), ''
-    kinds = list(dict.fromkeys([k for k in _KIND if any(k in a for a in acc.values())] + [k for a in acc.values() for k in a]))
+    kinds = list(
+        dict.fromkeys(
+            [k for k in _KIND if any(k in a for a in acc.values())]
+            + [k for a in acc.values() for k in a]
+        )
+    )
     for k in kinds:
-        rows = [(_MODEL[st], a[k], i) for i,(st,a) in enumerate(acc.items()) if k in a]
+        rows = [(_MODEL[st], a[k], i) for i, (st, a) in enumerate(acc.items()) if k in a]
         out += f'<h3>{esc(k)}{": " + _KIND[k] if k in _KIND else ""}</h3>' + intervals(rows)
-    if out: out += '<p class="dim">Right: the expected sentence, character for character. The line inside a bar is the 95 % interval (Wilson).</p>'
+    if out:
+        out += '<p class="dim">Right: the expected sentence, character for character. The line inside a bar is the 95 % interval (Wilson).</p>'
     return out and ('Answers right', out)
+
+
 def _relations(s):
-    st = next((k for k in ('quantize','sft') if s(k, 'by_relation')), None)
+    st = next((k for k in ('quantize', 'sft') if s(k, 'by_relation')), None)
     rel = sorted((s(st, 'by_relation') or {}).items(), key=lambda kv: -kv[1]['share']) if st else []
-    if len(rel) < 2: return ''
-    return f'<p class="label">{_MODEL[st]}, without documents, by what was asked for</p>' + intervals([(k, v, 2 if v['share'] >= .5 else 4) for k,v in rel])
+    if len(rel) < 2:
+        return ''
+    return (
+        f'<p class="label">{_MODEL[st]}, without documents, by what was asked for</p>'
+        + intervals([(k, v, 2 if v['share'] >= 0.5 else 4) for k, v in rel])
+    )
+
+
 def _list(rows):
-    want = lambda x: '' if x.get('right') or not x.get('expected') else f'<br><span class="want">expected: {esc(x["expected"])}</span>'
-    return '<ul class="qa">' + ''.join(f'<li><b>{esc(x["q"])}</b><br>{esc((x.get("a") or "(nothing)")[:160])}{want(x)}</li>' for x in rows) + '</ul>'
+    want = lambda x: (
+        ''
+        if x.get('right') or not x.get('expected')
+        else f'<br><span class="want">expected: {esc(x["expected"])}</span>'
+    )
+    return (
+        '<ul class="qa">'
+        + ''.join(
+            f'<li><b>{esc(x["q"])}</b><br>{esc((x.get("a") or "(nothing)")[:160])}{want(x)}</li>'
+            for x in rows
+        )
+        + '</ul>'
+    )
+
+
 def failures_part(s):
     out = _relations(s)
-    for st in ('quantize','rag'):
+    for st in ('quantize', 'rag'):
         good, bad = s(st, 'right') or [], s(st, 'failures') or []
-        if good or bad: out += f'<h3>{_MODEL[st]}</h3><div class="grid"><div><p class="label yes">works</p>{_list(good[:5])}</div><div><p class="label no">fails</p>{_list(bad[:5])}</div></div>'
+        if good or bad:
+            out += f'<h3>{_MODEL[st]}</h3><div class="grid"><div><p class="label yes">works</p>{_list(good[:5])}</div><div><p class="label no">fails</p>{_list(bad[:5])}</div></div>'
     return out and ('What fails beside what works', out)
 
 # %% ../../nbs/app/report.ipynb #e1b0d351
 def cost_part(s):
     rows = [(k, v) for k in _ORDER if (v := s.stages.get(k, {})).get('seconds') is not None]
-    if not rows: return None
-    total = sum(v['seconds'] + v.get('seconds_measuring', 0) for _,v in rows)
-    time = bars([(_TITLE[k], v['seconds'] + v.get('seconds_measuring', 0), span(v['seconds'] + v.get('seconds_measuring', 0))) for k,v in rows])
-    mem = bars([(_TITLE[k], v.get('peak_mib', 0), f"{v.get('peak_mib', 0):,} MiB" + (f" + {v['peak_gpu_mib']:,} GPU" if v.get('peak_gpu_mib') else ''), 1) for k,v in rows])
-    sizes = [('base', s('weights', 'bytes')), ('after SFT', s('quantize', 'bytes_before')), ('GPTQ', s('quantize', 'bytes_after'))]
-    sizes = bars([(n, b, size(b), 3) for n,b in sizes if b])
-    return 'Time, memory, size', f'<div class="grid"><div><p class="label">time, measuring included: {span(total)} in all</p>{time}</div><div><p class="label">peak memory of the process in each stage</p>{mem}</div></div><p class="label">weights on disk</p>{sizes}'
+    if not rows:
+        return None
+    total = sum(v['seconds'] + v.get('seconds_measuring', 0) for _, v in rows)
+    time = bars(
+        [
+            (
+                _TITLE[k],
+                v['seconds'] + v.get('seconds_measuring', 0),
+                span(v['seconds'] + v.get('seconds_measuring', 0)),
+            )
+            for k, v in rows
+        ]
+    )
+    mem = bars(
+        [
+            (
+                _TITLE[k],
+                v.get('peak_mib', 0),
+                f'{v.get("peak_mib", 0):,} MiB'
+                + (f' + {v["peak_gpu_mib"]:,} GPU' if v.get('peak_gpu_mib') else ''),
+                1,
+            )
+            for k, v in rows
+        ]
+    )
+    sizes = [
+        ('base', s('weights', 'bytes')),
+        ('after SFT', s('quantize', 'bytes_before')),
+        ('GPTQ', s('quantize', 'bytes_after')),
+    ]
+    sizes = bars([(n, b, size(b), 3) for n, b in sizes if b])
+    return (
+        'Time, memory, size',
+        f'<div class="grid"><div><p class="label">time, measuring included: {span(total)} in all</p>{time}</div><div><p class="label">peak memory of the process in each stage</p>{mem}</div></div><p class="label">weights on disk</p>{sizes}',
+    )
 
 # %% ../../nbs/app/report.ipynb #88637986
-def _table(d): return '<div class="scroll"><table>' + ''.join(f'<tr><th>{esc(k)}</th><td>{esc(v)}</td></tr>' for k,v in d.items()) + '</table></div>'
+def _table(d):
+    return (
+        '<div class="scroll"><table>'
+        + ''.join(f'<tr><th>{esc(k)}</th><td>{esc(v)}</td></tr>' for k, v in d.items())
+        + '</table></div>'
+    )
+
+
 def fine_print(s):
     out = ''
-    if d := s('corpus', 'dropped'): out += f'<details><summary>What the corpus lost ({sum(d.values()):,} documents)</summary>{_table(d)}</details>'
-    if r := s.j.get('recipe'): out += f"<details><summary>The recipe</summary>{_table({k: v for k,v in r.items() if v not in (None, [])})}</details>"
-    files = {f'{st}/{f}': h for st,v in s.stages.items() for f,h in (v.get('outputs') or {}).items()}
-    if files: out += f'<details><summary>Files made, size and hash ({len(files)})</summary>{_table(files)}</details>'
-    if v := s.j.get('versions'): out += f'<details><summary>Versions</summary>{_table(v)}</details>'
+    if d := s('corpus', 'dropped'):
+        out += f'<details><summary>What the corpus lost ({sum(d.values()):,} documents)</summary>{_table(d)}</details>'
+    if r := s.j.get('recipe'):
+        out += f'<details><summary>The recipe</summary>{_table({k: v for k, v in r.items() if v not in (None, [])})}</details>'
+    files = {
+        f'{st}/{f}': h for st, v in s.stages.items() for f, h in (v.get('outputs') or {}).items()
+    }
+    if files:
+        out += f'<details><summary>Files made, size and hash ({len(files)})</summary>{_table(files)}</details>'
+    if v := s.j.get('versions'):
+        out += f'<details><summary>Versions</summary>{_table(v)}</details>'
     return out and ('Fine print', out)
 
 # %% ../../nbs/app/report.ipynb #afdf3200
@@ -194,39 +447,92 @@ details{margin:.4em 0}summary{cursor:pointer;color:var(--dim)}details td{overflo
 # %% ../../nbs/app/report.ipynb #14b82b8d
 def _tiles(s):
     m, out = s('vocab'), []
-    if m.get('zh_after'): out.append((f"{m['zh_before']:.2f} → {m['zh_after']:.2f}", 'Chinese characters per token'))
+    if m.get('zh_after'):
+        out.append((f'{m["zh_before"]:.2f} → {m["zh_after"]:.2f}', 'Chinese characters per token'))
     b = s('weights', 'bpc_zh') or s('embeddings', 'bpc_zh')
-    if b and s('pretrain', 'bpc_zh'): out.append((f"{b:.2f} → {s('pretrain', 'bpc_zh'):.2f}", 'bits per Chinese character'))
-    if a := s.acc('sft', 'asked'): out.append((f"{a['share']:.0%}", 'of the asked facts answered right'))
-    if a := s.acc('rag', 'unseen'): out.append((f"{a['share']:.0%}", 'of unseen facts, read from documents'))
-    if s('quantize', 'bytes_after'): out.append((f"{size(s('quantize', 'bytes_before'))} → {size(s('quantize', 'bytes_after'))}", 'on disk after quantization'))
+    if b and s('pretrain', 'bpc_zh'):
+        out.append((f'{b:.2f} → {s("pretrain", "bpc_zh"):.2f}', 'bits per Chinese character'))
+    if a := s.acc('sft', 'asked'):
+        out.append((f'{a["share"]:.0%}', 'of the asked facts answered right'))
+    if a := s.acc('rag', 'unseen'):
+        out.append((f'{a["share"]:.0%}', 'of unseen facts, read from documents'))
+    if s('quantize', 'bytes_after'):
+        out.append(
+            (
+                f'{size(s("quantize", "bytes_before"))} → {size(s("quantize", "bytes_after"))}',
+                'on disk after quantization',
+            )
+        )
     t = sum(v.get('seconds', 0) + v.get('seconds_measuring', 0) for v in s.stages.values())
-    return '<div class="tiles">' + ''.join(f'<div class="tile"><b>{esc(a)}</b><span>{esc(b)}</span></div>' for a,b in out + ([(span(t), 'all stages together')] if t else [])) + '</div>'
+    return (
+        '<div class="tiles">'
+        + ''.join(
+            f'<div class="tile"><b>{esc(a)}</b><span>{esc(b)}</span></div>'
+            for a, b in out + ([(span(t), 'all stages together')] if t else [])
+        )
+        + '</div>'
+    )
+
+
 def _lead(s):
-    n, p, base = s('vocab', 'added'), s('pretrain', 'tokens'), (s.j.get('recipe') or {}).get('base', '')
+    n, p, base = (
+        s('vocab', 'added'),
+        s('pretrain', 'tokens'),
+        (s.j.get('recipe') or {}).get('base', ''),
+    )
     bits = [f'从底座 <b>{esc(Path(str(base)).name or base)}</b> 出发' if base else '从底座出发']
-    if n: bits.append(f'词表添了 {n:,} 个汉字词片')
-    if p: bits.append(f'读了 {p:,} 个词元的中文与英文')
-    if s('sft', 'chats'): bits.append(f"学了 {s('sft', 'chats'):,} 段对话")
-    if s('quantize', 'bytes_after'): bits.append('大矩阵压到 4 比特' if (s.j.get('recipe') or {}).get('bits', 4) == 4 else '做了量化')
-    if 'rag' in s.stages: bits.append('最后学着翻资料回答')
+    if n:
+        bits.append(f'词表添了 {n:,} 个汉字词片')
+    if p:
+        bits.append(f'读了 {p:,} 个词元的中文与英文')
+    if s('sft', 'chats'):
+        bits.append(f'学了 {s("sft", "chats"):,} 段对话')
+    if s('quantize', 'bytes_after'):
+        bits.append(
+            '大矩阵压到 4 比特' if (s.j.get('recipe') or {}).get('bits', 4) == 4 else '做了量化'
+        )
+    if 'rag' in s.stages:
+        bits.append('最后学着翻资料回答')
     return '，'.join(bits) + '。下面是一路上量到的数字，答对的和答错的都在。'
 
 # %% ../../nbs/app/report.ipynb #f2d5a440
-def tasks_part(s): return compare_part(s)     # models in columns, where chapter 11 compared them
-PARTS = (path_part, claims_part, vocab_part, bits_part, curves_part, answers_part, accuracy_part, tasks_part, failures_part, cost_part, fine_print)
+def tasks_part(s):
+    return compare_part(s)  # models in columns, where chapter 11 compared them
+
+
+PARTS = (
+    path_part,
+    claims_part,
+    vocab_part,
+    bits_part,
+    curves_part,
+    answers_part,
+    accuracy_part,
+    tasks_part,
+    failures_part,
+    cost_part,
+    fine_print,
+)
+
+
 def report(
-    run_dir,       # run folder with run.json
-    out=None,      # file; None: report.html in the run folder
-)->Path:
+    run_dir,  # run folder with run.json
+    out=None,  # file; None: report.html in the run folder
+) -> Path:
     "Write a run's story as one self-contained HTML page"
     run_dir = Path(run_dir)
-    if not (run_dir/'run.json').is_file(): raise LlamaZhError(f'{run_dir} holds no run.json: give the folder of a run (llama-zh run, or the notebooks, make one)')
+    if not (run_dir / 'run.json').is_file():
+        raise LlamaZhError(
+            f'{run_dir} holds no run.json: give the folder of a run (llama-zh run, or the notebooks, make one)'
+        )
     s = Story(read_run(run_dir))
     name = s.j.get('name') or run_dir.name
-    body = ''.join(f'<h2>{t}</h2>{h}' for t,h in filter(None, (part(s) for part in PARTS)))
-    page = (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{esc(name)}: a Llama learns Chinese</title><style>{_CSS}</style></head>'
-            f'<body><main><h1>A Llama learns Chinese</h1><p class="dim">run “{esc(name)}”</p><p lang="zh">{_lead(s)}</p>{_tiles(s)}{body}<footer>Made by llama_zh_nb from run.json. Every figure was measured in this run.</footer></main></body></html>')
-    out = Path(out) if out else run_dir/'report.html'
-    with writing(out) as t: t.write_text(page, encoding='utf-8')
+    body = ''.join(f'<h2>{t}</h2>{h}' for t, h in filter(None, (part(s) for part in PARTS)))
+    page = (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{esc(name)}: a Llama learns Chinese</title><style>{_CSS}</style></head>'
+        f'<body><main><h1>A Llama learns Chinese</h1><p class="dim">run “{esc(name)}”</p><p lang="zh">{_lead(s)}</p>{_tiles(s)}{body}<footer>Made by llama_zh_nb from run.json. Every figure was measured in this run.</footer></main></body></html>'
+    )
+    out = Path(out) if out else run_dir / 'report.html'
+    with writing(out) as t:
+        t.write_text(page, encoding='utf-8')
     return out

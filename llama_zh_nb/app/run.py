@@ -8,10 +8,17 @@ __all__ = ['STAGES', 'judge', 'args_for', 'make_weights', 'make_corpus', 'make_v
            'make_evaluate', 'check_inputs', 'Plan', 'plan', 'run']
 
 # %% ../../nbs/14_run.ipynb #a9de8fce
-import gc, inspect, math, os, random, sys, time, warnings
+import gc
+import inspect
+import math
+import os
+import sys
+import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+
 from .launch import check_alone
 from .report import report
 from .stages import LeftOut, Run, Stage, do, inputs, verdict
@@ -25,7 +32,8 @@ from ..documents.assistant import Assistant
 from ..documents.index import build_index, open_index
 from ..documents.recall import pick_threshold
 from ..embeddings import INITS, resize
-from ..evals.measure import ask as ask_of_measure, both, score
+from ..evals.measure import ask as ask_of_measure
+from ..evals.measure import both, score
 from ..evaluate import check_tasks, evaluate_command
 from ..pretrain import pretrain
 from ..quantize import check_shapes, quantize
@@ -43,150 +51,279 @@ from ..weights import acquire
 def _free():
     gc.collect()
     torch = need('torch', 'train')
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def _samples(run):
     "A few questions: the recipe's, or the first ones of the user's chats"
-    if qs := sample_questions(run.recipe): return qs
-    if not run.recipe.sft: return []
+    if qs := sample_questions(run.recipe):
+        return qs
+    if not run.recipe.sft:
+        return []
     chats = read_chats(run.files('sft'))
     firsts = [[m for m in c['messages'] if m['role'] != 'system'][:2] for c in list(chats)[:4]]
-    return [dict(question=c[0]['content'], answer=c[-1]['content'], kind='training chat') for c in firsts if len(c) == 2]
+    return [
+        dict(question=c[0]['content'], answer=c[-1]['content'], kind='training chat')
+        for c in firsts
+        if len(c) == 2
+    ]
 
 # %% ../../nbs/14_run.ipynb #e88407b9
 def judge(
-    run:Run,
-    folder:str,         # folder of the run that holds a model
-    answers:bool=False, # ask all questions too, not only the samples
-)->dict: # bpc_zh, bpb_en, samples; accuracy, by_relation, failures
+    run: Run,
+    folder: str,  # folder of the run that holds a model
+    answers: bool = False,  # ask all questions too, not only the samples
+) -> dict:  # bpc_zh, bpb_en, samples; accuracy, by_relation, failures
     "What the model in `folder` can do: bits on held-out text, right answers by kind, sample answers"
     r = run.recipe
-    model, tok = load(run/folder, r.device, r.dtype)
+    model, tok = load(run / folder, r.device, r.dtype)
     out, qs = both(model, tok, heldout(r)), _samples(run)
     ask = lambda qs: ask_of_measure(model, tok, [q['question'] for q in qs], r.template, r.system)
-    if qs: out['samples'] = [dict(q=q['question'], a=a, kind=q['kind'], expected=q.get('answer', '')) for q,a in zip(qs, ask(qs))]
-    if answers and (qs := questions(r)): out |= _verdicts(score(ask(qs), qs))
+    if qs:
+        out['samples'] = [
+            dict(q=q['question'], a=a, kind=q['kind'], expected=q.get('answer', ''))
+            for q, a in zip(qs, ask(qs))
+        ]
+    if answers and (qs := questions(r)):
+        out |= _verdicts(score(ask(qs), qs))
     del model
     _free()
     return out
-def _verdicts(s): return {'accuracy': s.by('kind'), 'by_relation': s.by('relation'), 'failures': s.samples(8, right=False), 'right': s.samples(8, right=True)}
+
+
+def _verdicts(s):
+    return {
+        'accuracy': s.by('kind'),
+        'by_relation': s.by('relation'),
+        'failures': s.samples(8, right=False),
+        'right': s.samples(8, right=True),
+    }
 
 # %% ../../nbs/14_run.ipynb #0b2dcc90
 def args_for(
-    f,               # a room's function
-    recipe:Recipe,
-    prefix:str='',   # `sft_`: a field with it goes before the one without
-)->dict:
+    f,  # a room's function
+    recipe: Recipe,
+    prefix: str = '',  # `sft_`: a field with it goes before the one without
+) -> dict:
     "The recipe's fields that `f` has arguments for"
-    names = set(inspect.signature(f).parameters) - {'base','corpus','replay_corpus','sft','docs','out','name','questions'}
+    names = set(inspect.signature(f).parameters) - {
+        'base',
+        'corpus',
+        'replay_corpus',
+        'sft',
+        'docs',
+        'out',
+        'name',
+        'questions',
+    }
     d = {k: getattr(recipe, k) for k in names if hasattr(recipe, k)}
-    return d | {k: getattr(recipe, prefix+k) for k in names if prefix and hasattr(recipe, prefix+k)}
+    return d | {
+        k: getattr(recipe, prefix + k) for k in names if prefix and hasattr(recipe, prefix + k)
+    }
 
 # %% ../../nbs/14_run.ipynb #ccc50f79
 def _size(folder):
     "Parameters, embedding rows and bytes of a model folder, from the headers of its files"
     files = open_weights(folder)
-    shapes = {n: f.spec(n)[1] for n,f in files.items()}
-    return dict(params=sum(math.prod(s) for s in shapes.values()), vocab=shapes['model.embed_tokens.weight'][0], bytes=_bytes(folder))
-def _bytes(folder): return sum(p.stat().st_size for p in Path(folder).glob('*.safetensors'))
+    shapes = {n: f.spec(n)[1] for n, f in files.items()}
+    return dict(
+        params=sum(math.prod(s) for s in shapes.values()),
+        vocab=shapes['model.embed_tokens.weight'][0],
+        bytes=_bytes(folder),
+    )
+
+
+def _bytes(folder):
+    return sum(p.stat().st_size for p in Path(folder).glob('*.safetensors'))
 
 # %% ../../nbs/14_run.ipynb #3f643d24
 def make_weights(run):
-    acquire(run.files('base')[0], run/'base')
-    return _size(run/'base')
+    acquire(run.files('base')[0], run / 'base')
+    return _size(run / 'base')
 
 # %% ../../nbs/14_run.ipynb #8d4014e7
 def make_corpus(run):
     build, r = build_corpus, run.recipe
-    rep = build(run.files('corpus'), run/'corpus', seed=r.seed).check()
-    m = dict(documents=rep.train, valid=rep.valid, chars=rep.chars, dropped={k: v['count'] for k,v in rep.dropped.items()}, problems=rep.problems)
-    if not r.replay_corpus: return m
-    en = build(run.files('replay_corpus'), run/'corpus_en', lang=r.replay_lang, seed=r.seed).check()
+    rep = build(run.files('corpus'), run / 'corpus', seed=r.seed).check()
+    m = dict(
+        documents=rep.train,
+        valid=rep.valid,
+        chars=rep.chars,
+        dropped={k: v['count'] for k, v in rep.dropped.items()},
+        problems=rep.problems,
+    )
+    if not r.replay_corpus:
+        return m
+    en = build(
+        run.files('replay_corpus'), run / 'corpus_en', lang=r.replay_lang, seed=r.seed
+    ).check()
     return m | dict(documents_en=en.train, valid_en=en.valid, chars_en=en.chars)
 
 # %% ../../nbs/14_run.ipynb #eb28bba9
 def make_vocab(run):
     r = run.recipe
-    merged = merge(run/'base', [], run/'tokenizer', size=r.vocab_size, corpus=run/'corpus', segment=r.segment)
+    merged = merge(
+        run / 'base',
+        [],
+        run / 'tokenizer',
+        size=r.vocab_size,
+        corpus=run / 'corpus',
+        segment=r.segment,
+    )
     return dict(pieces=merged.size, added=merged.added)
 
 # %% ../../nbs/14_run.ipynb #d7126ee4
 def look_vocab(run):
-    sp = {k: load_sp(run/f) for k,f in (('before','base'), ('after','tokenizer'))}
+    sp = {k: load_sp(run / f) for k, f in (('before', 'base'), ('after', 'tokenizer'))}
     held = heldout(run.recipe)
-    per = lambda s, ts: round(sum(map(len, ts))/max(1, sum(len(s.encode(t)) for t in ts)), 3)
-    out = {f'{lang}_{k}': per(s, held[lang]) for lang in ('zh','en') if held[lang] for k,s in sp.items()}
-    a = audit(run/'tokenizer', run/'base', {k: v for k,v in held.items() if v})
+    per = lambda s, ts: round(sum(map(len, ts)) / max(1, sum(len(s.encode(t)) for t in ts)), 3)
+    out = {
+        f'{lang}_{k}': per(s, held[lang])
+        for lang in ('zh', 'en')
+        if held[lang]
+        for k, s in sp.items()
+    }
+    a = audit(run / 'tokenizer', run / 'base', {k: v for k, v in held.items() if v})
     out |= dict(dead=len(a.dead), faults=a.faults)
-    if held['zh']: out['example'] = _example(held['zh'], sp)
+    if held['zh']:
+        out['example'] = _example(held['zh'], sp)
     return out
 
 # %% ../../nbs/14_run.ipynb #23d926c2
 def _example(texts, sp):
     "A sentence of middling length, cut by the old and by the new vocabulary"
-    sents = [s+'。' for t in texts[:200] for s in t.replace('\n', '。').split('。') if 14 <= len(s) <= 40 and all('\u4e00' <= c <= '\u9fff' or c in '，、' for c in s)]
-    t = sents[len(sents)//2] if sents else texts[0][:40]
-    return dict(text=t, **{k: s.encode(t, out_type=str) for k,s in sp.items()})
+    sents = [
+        s + '。'
+        for t in texts[:200]
+        for s in t.replace('\n', '。').split('。')
+        if 14 <= len(s) <= 40 and all('\u4e00' <= c <= '\u9fff' or c in '，、' for c in s)
+    ]
+    t = sents[len(sents) // 2] if sents else texts[0][:40]
+    return dict(text=t, **{k: s.encode(t, out_type=str) for k, s in sp.items()})
 
 # %% ../../nbs/14_run.ipynb #2965618a
 def make_embeddings(run):
     f, r = resize, run.recipe
-    f(run/'base', run/'tokenizer', run/'resized', **args_for(f, r), texts=run/'corpus' if r.init == 'dictionary' else None)
-    return _size(run/'resized')
+    f(
+        run / 'base',
+        run / 'tokenizer',
+        run / 'resized',
+        **args_for(f, r),
+        texts=run / 'corpus' if r.init == 'dictionary' else None,
+    )
+    return _size(run / 'resized')
+
+
 def look_embeddings(run):
-    if heldout(run.recipe)['zh'] or _samples(run): record(run.dir, 'weights', **judge(run, 'base'))   # only now: the held-out texts come from the corpus
+    if heldout(run.recipe)['zh'] or _samples(run):
+        record(
+            run.dir, 'weights', **judge(run, 'base')
+        )  # only now: the held-out texts come from the corpus
     return judge(run, 'resized')
 
 # %% ../../nbs/14_run.ipynb #b7cf00bd
 def _train(run, model, out, **kw):
     f, r = pretrain, run.recipe
-    replay = run/'corpus_en' if r.replay_corpus else None
-    h = f(run/model, run/'corpus', run/out, **{**args_for(f, r), **dict(replay_corpus=replay, heldout=_few(heldout(r))), **kw})
+    replay = run / 'corpus_en' if r.replay_corpus else None
+    h = f(
+        run / model,
+        run / 'corpus',
+        run / out,
+        **{**args_for(f, r), **dict(replay_corpus=replay, heldout=_few(heldout(r))), **kw},
+    )
     return _history(h)
-def _few(held, n=60): return {k: v[:n] for k,v in held.items() if v}   # enough for a curve; the whole is measured at the end
-def _history(h): return dict(history=[dict(r) for r in h], steps=h.last('step'), tokens=h.last('tokens'))
-def make_pretrain(run): return _train(run, 'resized', 'pretrained', label='pretrain')
-def make_control(run):  return _train(run, 'base', 'control', max_steps=run.recipe.control_steps, save_every=None, label='control')
+
+
+def _few(held, n=60):
+    return {
+        k: v[:n] for k, v in held.items() if v
+    }  # enough for a curve; the whole is measured at the end
+
+
+def _history(h):
+    return dict(history=[dict(r) for r in h], steps=h.last('step'), tokens=h.last('tokens'))
+
+
+def make_pretrain(run):
+    return _train(run, 'resized', 'pretrained', label='pretrain')
+
+
+def make_control(run):
+    return _train(
+        run, 'base', 'control', max_steps=run.recipe.control_steps, save_every=None, label='control'
+    )
 
 # %% ../../nbs/14_run.ipynb #ca40733b
 def make_sft(run):
     r, read = run.recipe, read_texts
     chats = read_chats(run.files('sft'))
-    texts = _some((t for c in ('corpus','corpus_en') if (run/c).exists() for t in read(run/c)), 50_000, r.seed) if r.sft_text_share else None
-    kw = {k: v for k,v in args_for(finetune, r, 'sft_').items() if k != 'weight_decay'}   # none while fine-tuning
-    h = finetune(run/'pretrained', chats, run/'chat', **{**kw, 'extra_texts': texts, 'heldout': _few(heldout(r))})
+    texts = (
+        _some(
+            (t for c in ('corpus', 'corpus_en') if (run / c).exists() for t in read(run / c)),
+            50_000,
+            r.seed,
+        )
+        if r.sft_text_share
+        else None
+    )
+    kw = {
+        k: v for k, v in args_for(finetune, r, 'sft_').items() if k != 'weight_decay'
+    }  # none while fine-tuning
+    h = finetune(
+        run / 'pretrained',
+        chats,
+        run / 'chat',
+        **{**kw, 'extra_texts': texts, 'heldout': _few(heldout(r))},
+    )
     return _history(h) | dict(chats=len(chats), bad_rows=len(chats.bad))
 
 # %% ../../nbs/14_run.ipynb #4ecdf759
-def _chat(run): return 'chat' if run.recipe.sft else 'pretrained'
+def _chat(run):
+    return 'chat' if run.recipe.sft else 'pretrained'
+
+
 def _last(run):
     "The folder of the last model on the path"
     gone = read_run(run.dir).get('stages', {}).get('quantize', {}).get('left_out')
-    return 'gptq' if (run/'gptq').exists() and not gone else _chat(run)
+    return 'gptq' if (run / 'gptq').exists() and not gone else _chat(run)
 
 # %% ../../nbs/14_run.ipynb #9bf23707
 def make_quantize(run):
     r = run.recipe
-    data = read_chats(run.files('sft')) if r.sft else list(read_texts(run/'corpus'))
+    data = read_chats(run.files('sft')) if r.sft else list(read_texts(run / 'corpus'))
     kw = args_for(quantize, r)
-    try: check_shapes(run/_chat(run), r.group_size, r.bits)
-    except LlamaZhError as e: raise LeftOut(e) from None
-    quantize(run/_chat(run), data, run/'gptq', **kw)
-    return dict(bytes_before=_bytes(run/_chat(run)), bytes_after=_bytes(run/'gptq'))
+    try:
+        check_shapes(run / _chat(run), r.group_size, r.bits)
+    except LlamaZhError as e:
+        raise LeftOut(e) from None
+    quantize(run / _chat(run), data, run / 'gptq', **kw)
+    return dict(bytes_before=_bytes(run / _chat(run)), bytes_after=_bytes(run / 'gptq'))
 
 # %% ../../nbs/14_run.ipynb #12f4687b
 def make_rag(run):
     f, r = build_index, run.recipe
-    f(run.files('docs'), run/'index', tokenizer=run/'tokenizer', **args_for(f, r))
+    f(run.files('docs'), run / 'index', tokenizer=run / 'tokenizer', **args_for(f, r))
     return {}
 
 # %% ../../nbs/14_run.ipynb #f08007c0
 def look_rag(run):
     "Retrieval and answers over the documents, by the quantized model"
     r, qs = run.recipe, questions(run.recipe)
-    known = [q for q in qs if q.get('value') and q['kind'] != 'unseen'][::3]   # the threshold is not fitted to the questions it is judged by
-    if known and r.threshold is None: pick_threshold(open_index(run/'index'), known)
-    model = load(run/_last(run), r.device, r.dtype)
-    bot = Assistant(open_index(run/'index', k=r.k, threshold=r.threshold), model, k=r.k, template=r.template, system=r.system, max_new_tokens=64)
+    known = [q for q in qs if q.get('value') and q['kind'] != 'unseen'][
+        ::3
+    ]  # the threshold is not fitted to the questions it is judged by
+    if known and r.threshold is None:
+        pick_threshold(open_index(run / 'index'), known)
+    model = load(run / _last(run), r.device, r.dtype)
+    bot = Assistant(
+        open_index(run / 'index', k=r.k, threshold=r.threshold),
+        model,
+        k=r.k,
+        template=r.template,
+        system=r.system,
+        max_new_tokens=64,
+    )
     out = judge_rag(bot, qs, show=_samples(run))[0] if qs else dict(chunks=len(bot.index))
     del bot, model
     _free()
@@ -195,8 +332,25 @@ def look_rag(run):
 # %% ../../nbs/14_run.ipynb #d45d2480
 def make_evaluate(run):
     "Every stage's model on the recipe's benchmarks, English beside them, in one form of prompt"
-    r, folders = run.recipe, [run/s.out for s in STAGES if s.out in ('base', 'pretrained', 'chat', 'gptq') and not _left_out(run, s)]
-    done = evaluate_command(folders, r.tasks, out=run/'evaluation', limit=r.tasks_limit, form='chat' if r.sft else 'base', template=r.template, system=r.system, device=r.device, dtype=r.dtype)
+    r, folders = (
+        run.recipe,
+        [
+            run / s.out
+            for s in STAGES
+            if s.out in ('base', 'pretrained', 'chat', 'gptq') and not _left_out(run, s)
+        ],
+    )
+    done = evaluate_command(
+        folders,
+        r.tasks,
+        out=run / 'evaluation',
+        limit=r.tasks_limit,
+        form='chat' if r.sft else 'base',
+        template=r.template,
+        system=r.system,
+        device=r.device,
+        dtype=r.dtype,
+    )
     _free()
     return dict(lines=done.lines)
 
@@ -204,118 +358,266 @@ def make_evaluate(run):
 _PRE = 'train lora_r lora_alpha lora_dropout block batch accum lr embed_lr load_in_4bit epochs warmup weight_decay replay eval_every save_every seed dtype mix_documents cut drop_rest embed_steps'
 _SFT = 'template system sft_train sft_lr sft_epochs sft_max_steps sft_batch sft_block sft_text_share sft_embed_lr load_in_4bit lora_r lora_alpha lora_dropout warmup sft_warmup weight_decay seed dtype'
 STAGES = [
-    Stage('weights',    'base',      make_weights, sources='base'),
-    Stage('corpus',     'corpus',    make_corpus, fields='seed replay_lang', sources='corpus replay_corpus'),
-    Stage('vocab',      'tokenizer', make_vocab, look_vocab, 'vocab_size segment', needs='base corpus'),
-    Stage('embeddings', 'resized',   make_embeddings, look_embeddings, 'init pad_to seed', needs='base tokenizer'),
-    Stage('pretrain',   'pretrained', make_pretrain, lambda run: judge(run, 'pretrained'), _PRE + ' max_steps', needs='resized corpus corpus_en'),
-    Stage('control',    'control',   make_control, lambda run: judge(run, 'control'), _PRE + ' control_steps', needs='base corpus corpus_en',
-          unless=lambda r: None if r.control_steps else 'control_steps is 0'),
-    Stage('sft',        'chat',      make_sft, lambda run: judge(run, 'chat', True), _SFT, 'sft questions', 'pretrained corpus', lambda r: None if r.sft else 'no chats were given (sft)'),
-    Stage('quantize',   'gptq',      make_quantize, lambda run: judge(run, 'gptq', True), 'bits group_size desc_act calib template seed', 'sft questions', 'chat pretrained'),
-    Stage('rag',        'index',     make_rag, look_rag, 'embedding chunk_tokens chunk_overlap k threshold', 'docs questions', 'tokenizer gptq', lambda r: None if r.docs else 'no documents were given (docs)'),
-    Stage('evaluate',   'evaluation', make_evaluate, fields='tasks tasks_limit template system', needs='base pretrained chat gptq', unless=lambda r: None if r.tasks else 'no benchmarks were given (tasks)'),
+    Stage('weights', 'base', make_weights, sources='base'),
+    Stage(
+        'corpus', 'corpus', make_corpus, fields='seed replay_lang', sources='corpus replay_corpus'
+    ),
+    Stage('vocab', 'tokenizer', make_vocab, look_vocab, 'vocab_size segment', needs='base corpus'),
+    Stage(
+        'embeddings',
+        'resized',
+        make_embeddings,
+        look_embeddings,
+        'init pad_to seed',
+        needs='base tokenizer',
+    ),
+    Stage(
+        'pretrain',
+        'pretrained',
+        make_pretrain,
+        lambda run: judge(run, 'pretrained'),
+        _PRE + ' max_steps',
+        needs='resized corpus corpus_en',
+    ),
+    Stage(
+        'control',
+        'control',
+        make_control,
+        lambda run: judge(run, 'control'),
+        _PRE + ' control_steps',
+        needs='base corpus corpus_en',
+        unless=lambda r: None if r.control_steps else 'control_steps is 0',
+    ),
+    Stage(
+        'sft',
+        'chat',
+        make_sft,
+        lambda run: judge(run, 'chat', True),
+        _SFT,
+        'sft questions',
+        'pretrained corpus',
+        lambda r: None if r.sft else 'no chats were given (sft)',
+    ),
+    Stage(
+        'quantize',
+        'gptq',
+        make_quantize,
+        lambda run: judge(run, 'gptq', True),
+        'bits group_size desc_act calib template seed',
+        'sft questions',
+        'chat pretrained',
+    ),
+    Stage(
+        'rag',
+        'index',
+        make_rag,
+        look_rag,
+        'embedding chunk_tokens chunk_overlap k threshold',
+        'docs questions',
+        'tokenizer gptq',
+        lambda r: None if r.docs else 'no documents were given (docs)',
+    ),
+    Stage(
+        'evaluate',
+        'evaluation',
+        make_evaluate,
+        fields='tasks tasks_limit template system',
+        needs='base pretrained chat gptq',
+        unless=lambda r: None if r.tasks else 'no benchmarks were given (tasks)',
+    ),
 ]
 
 # %% ../../nbs/14_run.ipynb #9954be53
 def check_inputs(
-    recipe:Recipe,
+    recipe: Recipe,
 ):
     "Refuse a recipe whose files are not there, before anything is done"
     run = Run(recipe)
-    if not recipe.corpus: raise LlamaZhError('no Chinese texts: give --corpus (files, folders or patterns)')
+    if not recipe.corpus:
+        raise LlamaZhError('no Chinese texts: give --corpus (files, folders or patterns)')
     base = run.files('base')[0]
-    hub = base.count('/') == 1 and not base.startswith(('.','/','~')) and not Path(base.split('/')[0]).exists()
-    if base != 'mini' and not hub and ':' not in base and not Path(base).exists(): raise LlamaZhError(f"no such base model: {base} (a folder, a Hub id such as owner/name, or 'mini')")
-    for f in ('corpus','replay_corpus','sft','docs'):
+    hub = (
+        base.count('/') == 1
+        and not base.startswith(('.', '/', '~'))
+        and not Path(base.split('/')[0]).exists()
+    )
+    if base != 'mini' and not hub and ':' not in base and not Path(base).exists():
+        raise LlamaZhError(
+            f"no such base model: {base} (a folder, a Hub id such as owner/name, or 'mini')"
+        )
+    for f in ('corpus', 'replay_corpus', 'sft', 'docs'):
         for p in run.files(f):
-            try: find_files(p)
-            except LlamaZhError as e: raise LlamaZhError(f'{f}: {e}') from None
-    if recipe.init not in (inits := INITS): raise LlamaZhError(f"init is {recipe.init!r}: use one of {', '.join(inits)}")
+            try:
+                find_files(p)
+            except LlamaZhError as e:
+                raise LlamaZhError(f'{f}: {e}') from None
+    if recipe.init not in (inits := INITS):
+        raise LlamaZhError(f'init is {recipe.init!r}: use one of {", ".join(inits)}')
     check_tasks(recipe.tasks)
-    for f in ('heldout_zh','heldout_en','questions'):
+    for f in ('heldout_zh', 'heldout_en', 'questions'):
         for p in run.files(f):
-            if not Path(p).exists(): raise LlamaZhError(f'{f}: no such file: {p}')
+            if not Path(p).exists():
+                raise LlamaZhError(f'{f}: no such file: {p}')
 
 # %% ../../nbs/14_run.ipynb #d0a1c003
 class Plan(list):
     "Rows (stage, folder, what will be done, why)"
-    def __repr__(self): return '\n'.join(f'{n:11} {o:11} {w:5} {y}' for n,o,w,y in self)
-    def _repr_markdown_(self): return '| stage | folder | | why |\n|---|---|---|---|\n' + '\n'.join(f'| {n} | {o}/ | {w} | {y} |' for n,o,w,y in self)
+
+    def __repr__(self):
+        return '\n'.join(f'{n:11} {o:11} {w:5} {y}' for n, o, w, y in self)
+
+    def _repr_markdown_(self):
+        return '| stage | folder | | why |\n|---|---|---|---|\n' + '\n'.join(
+            f'| {n} | {o}/ | {w} | {y} |' for n, o, w, y in self
+        )
+
+
 def _chosen(only, stages):
     names = [s.name for s in stages] + ['report']
     only = names if not only else [only] if isinstance(only, str) else list(only)
-    if bad := [o for o in only if o not in names]: raise LlamaZhError(f"no stage {bad[0]!r}: there are {', '.join(names)}")
+    if bad := [o for o in only if o not in names]:
+        raise LlamaZhError(f'no stage {bad[0]!r}: there are {", ".join(names)}')
     return only
 
 # %% ../../nbs/14_run.ipynb #06e824f5
 def plan(
-    recipe:Recipe=None, # None: `get_recipe()`
-    only:list=None,     # names of stages; None: all
-)->Plan:
+    recipe: Recipe = None,  # None: `get_recipe()`
+    only: list = None,  # names of stages; None: all
+) -> Plan:
     "What `run` would do now; a stage whose inputs are yet to be made is judged by those that are there"
     only, recipe = _chosen(only, STAGES), recipe or get_recipe()
     check_inputs(recipe)
     run, rows = Run(recipe), Plan()
     for s in (s for s in STAGES if s.name in only):
         why = s.unless and s.unless(run.recipe)
-        rows.append((s.name, s.out, *(('left out', why) if why else verdict(run, s, inputs(run, s)))))
+        rows.append(
+            (s.name, s.out, *(('left out', why) if why else verdict(run, s, inputs(run, s))))
+        )
     return rows
 
 # %% ../../nbs/14_run.ipynb #85946073
 @contextmanager
 def _alone(folder):
-    try: import fcntl
-    except ImportError: yield; return
-    with open(Path(folder)/'.run.busy', 'w') as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise LlamaZhError(f'another run is at work in {folder}: wait for it, or choose another folder with --out') from None
+    try:
+        import fcntl
+    except ImportError:
         yield
+        return
+    with open(Path(folder) / '.run.busy', 'w') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise LlamaZhError(
+                f'another run is at work in {folder}: wait for it, or choose another folder with --out'
+            ) from None
+        yield
+
+
 def _short(m):
     "A few numbers of a stage for its line on the terminal"
-    keys = ('params','documents','pieces','zh_before','zh_after','steps','bpc_zh','bpb_en','chats','bytes_after','chunks')
-    acc = [f"{k} {v['right']}/{v['n']} right" for k,v in m.get('accuracy', {}).items()]
-    acc += [f"{x['model']} {x['value']:.0%}" for x in m.get('lines', []) if x['task'] == m['lines'][0]['task']]
-    return ', '.join([f"{k.replace('_', ' ')} {m[k]:,}" for k in keys if m.get(k) is not None] + acc)
+    keys = (
+        'params',
+        'documents',
+        'pieces',
+        'zh_before',
+        'zh_after',
+        'steps',
+        'bpc_zh',
+        'bpb_en',
+        'chats',
+        'bytes_after',
+        'chunks',
+    )
+    acc = [f'{k} {v["right"]}/{v["n"]} right' for k, v in m.get('accuracy', {}).items()]
+    acc += [
+        f'{x["model"]} {x["value"]:.0%}'
+        for x in m.get('lines', [])
+        if x['task'] == m['lines'][0]['task']
+    ]
+    return ', '.join(
+        [f'{k.replace("_", " ")} {m[k]:,}' for k in keys if m.get(k) is not None] + acc
+    )
 
 # %% ../../nbs/14_run.ipynb #c9232955
 def run(
-    recipe:Recipe=None,  # None: `get_recipe()`
-    only:list=None,      # names of stages; None: all
-    force:bool=False,    # also what is done and unchanged
-    source:str=None,     # preset or file that the recipe was got from, for what is said about it
-)->dict: # run.json
+    recipe: Recipe = None,  # None: `get_recipe()`
+    only: list = None,  # names of stages; None: all
+    force: bool = False,  # also what is done and unchanged
+    source: str = None,  # preset or file that the recipe was got from, for what is said about it
+) -> dict:  # run.json
     "The whole path from a recipe: weights, corpus, vocab, embeddings, pretrain, control, sft, quantize, rag, evaluate, report"
     recipe = recipe or get_recipe()
     only = _chosen(only, STAGES)
     check_inputs(recipe)
     check_alone(recipe, only, source)
     this = Run(recipe)
-    if recipe.threads: need('torch', 'train').set_num_threads(recipe.threads)
-    warnings.filterwarnings('ignore', category=FutureWarning)   # what libraries will change some day is not the user's affair
+    if recipe.threads:
+        need('torch', 'train').set_num_threads(recipe.threads)
+    warnings.filterwarnings(
+        'ignore', category=FutureWarning
+    )  # what libraries will change some day is not the user's affair
     with _alone(this.dir):
         print(f'run {recipe.name} in {this.dir}', flush=True)
-        if not sys.stderr.isatty(): os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')   # bars are for people
+        if not sys.stderr.isatty():
+            os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')  # bars are for people
         update_run(this.dir, {'recipe': asdict(recipe), 'name': recipe.name, 'seed': recipe.seed})
         todo = [s for s in STAGES if s.name in only]
-        for i,s in enumerate(todo, 1): _step(this, s, f'[{i}/{len(todo)}] {s.name:10} ', force)
-        if 'report' in only: print('report:', report(this.dir), flush=True)
+        for i, s in enumerate(todo, 1):
+            _step(this, s, f'[{i}/{len(todo)}] {s.name:10} ', force)
+        if 'report' in only:
+            print('report:', report(this.dir), flush=True)
     return read_run(this.dir)
-_TRAINED = {'pretrain': ('resized', lambda run: {'corpus': run/'corpus', 'replay': run/'corpus_en'}), 'sft': ('pretrained', lambda run: {'chats': run.files('sft')})}
+
+
+_TRAINED = {
+    'pretrain': ('resized', lambda run: {'corpus': run / 'corpus', 'replay': run / 'corpus_en'}),
+    'sft': ('pretrained', lambda run: {'chats': run.files('sft')}),
+}
+
+
 def _card(run, s):
     "The card once more, now that the whole of the held-out text was measured"
     base, data = _TRAINED[s.name]
-    leave_card(run/s.out, run/base, {k: v for k,v in data(run).items() if isinstance(v, list) or v.exists()})
-def _left_out(run, s): return s.unless and s.unless(run.recipe) or read_run(run.dir).get('stages', {}).get(s.name, {}).get('left_out')
+    leave_card(
+        run / s.out,
+        run / base,
+        {k: v for k, v in data(run).items() if isinstance(v, list) or v.exists()},
+    )
+
+
+def _left_out(run, s):
+    return (
+        s.unless
+        and s.unless(run.recipe)
+        or read_run(run.dir).get('stages', {}).get(s.name, {}).get('left_out')
+    )
+
+
 def _step(run, s, head, force):
     said = []
-    def say(text): said.append(text); print(head + text, flush=True)
-    if why := s.unless and s.unless(run.recipe): return say(f'left out: {why}')
-    if force: update_run(run.dir, {}, drop=[s.name])
+
+    def say(text):
+        said.append(text)
+        print(head + text, flush=True)
+
+    if why := s.unless and s.unless(run.recipe):
+        return say(f'left out: {why}')
+    if force:
+        update_run(run.dir, {}, drop=[s.name])
     t0 = time.time()
     for n in s.needs.split():
         made_by = next((o for o in STAGES if o.out == n), None)
-        if made_by and not (run/n).exists() and not _left_out(run, made_by): raise LlamaZhError(f'{s.name} needs {run/n}, which is not there: run stage {made_by.name} first')
+        if made_by and not (run / n).exists() and not _left_out(run, made_by):
+            raise LlamaZhError(
+                f'{s.name} needs {run / n}, which is not there: run stage {made_by.name} first'
+            )
     do(run, s, say)
-    if s.name in _TRAINED and not said[-1].startswith('skipped'): _card(run, s)
-    if (t := time.time()-t0) > .5 and not said[-1].startswith('skipped') and read_run(run.dir)['stages'][s.name].get('done'): say(f"{t:.0f} s: {_short(read_run(run.dir)['stages'][s.name]['metrics'])}")
+    if s.name in _TRAINED and not said[-1].startswith('skipped'):
+        _card(run, s)
+    if (
+        (t := time.time() - t0) > 0.5
+        and not said[-1].startswith('skipped')
+        and read_run(run.dir)['stages'][s.name].get('done')
+    ):
+        say(f'{t:.0f} s: {_short(read_run(run.dir)["stages"][s.name]["metrics"])}')
+    return None

@@ -6,52 +6,82 @@
 __all__ = ['fingerprint', 'Stage', 'LeftOut', 'Run', 'inputs', 'verdict', 'do']
 
 # %% ../../nbs/app/stages.ipynb #49125fae
-import hashlib, json
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
+
 from ..core.machine import Meter
 from ..core.run_log import read_run, update_run
 from ..recipes import resolve, run_dir
 from ..text.files import find_files
 
 # %% ../../nbs/app/stages.ipynb #a3963c07
-_BIG, _N = 64 << 20, 64   # files above 64 MiB are sampled in 64 places
+_BIG, _N = 64 << 20, 64  # files above 64 MiB are sampled in 64 places
+
+
 def _file_sum(path):
     h, size = hashlib.sha256(), path.stat().st_size
     with open(path, 'rb') as f:
         if size <= _BIG:
-            while b := f.read(1 << 20): h.update(b)
+            while b := f.read(1 << 20):
+                h.update(b)
         else:
             for i in range(_N + 1):
-                f.seek((size - (1 << 16))*i//_N); h.update(f.read(1 << 16))
+                f.seek((size - (1 << 16)) * i // _N)
+                h.update(f.read(1 << 16))
     return f'{size}:{h.hexdigest()[:24]}'
-_NOTES = {'history.json', 'report.json', 'audit.json', 'belongs_to.json'}   # about a stage, not its result: they hold times
+
+
+_NOTES = {
+    'history.json',
+    'report.json',
+    'audit.json',
+    'belongs_to.json',
+}  # about a stage, not its result: they hold times
+
+
 def fingerprint(
-    path, # file or folder; of a folder, the files directly in it
-)->dict: # {name: 'size:hash'}
+    path,  # file or folder; of a folder, the files directly in it
+) -> dict:  # {name: 'size:hash'}
     "What a file or folder holds, as short sums by name"
     path = Path(path)
-    if path.is_file(): return {path.name: _file_sum(path)}
-    return {p.name: _file_sum(p) for p in sorted(path.glob('*')) if p.is_file() and not p.name.startswith('.') and p.name not in _NOTES}
+    if path.is_file():
+        return {path.name: _file_sum(path)}
+    return {
+        p.name: _file_sum(p)
+        for p in sorted(path.glob('*'))
+        if p.is_file() and not p.name.startswith('.') and p.name not in _NOTES
+    }
 
 # %% ../../nbs/app/stages.ipynb #a319c143
 @dataclass
 class Stage:
     "One step of the path"
-    name:str
-    out:str              # folder in the run
-    make:object          # Run -> dict of metrics; writes the folder
-    look:object = None   # Run -> dict of metrics; measures what was made
-    fields:str = ''      # recipe fields it depends on
-    sources:str = ''     # recipe fields that name files
-    needs:str = ''       # folders of the run it reads
-    unless:object = None # Recipe -> why this recipe leaves the stage out, or None
+
+    name: str
+    out: str  # folder in the run
+    make: object  # Run -> dict of metrics; writes the folder
+    look: object = None  # Run -> dict of metrics; measures what was made
+    fields: str = ''  # recipe fields it depends on
+    sources: str = ''  # recipe fields that name files
+    needs: str = ''  # folders of the run it reads
+    unless: object = None  # Recipe -> why this recipe leaves the stage out, or None
+
+
 class LeftOut(Exception):
     "Raised by a stage that this model or these inputs do not allow; the rest of the path goes on without it"
+
+
 class Run:
     "A recipe and its folder, as the stages see them"
-    def __init__(self, recipe): self.recipe, self.dir = recipe, run_dir(recipe)
-    def __truediv__(self, name): return self.dir/name
+
+    def __init__(self, recipe):
+        self.recipe, self.dir = recipe, run_dir(recipe)
+
+    def __truediv__(self, name):
+        return self.dir / name
+
     def files(self, field):
         "Files and folders behind a path field, as the recipe gives them"
         return resolve(self.recipe, getattr(self.recipe, field))
@@ -62,58 +92,118 @@ def _sources(run, fields):
     out = {}
     for f in fields.split():
         for p in run.files(f):
-            if f == 'base' and not Path(p).exists(): out[p] = 'by name'; continue
-            files = [q for q,_ in find_files(p)] if f not in ('base','heldout_zh','heldout_en','questions') else [Path(p)]
-            for q in files: out |= {f'{q}' if q.is_file() else f'{q}/{k}': v for k,v in fingerprint(q).items()}
+            if f == 'base' and not Path(p).exists():
+                out[p] = 'by name'
+                continue
+            files = (
+                [q for q, _ in find_files(p)]
+                if f not in ('base', 'heldout_zh', 'heldout_en', 'questions')
+                else [Path(p)]
+            )
+            for q in files:
+                out |= {f'{q}' if q.is_file() else f'{q}/{k}': v for k, v in fingerprint(q).items()}
     return out
+
+
 def inputs(
-    run:Run, stage:Stage,
-)->dict: # what decides the stage's result
+    run: Run,
+    stage: Stage,
+) -> dict:  # what decides the stage's result
     "Everything a stage depends on: fields, files, folders of other stages"
     r = run.recipe
-    return {'fields': {f: getattr(r, f) for f in stage.fields.split()}, 'files': _sources(run, stage.sources),
-            'needs': {n: fingerprint(run/n) for n in stage.needs.split() if (run/n).exists()}}
-def _key(d): return hashlib.sha256(json.dumps(d, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    return {
+        'fields': {f: getattr(r, f) for f in stage.fields.split()},
+        'files': _sources(run, stage.sources),
+        'needs': {n: fingerprint(run / n) for n in stage.needs.split() if (run / n).exists()},
+    }
+
+
+def _key(d):
+    return hashlib.sha256(json.dumps(d, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 # %% ../../nbs/app/stages.ipynb #79f29b3a
 def _differ(old, new):
     "A few words on what changed between two `inputs`"
-    for part, word in (('fields',''), ('files',''), ('needs','/')):
+    for part, word in (('fields', ''), ('files', ''), ('needs', '/')):
         a, b = old.get(part, {}), new[part]
         ch = [k for k in {**a, **b} if a.get(k) != b.get(k)]
-        if ch: return ', '.join(Path(k).name + word for k in ch[:3]) + (f' and {len(ch)-3} more' if len(ch) > 3 else '') + ' changed'
+        if ch:
+            return (
+                ', '.join(Path(k).name + word for k in ch[:3])
+                + (f' and {len(ch) - 3} more' if len(ch) > 3 else '')
+                + ' changed'
+            )
     return 'inputs changed'
+
+
 def verdict(
-    run:Run, stage:Stage, now:dict, # `now`: the stage's `inputs`
-)->tuple: # (what, why): what is 'done', 'made' (but not measured) or 'todo'
+    run: Run,
+    stage: Stage,
+    now: dict,  # `now`: the stage's `inputs`
+) -> tuple:  # (what, why): what is 'done', 'made' (but not measured) or 'todo'
     "Whether a stage has to be done, and why"
-    old, now = read_run(run.dir).get('stages', {}).get(stage.name, {}), json.loads(json.dumps(now, default=str))
-    if not old.get('made'): return 'todo', 'made in another way: done again to be sure' if old.get('seconds') and (run/stage.out).exists() else 'not done yet'
-    if old['made'] != _key(now): return 'todo', _differ(old.get('inputs', {}), now)
-    gone = [f for f in old.get('outputs', {}) if not (run/stage.out/f).exists()]
-    if gone: return 'todo', f'{stage.out}/{gone[0]} is missing'
-    if old.get('done') == _key(now) and (now_out := fingerprint(run/stage.out)) != old['outputs'] and now_out: return 'done', 'changed by something else, taken as it is'
-    return ('done', 'unchanged') if old.get('done') == _key(now) else ('made', 'only its measuring is missing')
+    old, now = (
+        read_run(run.dir).get('stages', {}).get(stage.name, {}),
+        json.loads(json.dumps(now, default=str)),
+    )
+    if not old.get('made'):
+        return 'todo', 'made in another way: done again to be sure' if old.get('seconds') and (
+            run / stage.out
+        ).exists() else 'not done yet'
+    if old['made'] != _key(now):
+        return 'todo', _differ(old.get('inputs', {}), now)
+    gone = [f for f in old.get('outputs', {}) if not (run / stage.out / f).exists()]
+    if gone:
+        return 'todo', f'{stage.out}/{gone[0]} is missing'
+    if (
+        old.get('done') == _key(now)
+        and (now_out := fingerprint(run / stage.out)) != old['outputs']
+        and now_out
+    ):
+        return 'done', 'changed by something else, taken as it is'
+    return (
+        ('done', 'unchanged')
+        if old.get('done') == _key(now)
+        else ('made', 'only its measuring is missing')
+    )
 
 # %% ../../nbs/app/stages.ipynb #7512c2f6
 def do(
-    run:Run, stage:Stage,
-    say=print, # called with a few words on what is done and why
+    run: Run,
+    stage: Stage,
+    say=print,  # called with a few words on what is done and why
 ):
     "Do one stage if it must be done"
     now = inputs(run, stage)
     what, why = verdict(run, stage, now)
-    if what == 'done': return say(f'skipped: {why}')
+    if what == 'done':
+        return say(f'skipped: {why}')
     say(why)
     if what == 'todo':
-        update_run(run.dir, {}, drop=[stage.name])   # a stage killed from here on counts as not done
+        update_run(run.dir, {}, drop=[stage.name])  # a stage killed from here on counts as not done
         try:
-            with Meter() as meter: m = stage.make(run) or {}
+            with Meter() as meter:
+                m = stage.make(run) or {}
         except LeftOut as e:
             update_run(run.dir, {'stages': {stage.name: {'left_out': str(e)}}})
             return say(f'left out: {e}')
-        made = {'made': _key(now), 'inputs': now, 'outputs': fingerprint(run/stage.out), **meter.to_dict(), 'metrics': m}
+        made = {
+            'made': _key(now),
+            'inputs': now,
+            'outputs': fingerprint(run / stage.out),
+            **meter.to_dict(),
+            'metrics': m,
+        }
         update_run(run.dir, {'stages': {stage.name: made}})
-    with Meter() as meter: m = (stage.look(run) or {}) if stage.look else {}
+    with Meter() as meter:
+        m = (stage.look(run) or {}) if stage.look else {}
     t = meter.to_dict()
-    update_run(run.dir, {'stages': {stage.name: {'done': _key(now), 'seconds_measuring': t['seconds'], 'metrics': m}}})
+    update_run(
+        run.dir,
+        {
+            'stages': {
+                stage.name: {'done': _key(now), 'seconds_measuring': t['seconds'], 'metrics': m}
+            }
+        },
+    )
+    return None

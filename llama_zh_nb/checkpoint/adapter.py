@@ -8,158 +8,308 @@ __all__ = ['NF4', 'open_adapter', 'check_adapter', 'check_config', 'factor', 'Ch
            'four_bits']
 
 # %% ../../nbs/checkpoint/adapter.ipynb #bfb9c349
-import contextlib, math, re, threading
+import contextlib
+import math
+import re
+import threading
 from pathlib import Path
+
 from .folder import fingerprint, tokenizer_hash
 from .tensors import SafeFile, TorchFile, code_of, dtype_of
 from ..core.errors import LlamaZhError, need, read_json
 
 # %% ../../nbs/checkpoint/adapter.ipynb #ffc2bd0b
 def open_adapter(
-    folder, # peft's folder
-): # the file's tensors, not yet read
+    folder,  # peft's folder
+):  # the file's tensors, not yet read
     "Open adapter_model.safetensors, or the .bin of older versions"
     for n, cls in (('adapter_model.safetensors', SafeFile), ('adapter_model.bin', TorchFile)):
-        if (Path(folder)/n).exists(): return cls(Path(folder)/n)
+        if (Path(folder) / n).exists():
+            return cls(Path(folder) / n)
     raise LlamaZhError(f'{folder}: no adapter_model.safetensors: not an adapter folder')
 
 # %% ../../nbs/checkpoint/adapter.ipynb #bf851b0d
 def _extremes(file, key, rows=1024):
     "Lowest and highest value of a tensor, a few rows at a time; NaN if there is one"
     torch, shape = need('torch', 'train'), file.spec(key)[1]
-    if 0 in shape: raise LlamaZhError(f'{file.path}: {key} is of size 0: it was saved from a model cut over several GPUs without gathering it')
-    lows, highs = zip(*((t.amin(), t.amax()) for t in (file.get(key, slice(i, i+rows)) for i in range(0, shape[0] if shape else 1, rows))))
+    if 0 in shape:
+        raise LlamaZhError(
+            f'{file.path}: {key} is of size 0: it was saved from a model cut over several GPUs without gathering it'
+        )
+    lows, highs = zip(
+        *(
+            (t.amin(), t.amax())
+            for t in (
+                file.get(key, slice(i, i + rows)) for i in range(0, shape[0] if shape else 1, rows)
+            )
+        )
+    )
     return torch.stack(lows).amin().item(), torch.stack(highs).amax().item()
 
 # %% ../../nbs/checkpoint/adapter.ipynb #41b7f340
 def check_adapter(
-    folder,    # peft's folder
-    base=None, # the model it is to be used with
-    want=None, # tensors there must be at least
-    force=False, # use it also with other weights than its own
-): # the adapter's file, see `open_adapter`
+    folder,  # peft's folder
+    base=None,  # the model it is to be used with
+    want=None,  # tensors there must be at least
+    force=False,  # use it also with other weights than its own
+):  # the adapter's file, see `open_adapter`
     "Refuse an adapter that is empty, untrained, broken, or made for other weights"
     file = open_adapter(folder)
     f, keys = file.path, file.keys()
-    if not keys or want and len(keys) < want: raise LlamaZhError(f'{f}: {len(keys)} tensors in {f.stat().st_size:,} bytes, {want or "some"} were expected: the adapter was not saved whole')
+    if not keys or want and len(keys) < want:
+        raise LlamaZhError(
+            f'{f}: {len(keys)} tensors in {f.stat().st_size:,} bytes, {want or "some"} were expected: the adapter was not saved whole'
+        )
     ends = {k: _extremes(file, k) for k in keys}
-    if bad := [k for k, (a, b) in ends.items() if not (abs(a) < float('inf') and abs(b) < float('inf'))]:
-        raise LlamaZhError(f'{f}: NaN or infinity in {bad[0]} and {len(bad)-1} more tensors: train again with a lower lr, in bfloat16 or float32')
-    bs = [k for k in keys if 'lora_B' in k or 'lora_embedding_A' in k] # the halves that begin at zero
-    if bs and not any(any(ends[k]) for k in bs): raise LlamaZhError(f'{f}: every lora_B is zero: nothing was learnt, or it was saved before training')
-    if not any(any(e) for e in ends.values()): raise LlamaZhError(f'{f}: all {len(keys)} tensors are zero: nothing was saved but their shapes')
-    if base is not None and not force: _belongs(folder, base)
+    if bad := [
+        k for k, (a, b) in ends.items() if not (abs(a) < float('inf') and abs(b) < float('inf'))
+    ]:
+        raise LlamaZhError(
+            f'{f}: NaN or infinity in {bad[0]} and {len(bad) - 1} more tensors: train again with a lower lr, in bfloat16 or float32'
+        )
+    bs = [
+        k for k in keys if 'lora_B' in k or 'lora_embedding_A' in k
+    ]  # the halves that begin at zero
+    if bs and not any(any(ends[k]) for k in bs):
+        raise LlamaZhError(
+            f'{f}: every lora_B is zero: nothing was learnt, or it was saved before training'
+        )
+    if not any(any(e) for e in ends.values()):
+        raise LlamaZhError(
+            f'{f}: all {len(keys)} tensors are zero: nothing was saved but their shapes'
+        )
+    if base is not None and not force:
+        _belongs(folder, base)
     return file
 
 # %% ../../nbs/checkpoint/adapter.ipynb #07c57c2f
 def _belongs(folder, base, weights=None, tokenizer=None, rows=None):
     "The adapter in `folder`, if it says so, was trained on `base` (or on `weights` not yet written, with a tokenizer and rows of their own)"
-    if not (Path(folder)/'belongs_to.json').exists(): return
-    d, rows, h = read_json(Path(folder)/'belongs_to.json'), rows or read_json(Path(base)/'config.json')['vocab_size'], tokenizer_hash(tokenizer or base)
+    if not (Path(folder) / 'belongs_to.json').exists():
+        return
+    d, rows, h = (
+        read_json(Path(folder) / 'belongs_to.json'),
+        rows or read_json(Path(base) / 'config.json')['vocab_size'],
+        tokenizer_hash(tokenizer or base),
+    )
     if (d['tokenizer'], d['rows']) != (h, rows):
-        raise LlamaZhError(f"{folder} was trained with tokenizer {d['tokenizer'][:12]} ({d['rows']:,} rows), but {base} has {h[:12]} ({rows:,} rows): use the folder it was trained on")
+        raise LlamaZhError(
+            f'{folder} was trained with tokenizer {d["tokenizer"][:12]} ({d["rows"]:,} rows), but {base} has {h[:12]} ({rows:,} rows): use the folder it was trained on'
+        )
     if d['base'] != (fp := fingerprint(weights or base)):
-        raise LlamaZhError(f"{folder} was trained on weights {d['base'][:12]}, but those in {base} are {fp[:12]}: use the folder it was trained on")
+        raise LlamaZhError(
+            f'{folder} was trained on weights {d["base"][:12]}, but those in {base} are {fp[:12]}: use the folder it was trained on'
+        )
 
 # %% ../../nbs/checkpoint/adapter.ipynb #c599476f
-_plain = set('''task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules exclude_modules lora_alpha lora_dropout
-    fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern megatron_config megatron_core
-    trainable_token_indices eva_config use_dora qalora_group_size runtime_config ensure_weight_tying merge_weights velora_config'''.split())
-_moved = 'training began by changing the base\'s own weights; let peft make a plain adapter of it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)'
-_why = dict(loftq_config=_moved, corda_config=_moved, lora_ga_config=_moved, alora_invocation_tokens='it acts only after certain tokens, which weights cannot',
-            layer_replication='the result has more layers than the base', enable_lora='this form of 2023 is merged by the program that made it')
+_plain = {
+    'task_type',
+    'peft_type',
+    'auto_mapping',
+    'peft_version',
+    'base_model_name_or_path',
+    'revision',
+    'inference_mode',
+    'r',
+    'target_modules',
+    'exclude_modules',
+    'lora_alpha',
+    'lora_dropout',
+    'fan_in_fan_out',
+    'bias',
+    'use_rslora',
+    'modules_to_save',
+    'init_lora_weights',
+    'layers_to_transform',
+    'layers_pattern',
+    'rank_pattern',
+    'alpha_pattern',
+    'megatron_config',
+    'megatron_core',
+    'trainable_token_indices',
+    'eva_config',
+    'use_dora',
+    'qalora_group_size',
+    'runtime_config',
+    'ensure_weight_tying',
+    'merge_weights',
+    'velora_config',
+}
+_moved = "training began by changing the base's own weights; let peft make a plain adapter of it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+_why = dict(
+    loftq_config=_moved,
+    corda_config=_moved,
+    lora_ga_config=_moved,
+    alora_invocation_tokens='it acts only after certain tokens, which weights cannot',
+    layer_replication='the result has more layers than the base',
+    enable_lora='this form of 2023 is merged by the program that made it',
+)
+
+
 def check_config(
-    conf, # adapter_config.json
-    folder, # for messages
+    conf,  # adapter_config.json
+    folder,  # for messages
 ):
     "Refuse what cannot be added to the weights of a Llama"
-    if conf.get('peft_type') != 'LORA': raise LlamaZhError(f"{folder}: an adapter of type {conf.get('peft_type')}; only LoRA can be added to the weights")
+    if conf.get('peft_type') != 'LORA':
+        raise LlamaZhError(
+            f'{folder}: an adapter of type {conf.get("peft_type")}; only LoRA can be added to the weights'
+        )
     for k, v in conf.items():
-        if v and k not in _plain: raise LlamaZhError(f'{folder}: {k} = {v!r}: ' + _why.get(k, 'what this does to the sum is not known here; merge with peft itself (merge_and_unload)'))
+        if v and k not in _plain:
+            raise LlamaZhError(
+                f'{folder}: {k} = {v!r}: '
+                + _why.get(
+                    k,
+                    'what this does to the sum is not known here; merge with peft itself (merge_and_unload)',
+                )
+            )
     init = conf.get('init_lora_weights', True)
-    if init not in (True, False, None, 'gaussian', 'eva', 'orthogonal'): raise LlamaZhError(f'{folder}: init_lora_weights = {init!r}: {_moved}')
+    if init not in (True, False, None, 'gaussian', 'eva', 'orthogonal'):
+        raise LlamaZhError(f'{folder}: init_lora_weights = {init!r}: {_moved}')
 
 # %% ../../nbs/checkpoint/adapter.ipynb #94075a99
 def factor(
-    conf, # adapter_config.json
-    name, # 'model.layers.0.self_attn.q_proj'
-    r,    # rows of A
-)->float:
+    conf,  # adapter_config.json
+    name,  # 'model.layers.0.self_attn.q_proj'
+    r,  # rows of A
+) -> float:
     "What B A is multiplied with"
-    pattern = next((k for k in conf.get('alpha_pattern') or {} if re.match(rf'(.*\.)?({k})$', name)), None)
+    pattern = next(
+        (k for k in conf.get('alpha_pattern') or {} if re.match(rf'(.*\.)?({k})$', name)), None
+    )
     alpha = conf['alpha_pattern'][pattern] if pattern else conf['lora_alpha']
-    return alpha/(math.sqrt(r) if conf.get('use_rslora') else r)
+    return alpha / (math.sqrt(r) if conf.get('use_rslora') else r)
 
 # %% ../../nbs/checkpoint/adapter.ipynb #464a7bbb
 class Change:
     "What happens to one tensor. `begin(under, name)` gives a function (rows `lo` to `hi` of the old tensor, lo, hi) -> new rows; `shape` is set if the old ones are not needed, `fits` if only one shape of them will do"
-    def __init__(self, begin, kind, shape=None, fits=None): self.begin, self.kind, self.shape, self.fits = begin, kind, shape, fits
-    def __repr__(self): return self.kind
+
+    def __init__(self, begin, kind, shape=None, fits=None):
+        self.begin, self.kind, self.shape, self.fits = begin, kind, shape, fits
+
+    def __repr__(self):
+        return self.kind
+
+
 def lora_change(file, a, b, scale, m=None, embedding=False):
     "W + s B A; with magnitudes `m` (DoRA) each row is then brought to its length"
+
     def begin(under, name):
         A, B, M = (k and file.get(k).float() for k in (a, b, m))
-        if embedding: A, B = B.T, A.T   # its factors are stored the other way round
+        if embedding:
+            A, B = B.T, A.T  # its factors are stored the other way round
+
         def rows(w, lo, hi):
-            d = w.to(A.dtype, copy=True)   # float32, rounded once at the end
-            if embedding: d += ((B[lo:hi]@A)*scale).to(w.dtype)   # so does peft, here only
-            else: d.addmm_(B[lo:hi], A, alpha=scale)
-            if M is not None: d *= (M.view(-1)[lo:hi]/d.norm(dim=1))[:, None]
+            d = w.to(A.dtype, copy=True)  # float32, rounded once at the end
+            if embedding:
+                d += ((B[lo:hi] @ A) * scale).to(w.dtype)  # so does peft, here only
+            else:
+                d.addmm_(B[lo:hi], A, alpha=scale)
+            if M is not None:
+                d *= (M.view(-1)[lo:hi] / d.norm(dim=1))[:, None]
             return d.to(w.dtype)
+
         return rows
+
     (r, n), (k, r2) = file.spec(a)[1], file.spec(b)[1]
-    if r != r2: raise LlamaZhError(f'{file.path}: {a} has {r} rows, but {b} has {r2} columns: they do not belong together')
+    if r != r2:
+        raise LlamaZhError(
+            f'{file.path}: {a} has {r} rows, but {b} has {r2} columns: they do not belong together'
+        )
     return Change(begin, 'DoRA' if m else 'LoRA', fits=(n, k) if embedding else (k, n))
 
 # %% ../../nbs/checkpoint/adapter.ipynb #4818ab86
 def token_change(file, key, ids):
     "Some rows replaced"
+
     def begin(under, name):
         torch = need('torch', 'train')
         at, new = torch.tensor(ids), file.get(key)
+
         def rows(w, lo, hi):
             here = (at >= lo) & (at < hi)
             return w.index_copy(0, at[here] - lo, new[here].to(w.dtype))
+
         return rows
+
     return Change(begin, 'rows')
+
+
 def whole_change(file, key):
     "Another matrix altogether"
+
     def begin(under, name):
         dtype = dtype_of(under.spec(name)[0])
         return lambda w, lo, hi: take(file, key, slice(lo, hi)).to(dtype)
+
     return Change(begin, 'whole', file.spec(key)[1])
 
 # %% ../../nbs/checkpoint/adapter.ipynb #10e1d58f
 def _clean(key):
     "The name without what peft wrapped around it"
-    key = re.sub(r'^(base_model\.model\.)?(.*?)\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|trainable_tokens_delta)\.default\b', r'\2.\3', key)
-    return key.removeprefix('base_model.model.').replace('.modules_to_save', '').replace('.base_layer', '').replace('.token_adapter', '')
+    key = re.sub(
+        r'^(base_model\.model\.)?(.*?)\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|trainable_tokens_delta)\.default\b',
+        r'\2.\3',
+        key,
+    )
+    return (
+        key.removeprefix('base_model.model.')
+        .replace('.modules_to_save', '')
+        .replace('.base_layer', '')
+        .replace('.token_adapter', '')
+    )
+
+
 def changes(
-    file, # `check_adapter`'s
-    conf, # adapter_config.json
-)->dict: # {tensor name in the base: `Change`}
+    file,  # `check_adapter`'s
+    conf,  # adapter_config.json
+) -> dict:  # {tensor name in the base: `Change`}
     "What an adapter does to each tensor"
-    names, out = {_clean(k): k for k in file.keys() if 'original_module' not in k}, {}
+    names, out = {_clean(k): k for k in file if 'original_module' not in k}, {}
     for k, key in names.items():
         stem, _, part = k.partition('.lora_')
         if part in ('A.weight', 'embedding_A'):
-            other, m = names.get(k.replace('_A', '_B')), names.get(stem + '.lora_magnitude_vector.weight', names.get(stem + '.lora_magnitude_vector'))
-            if not other or bool(m) != bool(conf.get('use_dora')): raise LlamaZhError(f'{file.path}: {key} has no {"magnitudes" if other else "lora_B"} beside it: the adapter was not saved whole')
-            out[stem + '.weight'] = lora_change(file, key, other, factor(conf, stem, file.spec(key)[1][0]), m, 'embedding' in part)
-        elif part in ('B.bias', ) or part and 'magnitude' in part and 'embedding' in part: raise LlamaZhError(f"{file.path}: {key}: Llama's projections have no bias to add it to; train without lora_bias")
+            other, m = (
+                names.get(k.replace('_A', '_B')),
+                names.get(
+                    stem + '.lora_magnitude_vector.weight',
+                    names.get(stem + '.lora_magnitude_vector'),
+                ),
+            )
+            if not other or bool(m) != bool(conf.get('use_dora')):
+                raise LlamaZhError(
+                    f'{file.path}: {key} has no {"magnitudes" if other else "lora_B"} beside it: the adapter was not saved whole'
+                )
+            out[stem + '.weight'] = lora_change(
+                file, key, other, factor(conf, stem, file.spec(key)[1][0]), m, 'embedding' in part
+            )
+        elif part in ('B.bias',) or part and 'magnitude' in part and 'embedding' in part:
+            raise LlamaZhError(
+                f"{file.path}: {key}: Llama's projections have no bias to add it to; train without lora_bias"
+            )
         elif k.endswith('.trainable_tokens_delta'):
             name = k.removesuffix('.trainable_tokens_delta')
             out[name + '.weight'] = token_change(file, key, _token_ids(conf, name))
-        elif not part: out[k] = whole_change(file, key)
+        elif not part:
+            out[k] = whole_change(file, key)
     return out
+
+
 def _token_ids(conf, name):
     t = conf['trainable_token_indices']
-    return t if isinstance(t, list) else next(v for k, v in t.items() if name == k or name.endswith('.' + k))
+    return (
+        t
+        if isinstance(t, list)
+        else next(v for k, v in t.items() if name == k or name.endswith('.' + k))
+    )
 
 # %% ../../nbs/checkpoint/adapter.ipynb #d9d79ae7
 class Laid:
     "A tensor of a file (or of another `Laid`) with a `Change` over it"
-    def __init__(self, under, change): self.under, self.change, self.rows = under, change, None
+
+    def __init__(self, under, change):
+        self.under, self.change, self.rows = under, change, None
 
     def spec(self, name):
         code, shape = self.under.spec(name)
@@ -167,76 +317,144 @@ class Laid:
 
     def begin(self, name):
         "Read what the change needs"
-        if isinstance(self.under, Laid) and not self.change.shape: self.under.begin(name)
-        if self.rows is None: self.rows = self.change.begin(self.under, name)
+        if isinstance(self.under, Laid) and not self.change.shape:
+            self.under.begin(name)
+        if self.rows is None:
+            self.rows = self.change.begin(self.under, name)
 
     def forget(self):
         self.rows = None
-        if isinstance(self.under, Laid): self.under.forget()
+        if isinstance(self.under, Laid):
+            self.under.forget()
 
     def get(self, name, rows=slice(None)):
         "Some rows, or all; computed in the portions that hold them"
         self.begin(name)
         shape, made = self.spec(name)[1], self.rows
         lo, hi, _ = rows.indices(shape[0])
-        parts = [made(None if self.change.shape else take(self.under, name, p), p.start, p.stop)[max(0, lo - p.start):hi - p.start] for p in portions(shape) if p.start < hi and p.stop > lo]
+        parts = [
+            made(None if self.change.shape else take(self.under, name, p), p.start, p.stop)[
+                max(0, lo - p.start) : hi - p.start
+            ]
+            for p in portions(shape)
+            if p.start < hi and p.stop > lo
+        ]
         return parts[0] if len(parts) == 1 else need('torch', 'train').cat(parts)
+
+
 def portions(shape):
     "Row blocks of about a quarter of a million numbers: what a processor keeps near"
-    if not shape: return [slice(None)]
-    step = max(32, 2**18//max(1, math.prod(shape[1:]))//32*32)
+    if not shape:
+        return [slice(None)]
+    step = max(32, 2**18 // max(1, math.prod(shape[1:])) // 32 * 32)
     return [slice(lo, min(lo + step, shape[0])) for lo in range(0, shape[0], step)]
+
+
 def take(file, name, rows=slice(None)):
     "`file.get`, from several threads"
-    if isinstance(file, SafeFile): return _fresh(file, name, rows)
-    with _one if isinstance(file, TorchFile) else contextlib.nullcontext(): return file.get(name, rows)
+    if isinstance(file, SafeFile):
+        return _fresh(file, name, rows)
+    with _one if isinstance(file, TorchFile) else contextlib.nullcontext():
+        return file.get(name, rows)
+
+
 def _fresh(file, name, rows):
     "The same read into memory that nobody filled with zeros before"
     (a, b, shape), torch = file._span(name, rows), need('torch', 'train')
     t = torch.empty(shape, dtype=dtype_of(file.spec(name)[0]))
     with open(file.path, 'rb') as f:
         f.seek(a)
-        if t.numel() and f.readinto(t.reshape(-1).view(torch.uint8).numpy()) != b - a: raise LlamaZhError(f'{file.path} ended inside {name}: it was changed while it was read')
+        if t.numel() and f.readinto(t.reshape(-1).view(torch.uint8).numpy()) != b - a:
+            raise LlamaZhError(f'{file.path} ended inside {name}: it was changed while it was read')
     return t
-_one = threading.Lock()   # a mapped checkpoint is closed and opened again now and then
-def lay(under, changes): return {k: Laid(f, changes[k]) if k in changes else f for k, f in under.items()}
+
+
+_one = threading.Lock()  # a mapped checkpoint is closed and opened again now and then
+
+
+def lay(under, changes):
+    return {k: Laid(f, changes[k]) if k in changes else f for k, f in under.items()}
 
 # %% ../../nbs/checkpoint/adapter.ipynb #01bbcde0
-NF4 = [-1., -.6961928009986877, -.5250730514526367, -.39491748809814453, -.28444138169288635, -.18477343022823334, -.09105003625154495, 0., .07958029955625534,
-       .16093020141124725, .24611230194568634, .33791524171829224, .44070982933044434, .5626170039176941, .7229568362236023, 1.]
-def nearest(x, code): return code[need('torch', 'train').bucketize(x, (code[1:] + code[:-1])/2)]
+NF4 = [
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+]
+
+
+def nearest(x, code):
+    return code[need('torch', 'train').bucketize(x, (code[1:] + code[:-1]) / 2)]
+
+
 def runs(x, n):
     "Runs of n numbers, the last filled up with zeros"
     return need('torch', 'train').nn.functional.pad(x.reshape(-1), (0, -x.numel() % n)).view(-1, n)
+
+
 def eight_bits(absmax):
     "bitsandbytes' double quantization, there and back: the difference from the mean in a code with seven decimal orders"
-    torch, code = need('torch', 'train'), [0., 1.]
+    torch, code = need('torch', 'train'), [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(.1, 1, 2**i + 1)
-        mids = 10.**(i - 6)*((edges[:-1] + edges[1:])/2)
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        mids = 10.0 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
         code += mids.tolist() + (-mids).tolist()
     mean = absmax.mean()
     d = runs(absmax - mean, 256)
     s = d.abs().amax(1, keepdim=True).clamp(min=1e-30)
-    return (nearest(d/s, torch.tensor(sorted(code)))*s).reshape(-1)[:len(absmax)] + mean
+    return (nearest(d / s, torch.tensor(sorted(code))) * s).reshape(-1)[: len(absmax)] + mean
 
 # %% ../../nbs/checkpoint/adapter.ipynb #aa553827
 def nf4_change(double=True, dtype=None):
     "To NF4 and back"
+
     def begin(under, name):
         torch, (code, (n, m)) = need('torch', 'train'), under.spec(name)
-        if m % 64: raise LlamaZhError(f'{name} has {m} columns; 4-bit weights are handled in runs of 64: merge into the full weights (--no-in-4bit)')
-        own = dtype_of(code_of(dtype)) if dtype else dtype_of(code)   # what the weights were before they were quantized
-        read, nf4 = lambda lo, hi: runs(take(under, name, slice(lo, hi)).to(own).float(), 64), torch.tensor(NF4)
+        if m % 64:
+            raise LlamaZhError(
+                f'{name} has {m} columns; 4-bit weights are handled in runs of 64: merge into the full weights (--no-in-4bit)'
+            )
+        own = (
+            dtype_of(code_of(dtype)) if dtype else dtype_of(code)
+        )  # what the weights were before they were quantized
+        read, nf4 = (
+            lambda lo, hi: runs(take(under, name, slice(lo, hi)).to(own).float(), 64),
+            torch.tensor(NF4),
+        )
         absmax = torch.cat([read(lo, min(lo + 1024, n)).abs().amax(1) for lo in range(0, n, 1024)])
         scale = eight_bits(absmax) if double else absmax
+
         def rows(w, lo, hi):
-            part = slice(lo*m//64, hi*m//64)
-            q = nearest(runs(w.to(own).float(), 64)/absmax[part, None].clamp(min=1e-30), nf4)
-            return (q*scale[part, None]).view(w.shape).to(own).to(w.dtype)
+            part = slice(lo * m // 64, hi * m // 64)
+            q = nearest(runs(w.to(own).float(), 64) / absmax[part, None].clamp(min=1e-30), nf4)
+            return (q * scale[part, None]).view(w.shape).to(own).to(w.dtype)
+
         return rows
+
     return Change(begin, 'NF4')
+
+
 def four_bits(weights, quant):
     "The changes that 4-bit loading makes: all projections, nothing else"
-    if quant.get('type', 'nf4') != 'nf4': raise LlamaZhError(f"the adapter was trained over 4-bit weights of type {quant['type']}, only nf4 is known here; merge into the full weights with --no-in-4bit, at a small loss")
-    return {k: nf4_change(quant.get('double', True), quant.get('dtype')) for k in weights if k.endswith('_proj.weight')}
+    if quant.get('type', 'nf4') != 'nf4':
+        raise LlamaZhError(
+            f'the adapter was trained over 4-bit weights of type {quant["type"]}, only nf4 is known here; merge into the full weights with --no-in-4bit, at a small loss'
+        )
+    return {
+        k: nf4_change(quant.get('double', True), quant.get('dtype'))
+        for k in weights
+        if k.endswith('_proj.weight')
+    }

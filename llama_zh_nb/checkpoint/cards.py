@@ -7,126 +7,298 @@ __all__ = ['origin', 'about', 'front', 'write_card', 'check_card', 'leave_card',
            'push_to_hub', 'check_push', 'push_after']
 
 # %% ../../nbs/checkpoint/cards.ipynb #5275ac17
-import json, os, re
+import json
+import os
+import re
 from fnmatch import fnmatch
 from pathlib import Path
+
 from .folder import check_folder, fingerprint, tokenizer_hash
 from ..core.errors import LlamaZhError, need, read_json, sha256, writing
 from ..core.machine import versions
 from ..text.files import are_files
 
 # %% ../../nbs/checkpoint/cards.ipynb #1a9b97c3
-_LICENCES = {'apache-2.0': ('Apache License 2.0', 'Apache License'), 'llama2': ('Llama 2 Community License', 'LLAMA 2 COMMUNITY LICENSE')}
+_LICENCES = {
+    'apache-2.0': ('Apache License 2.0', 'Apache License'),
+    'llama2': ('Llama 2 Community License', 'LLAMA 2 COMMUNITY LICENSE'),
+}
 _NOTICE = 'Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved.\n'
-_LLAMA = '0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e995045'   # of the 32,000 pieces of Llama and Llama-2
+_LLAMA = '0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e995045'  # of the 32,000 pieces of Llama and Llama-2
+
+
 def _family(folder):
     "The base whose vocabulary this one begins with"
     import hashlib
-    from llama_zh_nb.exact import read_model
-    from llama_zh_nb.convert import packaged
-    if not (Path(folder)/'tokenizer.model').exists(): return
-    pieces = [p.piece for p in read_model(Path(folder)/'tokenizer.model').pieces]
-    mini = [p.piece for p in read_model(packaged('mini')/'tokenizer.model').pieces]
-    if pieces[:len(mini)] == mini: return 'mini'
-    if hashlib.sha256('\n'.join(pieces[:32000]).encode()).hexdigest() == _LLAMA and read_json(Path(folder)/'config.json').get('max_position_embeddings', 0) >= 4096: return 'Llama-2'
+
+    from llama_zh_nb.checkpoint.meta import packaged
+    from llama_zh_nb.tokenizer.exact import read_model
+
+    if not (Path(folder) / 'tokenizer.model').exists():
+        return None
+    pieces = [p.piece for p in read_model(Path(folder) / 'tokenizer.model').pieces]
+    mini = [p.piece for p in read_model(packaged('mini') / 'tokenizer.model').pieces]
+    if pieces[: len(mini)] == mini:
+        return 'mini'
+    if (
+        hashlib.sha256('\n'.join(pieces[:32000]).encode()).hexdigest() == _LLAMA
+        and read_json(Path(folder) / 'config.json').get('max_position_embeddings', 0) >= 4096
+    ):
+        return 'Llama-2'
+    return None
 
 # %% ../../nbs/checkpoint/cards.ipynb #7c2e0d02
 def _card(folder):
     "The front matter of a README.md, if there is one"
-    f = Path(folder)/'README.md'
-    m = re.match(r'---\n(.*?)\n---\n', f.read_text(encoding='utf-8', errors='replace'), re.S) if f.is_file() else None
-    try: d = need('yaml').safe_load(m[1]) if m else {}
-    except Exception: d = {}
+    f = Path(folder) / 'README.md'
+    m = (
+        re.match(r'---\n(.*?)\n---\n', f.read_text(encoding='utf-8', errors='replace'), re.S)
+        if f.is_file()
+        else None
+    )
+    try:
+        d = need('yaml').safe_load(m[1]) if m else {}
+    except Exception:
+        d = {}
     return {k: v for k, v in d.items() if isinstance(v, str)} if isinstance(d, dict) else {}
+
+
 def origin(
-    folder,         # the base, or a folder that was made from it
-    name=None,      # its name, where you know it: 'mini', 'meta-llama/Llama-2-7b-hf', ...
-    licence=None,   # a licence id as the Hub spells it
-)->dict: # name and licence; None for what is not known
+    folder,  # the base, or a folder that was made from it
+    name=None,  # its name, where you know it: 'mini', 'meta-llama/Llama-2-7b-hf', ...
+    licence=None,  # a licence id as the Hub spells it
+) -> dict:  # name and licence; None for what is not known
     "Name and licence of the base"
     folder = Path(folder)
     if not licence:
         for p in folder.iterdir():
             if p.name.upper().startswith('LICENSE') and p.is_file():
                 text = p.read_text(encoding='utf-8', errors='replace')[:4000].upper()
-                licence = next((k for k, (_, words) in _LICENCES.items() if words.upper() in text), licence)
+                licence = next(
+                    (k for k, (_, words) in _LICENCES.items() if words.upper() in text), licence
+                )
     card = _card(folder)
-    licence, name = licence or card.get('license'), name or card.get('base_model') or _family(folder)
-    if not licence and name: licence = 'apache-2.0' if name == 'mini' else 'llama2' if re.search(r'llama-?2', name, re.I) else None
+    licence, name = (
+        licence or card.get('license'),
+        name or card.get('base_model') or _family(folder),
+    )
+    if not licence and name:
+        licence = (
+            'apache-2.0'
+            if name == 'mini'
+            else 'llama2'
+            if re.search(r'llama-?2', name, re.I)
+            else None
+        )
     return dict(name=name, licence=licence)
 
 # %% ../../nbs/checkpoint/cards.ipynb #97b86486
 def about(
-    data, # corpus folder, file, or several; texts in memory are only counted
-)->list: # a row for each file: name, documents, characters, sha256
+    data,  # corpus folder, file, or several; texts in memory are only counted
+) -> list:  # a row for each file: name, documents, characters, sha256
     "Counts and hashes of training data"
-    if isinstance(data, (str, Path)): data = [data]
-    are_files(data or [])   # refuses the name of a file that is not there
+    if isinstance(data, (str, Path)):
+        data = [data]
+    are_files(data or [])  # refuses the name of a file that is not there
     rows, loose = [], 0
     for d in data or []:
-        p = Path(d) if isinstance(d, (str, Path)) and len(str(d)) < 1000 and os.path.exists(d) else None
-        if p is None and re.fullmatch(r'[!-~]{1,250}', str(d)): raise LlamaZhError(f'{d}: no such file or folder')
-        if p is None: loose += 1
-        elif (p/'train.jsonl').exists():
-            r = read_json(p/'report.json') if (p/'report.json').exists() else {}
-            rows.append(dict(name=p.name, documents=r.get('train'), characters=r.get('chars'), sha256=sha256(p/'train.jsonl')))
-        else: rows += [dict(name=f.name, bytes=f.stat().st_size, sha256=sha256(f)) for f in ([p] if p.is_file() else sorted(q for q in p.rglob('*') if q.is_file()))]
+        p = (
+            Path(d)
+            if isinstance(d, (str, Path)) and len(str(d)) < 1000 and os.path.exists(d)
+            else None
+        )
+        if p is None and re.fullmatch(r'[!-~]{1,250}', str(d)):
+            raise LlamaZhError(f'{d}: no such file or folder')
+        if p is None:
+            loose += 1
+        elif (p / 'train.jsonl').exists():
+            r = read_json(p / 'report.json') if (p / 'report.json').exists() else {}
+            rows.append(
+                dict(
+                    name=p.name,
+                    documents=r.get('train'),
+                    characters=r.get('chars'),
+                    sha256=sha256(p / 'train.jsonl'),
+                )
+            )
+        else:
+            rows += [
+                dict(name=f.name, bytes=f.stat().st_size, sha256=sha256(f))
+                for f in ([p] if p.is_file() else sorted(q for q in p.rglob('*') if q.is_file()))
+            ]
     return rows + ([dict(name='texts given in memory', documents=loose)] if loose else [])
 
 # %% ../../nbs/checkpoint/cards.ipynb #c3e9e2ab
-_WORDS = dict(train='trained', lora='LoRA r, alpha, dropout', rows='new rows', block='tokens in a block', batch='blocks in a step', accum='steps added up', lr='learning rate', embed_lr='learning rate of rows',
-              steps='steps', warmup='warm-up', schedule='schedule', weight_decay='weight decay', clip='clipping', seed='seed', replay='English replay', template='chat template', in_4bit='base in 4 bits',
-              trained='trained parameters', parameters='parameters', tokens_per_second='tokens per second')
-def _table(head, rows): return '\n'.join(['| ' + ' | '.join(r) + ' |' for r in [head, ['---']*len(head)]] + ['| ' + ' | '.join(map(_shown, r)) + ' |' for r in rows])
+_WORDS = dict(
+    train='trained',
+    lora='LoRA r, alpha, dropout',
+    rows='new rows',
+    block='tokens in a block',
+    batch='blocks in a step',
+    accum='steps added up',
+    lr='learning rate',
+    embed_lr='learning rate of rows',
+    steps='steps',
+    warmup='warm-up',
+    schedule='schedule',
+    weight_decay='weight decay',
+    clip='clipping',
+    seed='seed',
+    replay='English replay',
+    template='chat template',
+    in_4bit='base in 4 bits',
+    trained='trained parameters',
+    parameters='parameters',
+    tokens_per_second='tokens per second',
+)
+
+
+def _table(head, rows):
+    return '\n'.join(
+        ['| ' + ' | '.join(r) + ' |' for r in [head, ['---'] * len(head)]]
+        + ['| ' + ' | '.join(map(_shown, r)) + ' |' for r in rows]
+    )
+
+
 def _shown(v):
-    if v is None: return ''
-    if isinstance(v, (list, tuple)): return ', '.join(map(_shown, v))
-    return f'{v:,}' if isinstance(v, int) and not isinstance(v, bool) else f'{v:.4g}' if isinstance(v, float) else str(v)
-def _recipe(info): return [(w, info[k]) for k, w in _WORDS.items() if info.get(k) not in (None, '', False)]
+    if v is None:
+        return ''
+    if isinstance(v, (list, tuple)):
+        return ', '.join(map(_shown, v))
+    return (
+        f'{v:,}'
+        if isinstance(v, int) and not isinstance(v, bool)
+        else f'{v:.4g}'
+        if isinstance(v, float)
+        else str(v)
+    )
+
+
+def _recipe(info):
+    return [(w, info[k]) for k, w in _WORDS.items() if info.get(k) not in (None, '', False)]
 
 # %% ../../nbs/checkpoint/cards.ipynb #7c2e0d04
 def _counts(info):
     "What training counted in its data"
     parts = [('packed', b) for b in info.get('blocks') or []] + [('chats', info.get('data') or {})]
-    out = [(f'{n}: {k}', b[k]) for n, b in parts for k in ('documents', 'chats', 'characters', 'tokens', 'learnt_tokens', 'shortened', 'left_out', 'dropped_tokens') if isinstance(b.get(k), int)]
-    return out + ([('hash of all ids in training order', info['rows_hash'])] if info.get('rows_hash') else [])
+    out = [
+        (f'{n}: {k}', b[k])
+        for n, b in parts
+        for k in (
+            'documents',
+            'chats',
+            'characters',
+            'tokens',
+            'learnt_tokens',
+            'shortened',
+            'left_out',
+            'dropped_tokens',
+        )
+        if isinstance(b.get(k), int)
+    ]
+    return out + (
+        [('hash of all ids in training order', info['rows_hash'])] if info.get('rows_hash') else []
+    )
+
+
 def _metrics(rows):
     "(metric, before, after) of the training's measurements"
-    names = dict(zh_bpc='bits per character, held-out Chinese', en_bpb='bits per byte, held-out English', right='share of exact answers', loss='training loss')
+    names = dict(
+        zh_bpc='bits per character, held-out Chinese',
+        en_bpb='bits per byte, held-out English',
+        right='share of exact answers',
+        loss='training loss',
+    )
     out = []
     for k, w in names.items():
         seen = [r[k] for r in rows if r.get(k) is not None]
-        if seen: out.append((k, w, seen[0], seen[-1]))
+        if seen:
+            out.append((k, w, seen[0], seen[-1]))
     return out
+
+
 _STAGE = dict(pretrained='pretrain', chat='sft', control='control')
+
+
 def _final(folder, rows):
     "(metric, words, value) that the run measured on this very model, on all held-out text"
-    f, s = Path(folder).resolve().parent/'run.json', _STAGE.get(Path(folder).resolve().name)
-    m = (read_json(f).get('stages', {}).get(s) or {}).get('metrics', {}) if s and f.is_file() else {}
-    if not rows or (m.get('history') or [None])[-1] != rows[-1]: return []   # of another training
-    out = [(k2, w, m[k]) for k, k2, w in (('bpc_zh', 'zh_bpc', 'bits per character, held-out Chinese'), ('bpb_en', 'en_bpb', 'bits per byte, held-out English')) if m.get(k) is not None]
-    return out + [(f'right_{k}', f'exact answers, {k}', f"{v['right']:,} of {v['n']:,}") for k, v in (m.get('accuracy') or {}).items()]
+    f, s = Path(folder).resolve().parent / 'run.json', _STAGE.get(Path(folder).resolve().name)
+    m = (
+        (read_json(f).get('stages', {}).get(s) or {}).get('metrics', {})
+        if s and f.is_file()
+        else {}
+    )
+    if not rows or (m.get('history') or [None])[-1] != rows[-1]:
+        return []  # of another training
+    out = [
+        (k2, w, m[k])
+        for k, k2, w in (
+            ('bpc_zh', 'zh_bpc', 'bits per character, held-out Chinese'),
+            ('bpb_en', 'en_bpb', 'bits per byte, held-out English'),
+        )
+        if m.get(k) is not None
+    ]
+    return out + [
+        (f'right_{k}', f'exact answers, {k}', f'{v["right"]:,} of {v["n"]:,}')
+        for k, v in (m.get('accuracy') or {}).items()
+    ]
+
+
 def _part(info):
     "Which text training measured on"
     n = info.get('heldout') or {}
-    return ('the first ' + ', '.join(f'{v:,} documents ({k})' for k, v in n.items()) if n else 'the held-out documents that training was given') + '; the whole is often more'
+    return (
+        'the first ' + ', '.join(f'{v:,} documents ({k})' for k, v in n.items())
+        if n
+        else 'the held-out documents that training was given'
+    ) + '; the whole is often more'
 
 # %% ../../nbs/checkpoint/cards.ipynb #62133edc
 def front(folder, base, metrics, name, peft=False, final=()):
     "`ModelCardData`: the part of the card that machines read; `final` figures go before those of the training"
     hub = need('huggingface_hub')
-    results = [hub.EvalResult(task_type='text-generation', dataset_type=dict(zh_bpc='held-out-zh', en_bpb='held-out-en').get(k, 'held-out-questions'), dataset_name=(w.rpartition(', ')[2] if ', ' in w else 'held-out questions') + ('' if final else ', a part'), metric_type=k, metric_name=w, metric_value=round(b, 4))
-               for k, w, b in ([f for f in final if not isinstance(f[2], str)] or [(k, w, b) for k, w, _, b in metrics if k != 'loss'])]
+    results = [
+        hub.EvalResult(
+            task_type='text-generation',
+            dataset_type=dict(zh_bpc='held-out-zh', en_bpb='held-out-en').get(
+                k, 'held-out-questions'
+            ),
+            dataset_name=(w.rpartition(', ')[2] if ', ' in w else 'held-out questions')
+            + ('' if final else ', a part'),
+            metric_type=k,
+            metric_name=w,
+            metric_value=round(b, 4),
+        )
+        for k, w, b in (
+            [f for f in final if not isinstance(f[2], str)]
+            or [(k, w, b) for k, w, _, b in metrics if k != 'loss']
+        )
+    ]
     known = base['licence'] in _LICENCES
     more = {} if known or not base['licence'] else dict(license_name=base['licence'])
-    return hub.ModelCardData(language=['zh', 'en'], license=base['licence'] if known else 'other' if more else None, library_name='peft' if peft else 'transformers', pipeline_tag='text-generation',
-                             base_model=base['name'] if re.fullmatch(r'[\w.-]+/[\w.-]+', base['name'] or '') else None, tags=['llama', 'chinese', 'llama-zh-nb'] + (['lora'] if peft else []),
-                             model_name=name, eval_results=results or None, **more)
+    return hub.ModelCardData(
+        language=['zh', 'en'],
+        license=base['licence'] if known else 'other' if more else None,
+        library_name='peft' if peft else 'transformers',
+        pipeline_tag='text-generation',
+        base_model=base['name'] if re.fullmatch(r'[\w.-]+/[\w.-]+', base['name'] or '') else None,
+        tags=['llama', 'chinese', 'llama-zh-nb'] + (['lora'] if peft else []),
+        model_name=name,
+        eval_results=results or None,
+        **more,
+    )
+
+
 def _load(folder, name, peft, chat):
     "How to load it"
-    if peft: return f'''from peft import PeftModel
+    if peft:
+        return f'''from peft import PeftModel
 model = PeftModel.from_pretrained(base, "{name}")   # base: the model whose hashes are in belongs_to.json'''
-    ask = '''ids = tok.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)''' if chat else 'ids = tok("春天", return_tensors="pt")'
+    ask = (
+        """ids = tok.apply_chat_template([{"role": "user", "content": "你好"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)"""
+        if chat
+        else 'ids = tok("春天", return_tensors="pt")'
+    )
     return f'''from transformers import AutoModelForCausalLM, AutoTokenizer
 tok, model = AutoTokenizer.from_pretrained("{name}"), AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 {ask}
@@ -134,189 +306,400 @@ print(tok.decode(model.generate(**ids, max_new_tokens=100)[0]))'''
 
 # %% ../../nbs/checkpoint/cards.ipynb #8e46f156
 def write_card(
-    folder,          # trained folder; README.md is written there, and in its adapter/
-    base=None,       # the folder that was trained; by default what the folder itself shows
-    data=None,       # corpus folders or files, or {what: such}: counted and hashed
+    folder,  # trained folder; README.md is written there, and in its adapter/
+    base=None,  # the folder that was trained; by default what the folder itself shows
+    data=None,  # corpus folders or files, or {what: such}: counted and hashed
     base_name=None,  # 'mini', 'meta-llama/Llama-2-7b-hf', ...: see `origin`
-    licence=None,    # as the Hub spells it: 'llama2', 'apache-2.0', ...
-    name=None,       # of the model; the folder's by default
-    metrics=None,    # {what: number}, or a JSON file of such, to add to those of the training
-)->Path: # README.md
+    licence=None,  # as the Hub spells it: 'llama2', 'apache-2.0', ...
+    name=None,  # of the model; the folder's by default
+    metrics=None,  # {what: number}, or a JSON file of such, to add to those of the training
+) -> Path:  # README.md
     "Write the model card of a trained folder"
     folder, info, rows = Path(folder), {}, []
-    if not (folder/'config.json').exists() and not (folder/'adapter_config.json').exists(): raise LlamaZhError(f'{folder} is no model folder (no config.json in it): give the folder that training made')
-    if (folder/'history.json').exists(): h = read_json(folder/'history.json'); info, rows = h['info'], h['rows']
+    if not (folder / 'config.json').exists() and not (folder / 'adapter_config.json').exists():
+        raise LlamaZhError(
+            f'{folder} is no model folder (no config.json in it): give the folder that training made'
+        )
+    if (folder / 'history.json').exists():
+        h = read_json(folder / 'history.json')
+        info, rows = h['info'], h['rows']
     src, name = origin(base or folder, base_name, licence), name or folder.resolve().name
     m, final = _metrics(rows), _final(folder, rows)
-    if isinstance(metrics, str) and metrics.lstrip().startswith('{'): metrics = json.loads(metrics)
+    if isinstance(metrics, str) and metrics.lstrip().startswith('{'):
+        metrics = json.loads(metrics)
     more = list((read_json(metrics) if isinstance(metrics, (str, Path)) else metrics or {}).items())
-    if data is not None and not isinstance(data, dict): data = {'training': data}
-    for f, peft in ((folder, (folder/'adapter_config.json').exists()), (folder/'adapter', True)):
-        if not f.is_dir(): continue
-        with writing(f/'README.md') as t: t.write_text(f'---\n{front(f, src, m, name, peft, final)}\n---\n\n' + _body(f, src, base, info, m, more, data, name, peft, final), encoding='utf-8')
-        if src['licence'] == 'llama2' and not any(p.name.upper().startswith('NOTICE') for p in f.iterdir()):
-            with writing(f/'NOTICE') as t: t.write_text(_NOTICE)
-        check_card(f/'README.md')
-    return folder/'README.md'
+    if data is not None and not isinstance(data, dict):
+        data = {'training': data}
+    for f, peft in (
+        (folder, (folder / 'adapter_config.json').exists()),
+        (folder / 'adapter', True),
+    ):
+        if not f.is_dir():
+            continue
+        with writing(f / 'README.md') as t:
+            t.write_text(
+                f'---\n{front(f, src, m, name, peft, final)}\n---\n\n'
+                + _body(f, src, base, info, m, more, data, name, peft, final),
+                encoding='utf-8',
+            )
+        if src['licence'] == 'llama2' and not any(
+            p.name.upper().startswith('NOTICE') for p in f.iterdir()
+        ):
+            with writing(f / 'NOTICE') as t:
+                t.write_text(_NOTICE)
+        check_card(f / 'README.md')
+    return folder / 'README.md'
 
 # %% ../../nbs/checkpoint/cards.ipynb #9dfd2f53
 def _body(folder, src, base, info, metrics, more, data, name, peft, final=()):
     "The part of the card that people read"
-    licence = _LICENCES.get(src['licence'], (src['licence'] or 'not known: state it before you share this model',))[0]
+    licence = _LICENCES.get(
+        src['licence'], (src['licence'] or 'not known: state it before you share this model',)
+    )[0]
     kind = 'A LoRA adapter' if peft else 'A language model'
     hashes = [('tokenizer', tokenizer_hash(folder))] if not peft else []
-    if not peft: hashes.append(('weights', fingerprint(folder)))
-    if info.get('base'): hashes += [('weights it was trained from', info['base']), ('their tokenizer', info.get('tokenizer'))]
-    parts = [f'# {name}', f"{kind} for Chinese and English, made with [llama_zh_nb](https://github.com/llama-zh-nb/llama_zh_nb) from {src['name'] or 'a base that was not named'}.\n\n以 {src['name'] or '未注明的底座'} 为底座训练的中英文语言模型。",
-             f"## Base and licence\n\nBase: {src['name'] or 'not named'}. Licence: {licence}." + (' This model is a derivative of Llama 2: the licence, its use policy and the notice go with every copy.' if src['licence'] == 'llama2' else '')]
-    if info: parts.append('## Recipe\n\n' + _table(['what', 'value'], _recipe(info) + [(k, v) for k, v in versions().items() if k in ('llama_zh_nb', 'torch', 'transformers', 'peft', 'trl')]))
-    if rows := [(k, r['name'], r.get('documents'), r.get('characters'), r.get('bytes'), r.get('sha256', '')[:16]) for k, d in (data or {}).items() for r in about(d)]:
-        parts.append('## Data\n\n' + _table(['part', 'file', 'documents', 'characters', 'bytes', 'SHA-256'], rows))
-    if (folder/'merged.json').exists(): parts.append('## Merged from\n\n' + _table(['adapter', 'SHA-256'], [(a['adapter'], f"`{a['sha256']}`") for a in read_json(folder/'merged.json')['adapters']]))
-    if counts := _counts(info): parts.append(('' if rows else '## Data\n\n') + _table(['counted by training', 'value'], counts))
-    if shown := [(w, v) for _, w, v in final] + more: parts.append('## Metrics\n\n' + _table(['measured at the end' + (', on all held-out text of the run' if final else ''), 'value'], shown))
-    if metrics: parts.append(('' if shown else '## Metrics\n\n') + f'Measured during training, on {_part(info)}:\n\n' + _table(['measure', 'first', 'last'], [(w, a, b) for _, w, a, b in metrics]))
-    chat = (folder/'chat_template.jinja').exists()
+    if not peft:
+        hashes.append(('weights', fingerprint(folder)))
+    if info.get('base'):
+        hashes += [
+            ('weights it was trained from', info['base']),
+            ('their tokenizer', info.get('tokenizer')),
+        ]
+    parts = [
+        f'# {name}',
+        f'{kind} for Chinese and English, made with [llama_zh_nb](https://github.com/llama-zh-nb/llama_zh_nb) from {src["name"] or "a base that was not named"}.\n\n以 {src["name"] or "未注明的底座"} 为底座训练的中英文语言模型。',
+        f'## Base and licence\n\nBase: {src["name"] or "not named"}. Licence: {licence}.'
+        + (
+            ' This model is a derivative of Llama 2: the licence, its use policy and the notice go with every copy.'
+            if src['licence'] == 'llama2'
+            else ''
+        ),
+    ]
+    if info:
+        parts.append(
+            '## Recipe\n\n'
+            + _table(
+                ['what', 'value'],
+                _recipe(info)
+                + [
+                    (k, v)
+                    for k, v in versions().items()
+                    if k in ('llama_zh_nb', 'torch', 'transformers', 'peft', 'trl')
+                ],
+            )
+        )
+    if rows := [
+        (
+            k,
+            r['name'],
+            r.get('documents'),
+            r.get('characters'),
+            r.get('bytes'),
+            r.get('sha256', '')[:16],
+        )
+        for k, d in (data or {}).items()
+        for r in about(d)
+    ]:
+        parts.append(
+            '## Data\n\n'
+            + _table(['part', 'file', 'documents', 'characters', 'bytes', 'SHA-256'], rows)
+        )
+    if (folder / 'merged.json').exists():
+        parts.append(
+            '## Merged from\n\n'
+            + _table(
+                ['adapter', 'SHA-256'],
+                [
+                    (a['adapter'], f'`{a["sha256"]}`')
+                    for a in read_json(folder / 'merged.json')['adapters']
+                ],
+            )
+        )
+    if counts := _counts(info):
+        parts.append(
+            ('' if rows else '## Data\n\n') + _table(['counted by training', 'value'], counts)
+        )
+    if shown := [(w, v) for _, w, v in final] + more:
+        parts.append(
+            '## Metrics\n\n'
+            + _table(
+                [
+                    'measured at the end' + (', on all held-out text of the run' if final else ''),
+                    'value',
+                ],
+                shown,
+            )
+        )
+    if metrics:
+        parts.append(
+            ('' if shown else '## Metrics\n\n')
+            + f'Measured during training, on {_part(info)}:\n\n'
+            + _table(['measure', 'first', 'last'], [(w, a, b) for _, w, a, b in metrics])
+        )
+    chat = (folder / 'chat_template.jinja').exists()
     parts.append('## How to load\n\n```python\n' + _load(folder, name, peft, chat) + '\n```')
-    if hashes: parts.append('## Hashes\n\n' + _table(['of', 'SHA-256'], [(k, f'`{v}`') for k, v in hashes if v]))
+    if hashes:
+        parts.append(
+            '## Hashes\n\n' + _table(['of', 'SHA-256'], [(k, f'`{v}`') for k, v in hashes if v])
+        )
     return '\n\n'.join(parts) + '\n'
 
 # %% ../../nbs/checkpoint/cards.ipynb #5a95a6ec
 def check_card(
-    path, # README.md
-): # ModelCardData
+    path,  # README.md
+):  # ModelCardData
     "A card that parses, names its licence, and does not give away this machine's folders"
     hub, text = need('huggingface_hub'), Path(path).read_text(encoding='utf-8')
     m = re.match(r'---\n(.*?)\n---\n', text, re.S)
-    if not m: raise LlamaZhError(f'{path}: no YAML between two lines of --- at its beginning; write it anew with  llama-zh card')
-    try: d = hub.ModelCard(text).data
-    except Exception as e: raise LlamaZhError(f'{path}: the YAML at its beginning cannot be read ({str(e).splitlines()[0][:120]}); write it anew with  llama-zh card') from None
-    if need('yaml').safe_load(m[1]) != need('yaml').safe_load(d.to_yaml()): raise LlamaZhError(f'{path}: the YAML at its beginning does not come back the same from huggingface_hub')
-    if local := re.search(r'(?<![\w:/.])(/(?:home|root|Users|tmp|mnt|data|work|content)/[^\s|"`]+)', text): raise LlamaZhError(f'{path} names {local[1]}, a folder of this machine: replace it with a name')
+    if not m:
+        raise LlamaZhError(
+            f'{path}: no YAML between two lines of --- at its beginning; write it anew with  llama-zh card'
+        )
+    try:
+        d = hub.ModelCard(text).data
+    except Exception as e:
+        raise LlamaZhError(
+            f'{path}: the YAML at its beginning cannot be read ({str(e).splitlines()[0][:120]}); write it anew with  llama-zh card'
+        ) from None
+    if need('yaml').safe_load(m[1]) != need('yaml').safe_load(d.to_yaml()):
+        raise LlamaZhError(
+            f'{path}: the YAML at its beginning does not come back the same from huggingface_hub'
+        )
+    if local := re.search(
+        r'(?<![\w:/.])(/(?:home|root|Users|tmp|mnt|data|work|content)/[^\s|"`]+)', text
+    ):
+        raise LlamaZhError(
+            f'{path} names {local[1]}, a folder of this machine: replace it with a name'
+        )
     return d
 
 # %% ../../nbs/checkpoint/cards.ipynb #ca4d0002
 def leave_card(
-    folder, base, # the trained folder, and the one it began with
-    data, # {what: corpus folder, files, or texts in memory}; what is None is left out
+    folder,
+    base,  # the trained folder, and the one it began with
+    data,  # {what: corpus folder, files, or texts in memory}; what is None is left out
 ):
     "Write the card of a folder that was just trained, or say why there is none"
-    try: write_card(folder, base, data={k: v for k,v in data.items() if v is not None} or None)
-    except (LlamaZhError, OSError) as e: print(f'no model card: {e}')
+    try:
+        write_card(folder, base, data={k: v for k, v in data.items() if v is not None} or None)
+    except (LlamaZhError, OSError) as e:
+        print(f'no model card: {e}')
 
 # %% ../../nbs/checkpoint/cards.ipynb #a0b2e38e
-_GO = ['*.safetensors', '*.safetensors.index.json', 'config.json', 'generation_config.json', 'quantize_config.json', 'tokenizer.model', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
-       'chat_template.jinja', 'resize.json', 'merged.json', 'adapter_config.json', 'belongs_to.json', 'README.md', 'LICENSE*', 'NOTICE*', 'USE_POLICY*']
+_GO = [
+    '*.safetensors',
+    '*.safetensors.index.json',
+    'config.json',
+    'generation_config.json',
+    'quantize_config.json',
+    'tokenizer.model',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'chat_template.jinja',
+    'resize.json',
+    'merged.json',
+    'adapter_config.json',
+    'belongs_to.json',
+    'README.md',
+    'LICENSE*',
+    'NOTICE*',
+    'USE_POLICY*',
+]
+
+
 class Upload:
     "What `push_to_hub` would send, or has sent"
-    def __init__(self, folder, repo, private, files, stay, url=None): self.folder, self.repo, self.private, self.files, self.stay, self.url = folder, repo, private, files, stay, url
+
+    def __init__(self, folder, repo, private, files, stay, url=None):
+        self.folder, self.repo, self.private, self.files, self.stay, self.url = (
+            folder,
+            repo,
+            private,
+            files,
+            stay,
+            url,
+        )
+
     def __repr__(self):
-        size = lambda n: f'{n/1e9:.2f} GB' if n > 1e8 else f'{n/1e3:,.1f} kB'
+        size = lambda n: f'{n / 1e9:.2f} GB' if n > 1e8 else f'{n / 1e3:,.1f} kB'
         total = sum(n for _, n in self.files)
-        return '\n'.join([f"{len(self.files)} files, {size(total)}, {'sent' if self.url else 'would go'} to {self.url or self.repo} ({'private' if self.private else 'PUBLIC'}):", *(f'  {n:40} {size(s)}' for n, s in self.files),
-                          f"staying here: {', '.join(self.stay) or 'nothing'}"] + ([] if self.url else ['nothing was sent; with --yes it will be']))
+        return '\n'.join(
+            [
+                f'{len(self.files)} files, {size(total)}, {"sent" if self.url else "would go"} to {self.url or self.repo} ({"private" if self.private else "PUBLIC"}):',
+                *(f'  {n:40} {size(s)}' for n, s in self.files),
+                f'staying here: {", ".join(self.stay) or "nothing"}',
+            ]
+            + ([] if self.url else ['nothing was sent; with --yes it will be'])
+        )
 
 # %% ../../nbs/checkpoint/cards.ipynb #052bb46e
 def check_name(repo):
     "owner/name, as the Hub allows it"
     why = '' if re.fullmatch(r'[\w.-]+/[\w.-]+', str(repo)) else 'owner/name was expected'
-    try: why or need('huggingface_hub.utils').validate_repo_id(repo)
-    except ValueError as e: why = str(e).splitlines()[0]
-    if why: raise LlamaZhError(f'{repo!r} is not the name of a repository: {why}')
+    try:
+        why or need('huggingface_hub.utils').validate_repo_id(repo)
+    except ValueError as e:
+        why = str(e).splitlines()[0]
+    if why:
+        raise LlamaZhError(f'{repo!r} is not the name of a repository: {why}')
+
+
 def upload_plan(
-    folder, repo, private=True,
-    adapter=False, # also the adapter, in a folder of its own
-)->Upload:
+    folder,
+    repo,
+    private=True,
+    adapter=False,  # also the adapter, in a folder of its own
+) -> Upload:
     "What goes and what stays"
     folder = Path(folder)
     check_name(repo)
-    if not (folder/'README.md').exists(): raise LlamaZhError(f'{folder}: no model card; write it with  llama-zh card {folder}')
-    d = check_card(folder/'README.md')
-    if not d.license: raise LlamaZhError(f"{folder}/README.md names no licence: say the base's with  llama-zh card {folder} --licence ...")
-    if not (folder/'adapter_config.json').exists(): check_folder(folder)
-    inside = sorted(p for p in folder.iterdir() if p.is_file()) + (sorted((folder/'adapter').iterdir()) if adapter and (folder/'adapter').is_dir() else [])
+    if not (folder / 'README.md').exists():
+        raise LlamaZhError(f'{folder}: no model card; write it with  llama-zh card {folder}')
+    d = check_card(folder / 'README.md')
+    if not d.license:
+        raise LlamaZhError(
+            f"{folder}/README.md names no licence: say the base's with  llama-zh card {folder} --licence ..."
+        )
+    if not (folder / 'adapter_config.json').exists():
+        check_folder(folder)
+    inside = sorted(p for p in folder.iterdir() if p.is_file()) + (
+        sorted((folder / 'adapter').iterdir()) if adapter and (folder / 'adapter').is_dir() else []
+    )
     go = [p for p in inside if any(fnmatch(p.name, g) for g in _GO)]
-    stay = [p.name for p in sorted(folder.iterdir()) if p not in go and not (p.name == 'adapter' and adapter)]
-    return Upload(folder, repo, private, [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in go], stay)
+    stay = [
+        p.name
+        for p in sorted(folder.iterdir())
+        if p not in go and not (p.name == 'adapter' and adapter)
+    ]
+    return Upload(
+        folder,
+        repo,
+        private,
+        [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in go],
+        stay,
+    )
 
 # %% ../../nbs/checkpoint/cards.ipynb #13e5d887
 import contextlib
+
+
 @contextlib.contextmanager
 def _plainly(repo):
     "One message for what goes wrong on the way"
     hub = need('huggingface_hub')
-    try: yield
-    except LlamaZhError: raise
+    try:
+        yield
+    except LlamaZhError:
+        raise
     except hub.errors.HfHubHTTPError as e:
         code = getattr(e.response, 'status_code', None)
-        if code in (401, 403): raise LlamaZhError(f'the Hub refused {repo} ({code}): the token has no write permission for {repo.split("/")[0]}, or is of another account; see https://huggingface.co/settings/tokens') from None
-        raise LlamaZhError(f'the Hub answered {code or "with an error"} for {repo}: {str(e).splitlines()[0][:150]}; what was sent before is not shown until a commit is complete, so try again') from None
+        if code in (401, 403):
+            raise LlamaZhError(
+                f'the Hub refused {repo} ({code}): the token has no write permission for {repo.split("/")[0]}, or is of another account; see https://huggingface.co/settings/tokens'
+            ) from None
+        raise LlamaZhError(
+            f'the Hub answered {code or "with an error"} for {repo}: {str(e).splitlines()[0][:150]}; what was sent before is not shown until a commit is complete, so try again'
+        ) from None
     except Exception as e:
-        if not isinstance(e, OSError) and 'connect' not in type(e).__name__.lower() and 'timeout' not in type(e).__name__.lower(): raise
-        raise LlamaZhError(f'huggingface.co cannot be reached ({type(e).__name__}): check the network, or set HF_ENDPOINT to a mirror that takes uploads') from None
+        if (
+            not isinstance(e, OSError)
+            and 'connect' not in type(e).__name__.lower()
+            and 'timeout' not in type(e).__name__.lower()
+        ):
+            raise
+        raise LlamaZhError(
+            f'huggingface.co cannot be reached ({type(e).__name__}): check the network, or set HF_ENDPOINT to a mirror that takes uploads'
+        ) from None
 
 # %% ../../nbs/checkpoint/cards.ipynb #7c2e0d08
 def _door(repo, private, token=None):
     "The Hub's API and the repository, None if it is still to be made; or why nothing can be sent"
     hub = need('huggingface_hub')
-    if hub.constants.HF_HUB_OFFLINE: raise LlamaZhError('HF_HUB_OFFLINE is set: nothing can be sent; unset it and try again')
-    if not (token := token or hub.get_token()): raise LlamaZhError('no Hugging Face token: make one with write permission at https://huggingface.co/settings/tokens, then run  hf auth login  or set HF_TOKEN')
+    if hub.constants.HF_HUB_OFFLINE:
+        raise LlamaZhError('HF_HUB_OFFLINE is set: nothing can be sent; unset it and try again')
+    if not (token := token or hub.get_token()):
+        raise LlamaZhError(
+            'no Hugging Face token: make one with write permission at https://huggingface.co/settings/tokens, then run  hf auth login  or set HF_TOKEN'
+        )
     api = hub.HfApi(token=token)
     with _plainly(repo):
-        try: there = api.repo_info(repo)
-        except hub.errors.RepositoryNotFoundError: there = None
-    if there and private and not there.private: raise LlamaZhError(f'{repo} exists and is public: choose another name, or say --no-private if everybody may see this')
+        try:
+            there = api.repo_info(repo)
+        except hub.errors.RepositoryNotFoundError:
+            there = None
+    if there and private and not there.private:
+        raise LlamaZhError(
+            f'{repo} exists and is public: choose another name, or say --no-private if everybody may see this'
+        )
     return api, there
+
+
 def _content(path, repo):
     "A path; for an adapter's settings the text, with the repository in place of this machine's folder"
-    if path.name != 'adapter_config.json': return str(path)
+    if path.name != 'adapter_config.json':
+        return str(path)
     import json
+
     c = read_json(path)
-    if os.path.isabs(c.get('base_model_name_or_path') or ''): c['base_model_name_or_path'] = Path(c['base_model_name_or_path']).name
+    if os.path.isabs(c.get('base_model_name_or_path') or ''):
+        c['base_model_name_or_path'] = Path(c['base_model_name_or_path']).name
     return json.dumps(c, indent=2).encode()
 
 # %% ../../nbs/checkpoint/cards.ipynb #e6438570
 def push_to_hub(
-    folder,          # trained folder with its card
-    repo,            # 'owner/name' on the Hub
-    private=True,    # who may see it
-    yes=False,       # really send; otherwise only say what would be sent
-    adapter=False,   # also the adapter, in a folder of its own
-    token:str=None,  # by default that of `hf auth login` or HF_TOKEN
-    message='Upload with llama_zh_nb', # of the commit
-)->Upload:
+    folder,  # trained folder with its card
+    repo,  # 'owner/name' on the Hub
+    private=True,  # who may see it
+    yes=False,  # really send; otherwise only say what would be sent
+    adapter=False,  # also the adapter, in a folder of its own
+    token: str = None,  # by default that of `hf auth login` or HF_TOKEN
+    message='Upload with llama_zh_nb',  # of the commit
+) -> Upload:
     "Send a trained folder to the Hugging Face Hub; without `yes`, say what would be sent"
     plan, hub = upload_plan(folder, repo, private, adapter), need('huggingface_hub')
-    if not yes: return plan
+    if not yes:
+        return plan
     api, there = _door(repo, private, token)
     with _plainly(repo):
-        if not there: api.create_repo(repo, private=private)
-        ops = [hub.CommitOperationAdd(n, _content(plan.folder/n, repo)) for n, _ in plan.files]
+        if not there:
+            api.create_repo(repo, private=private)
+        ops = [hub.CommitOperationAdd(n, _content(plan.folder / n, repo)) for n, _ in plan.files]
         plan.url = str(api.create_commit(repo, ops, commit_message=message).commit_url)
     return plan
 
 # %% ../../nbs/checkpoint/cards.ipynb #7c2e0d0a
 def check_push(
-    repo,         # 'owner/name' on the Hub
-    private=True, # who will see it
-    base=None,    # the folder that will be trained: a model without a known licence is refused now
-    token:str=None, # by default that of `hf auth login` or HF_TOKEN
+    repo,  # 'owner/name' on the Hub
+    private=True,  # who will see it
+    base=None,  # the folder that will be trained: a model without a known licence is refused now
+    token: str = None,  # by default that of `hf auth login` or HF_TOKEN
 ):
     "Before training: can its result be sent? Says what will be, or raises"
     check_name(repo)
-    if base is not None and not origin(base)['licence']: raise LlamaZhError(f"{base}: its licence is not known, and nothing is sent without one: put the base's LICENSE file into that folder, or train without sending and use  llama-zh card --licence ...  and  llama-zh push")
+    if base is not None and not origin(base)['licence']:
+        raise LlamaZhError(
+            f"{base}: its licence is not known, and nothing is sent without one: put the base's LICENSE file into that folder, or train without sending and use  llama-zh card --licence ...  and  llama-zh push"
+        )
     _door(repo, private, token)
-    print(f"at the end of training its folder goes to {repo} ({'private' if private else 'PUBLIC'}): weights, config, tokenizer, model card; no checkpoints, no texts, no histories")
+    print(
+        f'at the end of training its folder goes to {repo} ({"private" if private else "PUBLIC"}): weights, config, tokenizer, model card; no checkpoints, no texts, no histories'
+    )
+
+
 def push_after(
-    folder,       # trained, with its card
-    repo,         # 'owner/name' on the Hub
-    private=True, # who may see it
-    token:str=None, # see `check_push`
-): # an `Upload`, or None if it failed
+    folder,  # trained, with its card
+    repo,  # 'owner/name' on the Hub
+    private=True,  # who may see it
+    token: str = None,  # see `check_push`
+):  # an `Upload`, or None if it failed
     "After training: list what goes, then send it; a failure is said, and the model stays"
     try:
         print('\n'.join(repr(upload_plan(folder, repo, private)).splitlines()[:-1]))
         sent = push_to_hub(folder, repo, private, yes=True, token=token)
         print(f'sent: {sent.url}')
         return sent
-    except (LlamaZhError, OSError) as e: print(f'not sent: {e}\nThe model is in {folder}. Once that is put right:  llama-zh push {folder} {repo} --yes')
+    except (LlamaZhError, OSError) as e:
+        print(
+            f'not sent: {e}\nThe model is in {folder}. Once that is put right:  llama-zh push {folder} {repo} --yes'
+        )

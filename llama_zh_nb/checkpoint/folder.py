@@ -7,65 +7,93 @@ __all__ = ['check_sizes', 'load', 'tokenizer_hash', 'load_tokenizer', 'check_fol
            'rewrite', 'write_files', 'copy_rest', 'load_quantized']
 
 # %% ../../nbs/checkpoint/folder.ipynb #8f984b3f
-from pathlib import Path
 import contextlib
 import hashlib
 import io
 import os
 import shutil
+from pathlib import Path
+
 from .tensors import nbytes, open_weights, write_index, write_safetensors
 from ..core.errors import LlamaZhError, need, read_json, sha256, writing
 from ..core.machine import pick_device, pick_dtype
 
 # %% ../../nbs/checkpoint/folder.ipynb #4c25d871
 def check_sizes(
-    folder, # Hugging Face folder
+    folder,  # Hugging Face folder
 ):
     "Refuse a folder whose tokenizer has pieces that the weights have no row for"
     folder = Path(folder)
-    if not (folder/'config.json').is_file():
-        what = 'there is no such folder' if not folder.exists() else 'a Hugging Face folder holds config.json, this one does not'
+    if not (folder / 'config.json').is_file():
+        what = (
+            'there is no such folder'
+            if not folder.exists()
+            else 'a Hugging Face folder holds config.json, this one does not'
+        )
         raise LlamaZhError(f'{folder} is not a model: {what}')
-    rows = read_json(folder/'config.json').get('vocab_size')
-    spm, js = folder/'tokenizer.model', folder/'tokenizer.json'
-    n_js = 1 + max([*read_json(js)['model']['vocab'].values(), *(t['id'] for t in read_json(js).get('added_tokens', []))]) if js.is_file() else None
-    n_sp = need('sentencepiece').SentencePieceProcessor(model_file=str(spm)).vocab_size() if spm.is_file() else None
+    rows = read_json(folder / 'config.json').get('vocab_size')
+    spm, js = folder / 'tokenizer.model', folder / 'tokenizer.json'
+    n_js = (
+        1
+        + max(
+            [
+                *read_json(js)['model']['vocab'].values(),
+                *(t['id'] for t in read_json(js).get('added_tokens', [])),
+            ]
+        )
+        if js.is_file()
+        else None
+    )
+    n_sp = (
+        need('sentencepiece').SentencePieceProcessor(model_file=str(spm)).vocab_size()
+        if spm.is_file()
+        else None
+    )
     if rows and max(n_js or 0, n_sp or 0) > rows:
-        raise LlamaZhError(f'{folder}: the weights have {rows:,} rows, but tokenizer.json has {n_js or "no"} and tokenizer.model {n_sp or "no"} pieces'
-                           + (f' (sha256 {sha256(spm)[:12]}…)' if n_sp else '') + ': use the tokenizer that came with these weights, or resize the embeddings')
+        raise LlamaZhError(
+            f'{folder}: the weights have {rows:,} rows, but tokenizer.json has {n_js or "no"} and tokenizer.model {n_sp or "no"} pieces'
+            + (f' (sha256 {sha256(spm)[:12]}…)' if n_sp else '')
+            + ': use the tokenizer that came with these weights, or resize the embeddings'
+        )
 
 # %% ../../nbs/checkpoint/folder.ipynb #fbf4161a
 def load(
-    folder,          # Hugging Face folder: plain or GPTQ
-    device='auto',   # see `pick_device`
-    dtype=None,      # see `pick_dtype`
-): # (model in eval mode, tokenizer)
+    folder,  # Hugging Face folder: plain or GPTQ
+    device='auto',  # see `pick_device`
+    dtype=None,  # see `pick_dtype`
+):  # (model in eval mode, tokenizer)
     "Load a model folder and its tokenizer"
     folder = Path(folder)
     check_sizes(folder)
     tf = need('transformers', 'train')
     device = pick_device(device)
     tok = tf.AutoTokenizer.from_pretrained(folder)
-    if read_json(folder/'config.json').get('quantization_config'):
+    if read_json(folder / 'config.json').get('quantization_config'):
         model = load_quantized(folder, device=device)
-        if isinstance(model, tuple): model = model[0]
+        if isinstance(model, tuple):
+            model = model[0]
     else:
         log, dtype = tf.utils.logging, pick_dtype(dtype, device)
         bar = log.is_progress_bar_enabled()
-        log.disable_progress_bar()   # a bar for each of many small models is only noise
-        try: model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+        log.disable_progress_bar()  # a bar for each of many small models is only noise
+        try:
+            model = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
         finally:
-            if bar: log.enable_progress_bar()
+            if bar:
+                log.enable_progress_bar()
     return model.eval(), tok
 
 # %% ../../nbs/checkpoint/folder.ipynb #8c8c7e2f
 def tokenizer_hash(
-    folder, # holds tokenizer.model or tokenizer.json
-)->str:
+    folder,  # holds tokenizer.model or tokenizer.json
+) -> str:
     "SHA-256 of what defines the tokenizer: tokenizer.model if there is one, else tokenizer.json"
     for f in ('tokenizer.model', 'tokenizer.json'):
-        if (Path(folder)/f).exists(): return sha256(Path(folder)/f)
-    raise LlamaZhError(f'{folder}: no tokenizer.model and no tokenizer.json. Copy the tokenizer of this model into the folder.')
+        if (Path(folder) / f).exists():
+            return sha256(Path(folder) / f)
+    raise LlamaZhError(
+        f'{folder}: no tokenizer.model and no tokenizer.json. Copy the tokenizer of this model into the folder.'
+    )
 
 # %% ../../nbs/checkpoint/folder.ipynb #790d336c
 def load_tokenizer(folder):
@@ -73,107 +101,161 @@ def load_tokenizer(folder):
     tokenizer_hash(folder)
     tok = need('transformers', 'train').AutoTokenizer.from_pretrained(str(folder))
     if tok.bos_token_id is None or tok.eos_token_id is None:
-        raise LlamaZhError(f'{folder}: the tokenizer names no BOS or no EOS token. Save it with  llama_zh_nb.exact.save_tokenizer, which writes tokenizer_config.json.')
+        raise LlamaZhError(
+            f'{folder}: the tokenizer names no BOS or no EOS token. Save it with  llama_zh_nb.exact.save_tokenizer, which writes tokenizer_config.json.'
+        )
     return tok
 
 # %% ../../nbs/checkpoint/folder.ipynb #a6fa5e98
 def check_folder(
-    folder, # Hugging Face folder
-)->dict: # the numbers
+    folder,  # Hugging Face folder
+) -> dict:  # the numbers
     "config.json, the rows of embed_tokens and lm_head, and the tokenizer agree, or all of them are named"
     folder = Path(folder)
-    if not (folder/'config.json').exists(): raise LlamaZhError(f'{folder}: no config.json; a Hugging Face model folder is needed (make one with  llama-zh weights)')
-    c, w, tok = read_json(folder/'config.json'), open_weights(folder), load_tokenizer(folder)
-    rows = {k: w[n].spec(n)[1][0] for k, n in (('embed_tokens','model.embed_tokens.weight'), ('lm_head','lm_head.weight')) if n in w}
+    if not (folder / 'config.json').exists():
+        raise LlamaZhError(
+            f'{folder}: no config.json; a Hugging Face model folder is needed (make one with  llama-zh weights)'
+        )
+    c, w, tok = read_json(folder / 'config.json'), open_weights(folder), load_tokenizer(folder)
+    rows = {
+        k: w[n].spec(n)[1][0]
+        for k, n in (('embed_tokens', 'model.embed_tokens.weight'), ('lm_head', 'lm_head.weight'))
+        if n in w
+    }
     n = 1 + max(tok.get_vocab().values())
-    if 'embed_tokens' not in rows: raise LlamaZhError(f'{folder}: no model.embed_tokens.weight among its {len(w)} tensors: not a Llama in the Hugging Face layout')
-    if 'lm_head' not in rows and not c.get('tie_word_embeddings'): raise LlamaZhError(f'{folder}: no lm_head.weight, though config.json does not say tie_word_embeddings')
+    if 'embed_tokens' not in rows:
+        raise LlamaZhError(
+            f'{folder}: no model.embed_tokens.weight among its {len(w)} tensors: not a Llama in the Hugging Face layout'
+        )
+    if 'lm_head' not in rows and not c.get('tie_word_embeddings'):
+        raise LlamaZhError(
+            f'{folder}: no lm_head.weight, though config.json does not say tie_word_embeddings'
+        )
     if set(rows.values()) != {c['vocab_size']} or not n <= c['vocab_size'] < n + 1024:
         what = ', '.join(f'{k} has {v:,} rows' for k, v in rows.items())
-        raise LlamaZhError(f"{folder}: the sizes disagree: config.json says vocab_size {c['vocab_size']:,}, {what}, the tokenizer ({tokenizer_hash(folder)[:12]}) has {n:,} pieces. "
-                           'Put the tokenizer of this model there, or resize the embeddings to it (llama-zh embeddings resize).')
+        raise LlamaZhError(
+            f'{folder}: the sizes disagree: config.json says vocab_size {c["vocab_size"]:,}, {what}, the tokenizer ({tokenizer_hash(folder)[:12]}) has {n:,} pieces. '
+            'Put the tokenizer of this model there, or resize the embeddings to it (llama-zh embeddings resize).'
+        )
     return dict(config=c['vocab_size'], **rows, tokenizer=n, tied='lm_head' not in rows)
 
 # %% ../../nbs/checkpoint/folder.ipynb #7053c179
 def new_rows(
-    folder,    # a resized folder
-    rows=None, # (start, stop) to say it yourself
-): # (start, stop), or None where there are none
+    folder,  # a resized folder
+    rows=None,  # (start, stop) to say it yourself
+):  # (start, stop), or None where there are none
     "The rows that a larger vocabulary added"
     folder = Path(folder)
     if rows is None:
-        f = folder/'resize.json'
-        d = read_json(f) if f.exists() else read_json(folder/'config.json')
-        if d.get('old_rows') is None: return None
+        f = folder / 'resize.json'
+        d = read_json(f) if f.exists() else read_json(folder / 'config.json')
+        if d.get('old_rows') is None:
+            return None
         rows = (d['old_rows'], d.get('pieces') or check_folder(folder)['tokenizer'])
     start, stop = map(int, rows)
-    n = read_json(folder/'config.json')['vocab_size']
-    if not 0 <= start <= stop <= n: raise LlamaZhError(f'new rows {start:,} to {stop:,} are not within the {n:,} rows of {folder}')
+    n = read_json(folder / 'config.json')['vocab_size']
+    if not 0 <= start <= stop <= n:
+        raise LlamaZhError(
+            f'new rows {start:,} to {stop:,} are not within the {n:,} rows of {folder}'
+        )
     return (start, stop) if stop > start else None
 
 # %% ../../nbs/checkpoint/folder.ipynb #0c6342f6
 def fingerprint(
-    folder, # Hugging Face folder, or {name: file that holds it}
-)->str: # hex digest
+    folder,  # Hugging Face folder, or {name: file that holds it}
+) -> str:  # hex digest
     "A hash of the weights: name, type, shape and 16 rows of each tensor"
     h, w = hashlib.sha256(), folder if isinstance(folder, dict) else open_weights(folder)
     for name in sorted(w):
         code, shape = w[name].spec(name)
         h.update(f'{name} {code} {list(shape)}'.encode())
         n = shape[0] if shape else 1
-        for a in sorted({round(i*(n-1)/15) for i in range(16)}):
-            h.update(w[name].get(name, slice(a, a+1)).reshape(-1).view(need('torch','train').uint8).numpy().tobytes())
+        for a in sorted({round(i * (n - 1) / 15) for i in range(16)}):
+            h.update(
+                w[name]
+                .get(name, slice(a, a + 1))
+                .reshape(-1)
+                .view(need('torch', 'train').uint8)
+                .numpy()
+                .tobytes()
+            )
     return h.hexdigest()
 
 # %% ../../nbs/checkpoint/folder.ipynb #1335c03e
 @contextlib.contextmanager
 def placing(
-    out, # folder; other things that lie in it stay
-): # yields an empty folder to fill
+    out,  # folder; other things that lie in it stay
+):  # yields an empty folder to fill
     "Move what was made into `out` when all of it is there"
     out = Path(out)
-    with writing(out/'.merged') as t:
+    with writing(out / '.merged') as t:
         t.mkdir()
         yield t
-    for p in sorted((out/'.merged').iterdir(), key=lambda p: p.name == 'config.json'): os.replace(p, out/p.name) # config.json last: with it the folder is a model
-    (out/'.merged').rmdir()
+    for p in sorted((out / '.merged').iterdir(), key=lambda p: p.name == 'config.json'):
+        os.replace(p, out / p.name)  # config.json last: with it the folder is a model
+    (out / '.merged').rmdir()
 
 # %% ../../nbs/checkpoint/folder.ipynb #0e5b1825
 def rewrite(
-    base,   # Hugging Face folder
-    change, # {tensor name: function from the old tensor to the new one}
-    out,    # folder; other things that lie in it stay
-)->Path:
+    base,  # Hugging Face folder
+    change,  # {tensor name: function from the old tensor to the new one}
+    out,  # folder; other things that lie in it stay
+) -> Path:
     "Copy a model folder with some tensors changed, one tensor in memory at a time"
     w = open_weights(base)
-    if lost := sorted(set(change) - set(w)): raise LlamaZhError(f'{lost[0]} (and {len(lost)-1} more) is to be changed, but {base} does not have it')
-    get = lambda n: change[n](w[n].get(n)) if n in change else w[n].raw(n) if hasattr(w[n], 'raw') else w[n].get(n)
+    if lost := sorted(set(change) - set(w)):
+        raise LlamaZhError(
+            f'{lost[0]} (and {len(lost) - 1} more) is to be changed, but {base} does not have it'
+        )
+    get = lambda n: (
+        change[n](w[n].get(n))
+        if n in change
+        else w[n].raw(n)
+        if hasattr(w[n], 'raw')
+        else w[n].get(n)
+    )
     with placing(out) as t:
-        write_files(t, {k: f.spec(k) for k, f in w.items()}, get, {k: f.path.name for k, f in w.items()})
+        write_files(
+            t, {k: f.spec(k) for k, f in w.items()}, get, {k: f.path.name for k, f in w.items()}
+        )
         copy_rest(base, t)
     return Path(out)
 
 # %% ../../nbs/checkpoint/folder.ipynb #0da7d358
 def write_files(
-    folder, # exists
+    folder,  # exists
     specs,  # {tensor name: (type, shape)}
-    get,    # name -> tensor, or its bytes piece by piece
+    get,  # name -> tensor, or its bytes piece by piece
     where,  # {tensor name: file}, as in the base
 ):
     "safetensors cut into files as the base was"
     name = lambda f: Path(f).with_suffix('.safetensors').name.replace('pytorch_model', 'model')
     files = {name(f): [] for f in where.values()}
-    for k, f in where.items(): files[name(f)].append(k)
-    for file, ks in files.items(): write_safetensors(Path(folder)/file, {k: specs[k] for k in ks}, get)
-    if len(files) > 1: write_index(folder, {k: name(f) for k, f in where.items()}, sum(nbytes(*s) for s in specs.values()))
+    for k, f in where.items():
+        files[name(f)].append(k)
+    for file, ks in files.items():
+        write_safetensors(Path(folder) / file, {k: specs[k] for k in ks}, get)
+    if len(files) > 1:
+        write_index(
+            folder, {k: name(f) for k, f in where.items()}, sum(nbytes(*s) for s in specs.values())
+        )
 
 # %% ../../nbs/checkpoint/folder.ipynb #91055932
 def copy_rest(base, out):
     "Config, generation config, tokenizer, chat template, licence: the small files that make weights usable"
-    small, ours = ('.json', '.model', '.jinja', '.txt'), ('history.json', 'train.json', 'belongs_to.json', 'merged.json')
+    small, ours = (
+        ('.json', '.model', '.jinja', '.txt'),
+        ('history.json', 'train.json', 'belongs_to.json', 'merged.json'),
+    )
     for p in sorted(Path(base).iterdir()):
-        keep = p.suffix in small and not p.name.endswith('.index.json') and p.name not in ours or p.name.upper().startswith(('LICENSE', 'NOTICE'))
-        if p.is_file() and keep and not (Path(out)/p.name).exists(): shutil.copyfile(p, Path(out)/p.name)
+        keep = (
+            p.suffix in small
+            and not p.name.endswith('.index.json')
+            and p.name not in ours
+            or p.name.upper().startswith(('LICENSE', 'NOTICE'))
+        )
+        if p.is_file() and keep and not (Path(out) / p.name).exists():
+            shutil.copyfile(p, Path(out) / p.name)
 
 # %% ../../nbs/checkpoint/folder.ipynb #bd04adee
 @contextlib.contextmanager
@@ -182,29 +264,44 @@ def _quiet(what, verbose=False):
     log = io.StringIO()
     hold = contextlib.ExitStack()
     if not verbose:
-        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr): hold.enter_context(redirect(log))
+        for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+            hold.enter_context(redirect(log))
     try:
-        with hold: yield
-    except (LlamaZhError, KeyboardInterrupt, OSError): raise
+        with hold:
+            yield
+    except (LlamaZhError, KeyboardInterrupt, OSError):
+        raise
     except Exception as e:
         out_of_memory = 'out of memory' in str(e).lower()
-        hint = 'out of memory: use fewer or shorter calibration examples, or device="cpu"' if out_of_memory else f'{type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ""}'
+        hint = (
+            'out of memory: use fewer or shorter calibration examples, or device="cpu"'
+            if out_of_memory
+            else f'{type(e).__name__}: {str(e).splitlines()[0][:300] if str(e) else ""}'
+        )
         raise LlamaZhError(f'{what} failed: {hint}') from e
 
 # %% ../../nbs/checkpoint/folder.ipynb #c3fc4d1c
 def load_quantized(
-    model_dir,         # folder made by `quantize`, or any GPTQ folder
-    device:str='auto', # 'auto', 'cpu', 'cuda'
-    dtype=None,        # of the computation; None: float32 on a CPU, else float16
-    verbose:bool=False,
-): # a transformers model in eval mode
+    model_dir,  # folder made by `quantize`, or any GPTQ folder
+    device: str = 'auto',  # 'auto', 'cpu', 'cuda'
+    dtype=None,  # of the computation; None: float32 on a CPU, else float16
+    verbose: bool = False,
+):  # a transformers model in eval mode
     "Load a GPTQ folder through transformers"
-    config = Path(model_dir)/'config.json'
-    if not config.is_file(): raise LlamaZhError(f'{model_dir} is not a model: a Hugging Face folder holds config.json')
+    config = Path(model_dir) / 'config.json'
+    if not config.is_file():
+        raise LlamaZhError(f'{model_dir} is not a model: a Hugging Face folder holds config.json')
     if (kind := (read_json(config).get('quantization_config') or {}).get('quant_method')) != 'gptq':
-        raise LlamaZhError(f'{model_dir} is {f"quantized with {kind}" if kind else "not quantized"}: a GPTQ folder was expected')
+        raise LlamaZhError(
+            f'{model_dir} is {f"quantized with {kind}" if kind else "not quantized"}: a GPTQ folder was expected'
+        )
     device = pick_device(device)
     dtype = pick_dtype(dtype or ('float32' if device == 'cpu' else 'float16'), device)
     with _quiet(f'loading {model_dir}', verbose):
-        need('gptqmodel', 'quant'); need('optimum', 'quant')
-        return need('transformers', 'quant').AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map=device).eval()
+        need('gptqmodel', 'quant')
+        need('optimum', 'quant')
+        return (
+            need('transformers', 'quant')
+            .AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, device_map=device)
+            .eval()
+        )

@@ -7,15 +7,38 @@ __all__ = ['merge_adapter', 'check_shapes', 'untie', 'Plan', 'ahead', 'as_bytes'
            'merge_lora']
 
 # %% ../../nbs/checkpoint/merge.ipynb #1406fda1
-import contextlib, ctypes, itertools, math, shutil
+import contextlib
+import ctypes
+import itertools
+import math
+import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
 from fastcore.basics import patch
-from pathlib import Path
-from .adapter import Laid, _belongs, changes, check_adapter, check_config, four_bits, lay, portions, take
+
+from llama_zh_nb.checkpoint.adapter import (
+    Laid,
+    _belongs,
+    changes,
+    check_adapter,
+    check_config,
+    four_bits,
+    lay,
+    portions,
+    take,
+)
 from .cards import write_card
-from .folder import check_folder, copy_rest, fingerprint, load_tokenizer, placing, tokenizer_hash, write_files
+from llama_zh_nb.checkpoint.folder import (
+    check_folder,
+    copy_rest,
+    fingerprint,
+    load_tokenizer,
+    placing,
+    tokenizer_hash,
+    write_files,
+)
 from .meta import EMBED, HEAD, _params, meta_names, unpermute
 from .sizes import check_sizes
 from .tensors import nbytes, open_weights
@@ -25,97 +48,171 @@ from ..tokenizer.exact import copy_tokenizer, save_tokenizer
 
 # %% ../../nbs/checkpoint/merge.ipynb #6af0dc6a
 def merge_adapter(
-    base,    # the folder the adapter was trained on
-    adapter, # peft's folder
-    out,     # folder for a plain Hugging Face model; other things that lie in it stay
-)->Path:
+    base,  # the folder the adapter was trained on
+    adapter,  # peft's folder
+    out,  # folder for a plain Hugging Face model; other things that lie in it stay
+) -> Path:
     "Add LoRA to the weights and put the trained rows in their place"
     m = Plan(base, [adapter])
-    with placing(out) as t: m.write(t)
+    with placing(out) as t:
+        m.write(t)
     return Path(out)
 
 # %% ../../nbs/checkpoint/merge.ipynb #a2360e2d
 def check_shapes(ch, weights, adapter, base):
     "The changes fit the base"
-    if lost := sorted(set(ch) - set(weights) - {HEAD}): raise LlamaZhError(f'{adapter} changes {lost[0]} (and {len(lost)-1} more), which {base} does not have: it is for a model of another size or kind')
+    if lost := sorted(set(ch) - set(weights) - {HEAD}):
+        raise LlamaZhError(
+            f'{adapter} changes {lost[0]} (and {len(lost) - 1} more), which {base} does not have: it is for a model of another size or kind'
+        )
     for k in set(ch) & set(weights):
         has, gives = weights[k].spec(k)[1], ch[k].shape or ch[k].fits
-        if gives and gives != has and not (k in (EMBED, HEAD) and ch[k].shape and gives[1:] == has[1:]):
-            raise LlamaZhError(f'{adapter}: {k} is {" x ".join(map(str, gives))}, but {base} has {" x ".join(map(str, has))}: it is for a model of another size')
+        if (
+            gives
+            and gives != has
+            and not (k in (EMBED, HEAD) and ch[k].shape and gives[1:] == has[1:])
+        ):
+            raise LlamaZhError(
+                f'{adapter}: {k} is {" x ".join(map(str, gives))}, but {base} has {" x ".join(map(str, has))}: it is for a model of another size'
+            )
+
+
 def untie(ch, weights, file):
     "For a base whose lm_head is its embed_tokens: one change for both, or none"
-    if HEAD in weights: return
+    if HEAD in weights:
+        return
     head = ch.pop(HEAD, None)
     if head and head.kind == 'whole' and EMBED in ch and ch[EMBED].kind == 'whole':
         a, b = (c.begin(_F32, EMBED) for c in (head, ch[EMBED]))
-        if head.shape == ch[EMBED].shape and all((a(None, i, i + 1024) == b(None, i, i + 1024)).all() for i in range(0, head.shape[0], 1024)): return
+        if head.shape == ch[EMBED].shape and all(
+            (a(None, i, i + 1024) == b(None, i, i + 1024)).all()
+            for i in range(0, head.shape[0], 1024)
+        ):
+            return
     if head and head.kind != 'rows' or ch.get(EMBED) and ch[EMBED].kind in ('LoRA', 'DoRA'):
-        raise LlamaZhError(f'{file.path}: embed_tokens and lm_head are one matrix in the base (tie_word_embeddings), but the adapter changes them apart: untie the base first')
+        raise LlamaZhError(
+            f'{file.path}: embed_tokens and lm_head are one matrix in the base (tie_word_embeddings), but the adapter changes them apart: untie the base first'
+        )
+
+
 class _F32:
     @staticmethod
-    def spec(name): return 'F32', ()
+    def spec(name):
+        return 'F32', ()
 
 # %% ../../nbs/checkpoint/merge.ipynb #e39ad82e
-def _label(a): return '/'.join(a.absolute().parts[-2:])   # 'chat/adapter': many are called just adapter
+def _label(a):
+    return '/'.join(a.absolute().parts[-2:])  # 'chat/adapter': many are called just adapter
+
+
 class Plan:
     "Adapters laid over a base, checked, ready to be written"
+
     def __init__(self, base, adapters, in_4bit=None, tokenizer=None, force=False):
-        self.base, self.adapters, self.notes, self.used, self.files = Path(base), [Path(a) for a in adapters], [], [], []
-        self.config = read_json(self.base/'config.json')
-        if self.config.get('quantization_config'): raise LlamaZhError(f'{base} is quantized: an adapter cannot be added to such weights. Give the model before it was quantized, with --in-4bit if the adapter was trained over a 4-bit copy of it')
+        self.base, self.adapters, self.notes, self.used, self.files = (
+            Path(base),
+            [Path(a) for a in adapters],
+            [],
+            [],
+            [],
+        )
+        self.config = read_json(self.base / 'config.json')
+        if self.config.get('quantization_config'):
+            raise LlamaZhError(
+                f'{base} is quantized: an adapter cannot be added to such weights. Give the model before it was quantized, with --in-4bit if the adapter was trained over a 4-bit copy of it'
+            )
         self.old = self.weights = open_weights(self.base)
-        self.tokenizer, self.rows = self.base, self.weights[EMBED].spec(EMBED)[1][0] if EMBED in self.weights else 0
-        for n, a in enumerate(self.adapters): self._add(n, a, in_4bit, tokenizer, force)
+        self.tokenizer, self.rows = (
+            self.base,
+            self.weights[EMBED].spec(EMBED)[1][0] if EMBED in self.weights else 0,
+        )
+        for n, a in enumerate(self.adapters):
+            self._add(n, a, in_4bit, tokenizer, force)
         self.specs = {k: f.spec(k) for k, f in self.weights.items()}
 
     def _add(self, n, a, in_4bit, tokenizer, force):
         "Lay one more adapter on top"
-        file, conf = check_adapter(a), read_json(a/'adapter_config.json')
+        file, conf = check_adapter(a), read_json(a / 'adapter_config.json')
         check_config(conf, a)
         self._owner(n, a, conf, force)
         ch = changes(file, conf)
         untie(ch, self.weights, file)
         check_shapes(ch, self.weights, a, self.base)
         quant = self._quant(a, in_4bit)
-        if quant is not None: self.weights = lay(self.weights, four_bits(self.weights, quant))
+        if quant is not None:
+            self.weights = lay(self.weights, four_bits(self.weights, quant))
         self.weights = lay(self.weights, ch)
         self._rows(a, tokenizer)
         self.files.append(file.path)
         kinds = [c.kind for c in ch.values()]
-        self.used.append(dict(adapter=_label(a), changes={k: kinds.count(k) for k in sorted(set(kinds))}, in_4bit=quant is not None))
+        self.used.append(
+            dict(
+                adapter=_label(a),
+                changes={k: kinds.count(k) for k in sorted(set(kinds))},
+                in_4bit=quant is not None,
+            )
+        )
 
 # %% ../../nbs/checkpoint/merge.ipynb #5f0a61c3
 @patch
-def _owner(self:Plan, n, a, conf, force):
+def _owner(self: Plan, n, a, conf, force):
     "Whose adapter is it?"
-    b = a/'belongs_to.json'
+    b = a / 'belongs_to.json'
     said = conf.get('base_model_name_or_path') or 'nothing'
-    if Path(said).is_absolute(): said = Path(said).name   # somebody's folder
-    if not b.exists(): self.notes.append(f'{_label(a)} carries no hashes, it says only {said!r}: shapes were compared, whether it is the right base was not')
-    elif force: self.notes.append(f'{_label(a)}: hashes were not compared (force)')
-    elif n and read_json(b)['base'] == fingerprint(self.old): self.notes.append(f'{_label(a)} was trained on the base itself, not on what the adapters before it made of it')
-    else: _belongs(a, self.base, self.weights, self.tokenizer, self.rows)
+    if Path(said).is_absolute():
+        said = Path(said).name  # somebody's folder
+    if not b.exists():
+        self.notes.append(
+            f'{_label(a)} carries no hashes, it says only {said!r}: shapes were compared, whether it is the right base was not'
+        )
+    elif force:
+        self.notes.append(f'{_label(a)}: hashes were not compared (force)')
+    elif n and read_json(b)['base'] == fingerprint(self.old):
+        self.notes.append(
+            f'{_label(a)} was trained on the base itself, not on what the adapters before it made of it'
+        )
+    else:
+        _belongs(a, self.base, self.weights, self.tokenizer, self.rows)
+
+
 @patch
-def _quant(self:Plan, a, in_4bit):
+def _quant(self: Plan, a, in_4bit):
     "How the weights lay while it was trained; None: in full"
-    d = read_json(a/'belongs_to.json') if (a/'belongs_to.json').exists() else {}
-    if not d and in_4bit is None: self.notes.append(f'{_label(a)}: nothing says whether it was trained over 4-bit weights; if it was (QLoRA), merge with --in-4bit')
-    if not (d.get('in_4bit') if in_4bit is None else in_4bit): return
-    self.notes.append(f'{_label(a)}: trained over 4-bit weights, so added to weights that went to NF4 and back')
+    d = read_json(a / 'belongs_to.json') if (a / 'belongs_to.json').exists() else {}
+    if not d and in_4bit is None:
+        self.notes.append(
+            f'{_label(a)}: nothing says whether it was trained over 4-bit weights; if it was (QLoRA), merge with --in-4bit'
+        )
+    if not (d.get('in_4bit') if in_4bit is None else in_4bit):
+        return None
+    self.notes.append(
+        f'{_label(a)}: trained over 4-bit weights, so added to weights that went to NF4 and back'
+    )
     return d.get('quant') or {}
 
 # %% ../../nbs/checkpoint/merge.ipynb #5f0a61c5
 @patch
-def _rows(self:Plan, a, tokenizer):
+def _rows(self: Plan, a, tokenizer):
     "Rows and tokenizer after this adapter"
     rows = {k: self.weights[k].spec(k)[1][0] for k in (EMBED, HEAD) if k in self.weights}
-    if len(set(rows.values())) > 1: raise LlamaZhError(f'{a}: afterwards embed_tokens would have {rows[EMBED]:,} rows and lm_head {rows[HEAD]:,}: it brings only one of them; the other was not saved')
-    if rows.get(EMBED, self.rows) == self.rows: return
+    if len(set(rows.values())) > 1:
+        raise LlamaZhError(
+            f'{a}: afterwards embed_tokens would have {rows[EMBED]:,} rows and lm_head {rows[HEAD]:,}: it brings only one of them; the other was not saved'
+        )
+    if rows.get(EMBED, self.rows) == self.rows:
+        return
     self.rows = rows[EMBED]
     self.tokenizer = Path(tokenizer) if tokenizer else a
-    if not any((self.tokenizer/f).exists() for f in ('tokenizer.model', 'tokenizer.json')) and not self.tokenizer.is_file():
-        raise LlamaZhError(f'{a} has {self.rows:,} rows, the base {self.config["vocab_size"]:,}, but brings no tokenizer.model: name its folder with --tokenizer')
-    self.notes.append(f'{_label(a)} brings {self.rows:,} rows for {self.config["vocab_size"]:,}, and its tokenizer')
+    if (
+        not any((self.tokenizer / f).exists() for f in ('tokenizer.model', 'tokenizer.json'))
+        and not self.tokenizer.is_file()
+    ):
+        raise LlamaZhError(
+            f'{a} has {self.rows:,} rows, the base {self.config["vocab_size"]:,}, but brings no tokenizer.model: name its folder with --tokenizer'
+        )
+    self.notes.append(
+        f'{_label(a)} brings {self.rows:,} rows for {self.config["vocab_size"]:,}, and its tokenizer'
+    )
 
 # %% ../../nbs/checkpoint/merge.ipynb #2c21715d
 def ahead(jobs, pool, n):
@@ -123,216 +220,376 @@ def ahead(jobs, pool, n):
     waiting = deque()
     for j in jobs:
         waiting.append(pool.submit(j))
-        if len(waiting) > n: yield waiting.popleft().result()
-    while waiting: yield waiting.popleft().result()
+        if len(waiting) > n:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 # %% ../../nbs/checkpoint/merge.ipynb #7fde0ecd
 _small = 100_000_000
+
+
 def _keep_memory():
     "glibc hands each freed portion back to the system and fetches it again, which takes longer than the sums: let it keep them"
     with contextlib.suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(-1, 1 << 28); libc.mallopt(-3, 1 << 25)   # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 28)
+        libc.mallopt(-3, 1 << 25)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 # %% ../../nbs/checkpoint/merge.ipynb #5f0a61c7
-def as_bytes(t): return t.contiguous().reshape(-1).view(need('torch', 'train').uint8).numpy()
+def as_bytes(t):
+    return t.contiguous().reshape(-1).view(need('torch', 'train').uint8).numpy()
+
+
 @contextlib.contextmanager
 def reading(weights, order, make=lambda name, t: t):
     "Gives `read(name)`: the bytes of that tensor, portion by portion. `order`: {name: (tensor, row slices)}, in which they will be asked for; `make` what becomes of a portion"
     torch, was = need('torch', 'train'), need('torch', 'train').get_num_threads()
-    n = was if sum(nbytes(*f.spec(k)) for k, f in weights.items()) > _small else 1   # a small model is not worth it
+    n = (
+        was if sum(nbytes(*f.spec(k)) for k, f in weights.items()) > _small else 1
+    )  # a small model is not worth it
+
     def jobs():
         for name, (k, rows) in order.items():
-            if isinstance(weights[k], Laid): weights[k].begin(k)
-            for s in rows: yield lambda name=name, k=k, s=s: as_bytes(make(name, take(weights[k], k, s)))
-    if n > 1: _keep_memory(); torch.set_num_threads(1)   # many portions at once, instead of many cores for one
+            if isinstance(weights[k], Laid):
+                weights[k].begin(k)
+            for s in rows:
+                yield lambda name=name, k=k, s=s: as_bytes(make(name, take(weights[k], k, s)))
+
+    if n > 1:
+        _keep_memory()
+        torch.set_num_threads(1)  # many portions at once, instead of many cores for one
     try:
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads if n > 1 else None, initargs=(1,) if n > 1 else ()) as pool:
+        with ThreadPoolExecutor(
+            n, initializer=torch.set_num_threads if n > 1 else None, initargs=(1,) if n > 1 else ()
+        ) as pool:
             results = ahead(jobs(), pool, n + 2)
+
             def read(name):
                 k, rows = order[name]
                 yield from itertools.islice(results, len(rows))
-                if isinstance(weights[k], Laid): weights[k].forget()
+                if isinstance(weights[k], Laid):
+                    weights[k].forget()
+
             yield read
     finally:
-        if n > 1: torch.set_num_threads(was)
+        if n > 1:
+            torch.set_num_threads(was)
 
 # %% ../../nbs/checkpoint/merge.ipynb #5f0a61c9
 @patch
-def _new_tokenizer(self:Plan, out):
+def _new_tokenizer(self: Plan, out):
     "Tokenizer, config and the record of new rows for a vocabulary that came with an adapter"
-    (copy_tokenizer if (self.tokenizer/'tokenizer.json').exists() else save_tokenizer)(self.tokenizer, out)
+    (copy_tokenizer if (self.tokenizer / 'tokenizer.json').exists() else save_tokenizer)(
+        self.tokenizer, out
+    )
     tok, old = load_tokenizer(out), self.config['vocab_size']
     n = 1 + max(tok.get_vocab().values())
-    if not n <= self.rows < n + 1024: raise LlamaZhError(f'{self.tokenizer}: its tokenizer ({tokenizer_hash(out)[:12]}) has {n:,} pieces, but the adapter has {self.rows:,} rows: it is not the tokenizer it was trained with; name the right one with --tokenizer')
-    ids = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id) | (dict(pad_token_id=tok.pad_token_id) if tok.pad_token_id is not None else {})
-    write_json(out/'config.json', self.config | dict(vocab_size=self.rows) | ids)
-    g = self.base/'generation_config.json'
-    write_json(out/'generation_config.json', (read_json(g) if g.exists() else {}) | ids)
-    write_json(out/'resize.json', dict(old_rows=old, pieces=n, rows=self.rows, init='adapter'))  # the rows that later training may treat as new
+    if not n <= self.rows < n + 1024:
+        raise LlamaZhError(
+            f'{self.tokenizer}: its tokenizer ({tokenizer_hash(out)[:12]}) has {n:,} pieces, but the adapter has {self.rows:,} rows: it is not the tokenizer it was trained with; name the right one with --tokenizer'
+        )
+    ids = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id) | (
+        dict(pad_token_id=tok.pad_token_id) if tok.pad_token_id is not None else {}
+    )
+    write_json(out / 'config.json', self.config | dict(vocab_size=self.rows) | ids)
+    g = self.base / 'generation_config.json'
+    write_json(out / 'generation_config.json', (read_json(g) if g.exists() else {}) | ids)
+    write_json(
+        out / 'resize.json', dict(old_rows=old, pieces=n, rows=self.rows, init='adapter')
+    )  # the rows that later training may treat as new
 
 # %% ../../nbs/checkpoint/merge.ipynb #83bd915d
 @patch
 def write(
-    self:Plan,
-    out, # an empty folder
+    self: Plan,
+    out,  # an empty folder
 ):
     "Hugging Face's layout: files cut as the base's, config, tokenizer"
     where = {k: f.path.name for k, f in self.old.items()}
-    where = {k: where[k] for k in sorted(where, key=where.get)}   # file by file
-    with reading(self.weights, {k: (k, portions(self.specs[k][1])) for k in where}) as read: write_files(out, self.specs, read, where)
-    if self.rows != self.config['vocab_size']: self._new_tokenizer(Path(out))
+    where = {k: where[k] for k in sorted(where, key=where.get)}  # file by file
+    with reading(self.weights, {k: (k, portions(self.specs[k][1])) for k in where}) as read:
+        write_files(out, self.specs, read, where)
+    if self.rows != self.config['vocab_size']:
+        self._new_tokenizer(Path(out))
     copy_rest(self.base, out)
 
 # %% ../../nbs/checkpoint/merge.ipynb #a089fa72
-import io, pickle, struct, zipfile
+import io
+import pickle
+import struct
+import zipfile
 from collections import OrderedDict
 
 # %% ../../nbs/checkpoint/merge.ipynb #0cb81e99
 class _Storage:
-    def __init__(self, key, code, n): self.key, self.code, self.n = key, code, n
+    def __init__(self, key, code, n):
+        self.key, self.code, self.n = key, code, n
+
+
 class _Tensor:
     "Pickles as torch pickles a tensor whose numbers lie elsewhere"
-    def __init__(self, key, code, shape): self.of, self.shape = _Storage(key, code, math.prod(shape)), tuple(shape)
+
+    def __init__(self, key, code, shape):
+        self.of, self.shape = _Storage(key, code, math.prod(shape)), tuple(shape)
+
     def __reduce__(self):
-        stride = tuple(math.prod(self.shape[i+1:]) for i in range(len(self.shape)))
-        return need('torch')._utils._rebuild_tensor_v2, (self.of, 0, self.shape, stride, False, OrderedDict())
+        stride = tuple(math.prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        return need('torch')._utils._rebuild_tensor_v2, (
+            self.of,
+            0,
+            self.shape,
+            stride,
+            False,
+            OrderedDict(),
+        )
+
+
 class _Pickler(pickle.Pickler):
     def persistent_id(self, o):
-        if isinstance(o, _Storage): return 'storage', getattr(need('torch'), dict(F32='FloatStorage', F16='HalfStorage', BF16='BFloat16Storage', F64='DoubleStorage')[o.code]), o.key, 'cpu', o.n
+        if isinstance(o, _Storage):
+            return (
+                'storage',
+                getattr(
+                    need('torch'),
+                    dict(
+                        F32='FloatStorage',
+                        F16='HalfStorage',
+                        BF16='BFloat16Storage',
+                        F64='DoubleStorage',
+                    )[o.code],
+                ),
+                o.key,
+                'cpu',
+                o.n,
+            )
+        return None
 
 # %% ../../nbs/checkpoint/merge.ipynb #e15ff949
 def write_torch(
     path,  # the file to make
-    specs, # {name: (type, shape)}
+    specs,  # {name: (type, shape)}
     read,  # name -> bytes piece by piece
 ):
     "A checkpoint as `torch.save` writes it, piece by piece"
     head = io.BytesIO()
     _Pickler(head, 2).dump({k: _Tensor(str(i), *s) for i, (k, s) in enumerate(specs.items())})
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_STORED) as z:
+
         def entry(name, size, pieces):
             zi = zipfile.ZipInfo(f'archive/{name}')
             zi.file_size = size
-            gap = -(z.fp.tell() + 30 + len(zi.filename) + 4) % 64   # torch maps files, and wants numbers to begin at a multiple of 64
-            zi.extra = struct.pack('<HH', 0x4246, gap) + b'Z'*gap
+            gap = (
+                -(z.fp.tell() + 30 + len(zi.filename) + 4) % 64
+            )  # torch maps files, and wants numbers to begin at a multiple of 64
+            zi.extra = struct.pack('<HH', 0x4246, gap) + b'Z' * gap
             with z.open(zi, 'w') as f:
-                for b in pieces: f.write(b)
-            if zi.file_size != size: raise LlamaZhError(f'{name}: {zi.file_size:,} bytes came, {size:,} were announced')
+                for b in pieces:
+                    f.write(b)
+            if zi.file_size != size:
+                raise LlamaZhError(f'{name}: {zi.file_size:,} bytes came, {size:,} were announced')
+
         entry('data.pkl', head.tell(), [head.getvalue()])
         entry('byteorder', 6, [b'little'])
-        for i, (k, s) in enumerate(specs.items()): entry(f'data/{i}', nbytes(*s), read(k))
+        for i, (k, s) in enumerate(specs.items()):
+            entry(f'data/{i}', nbytes(*s), read(k))
         entry('version', 2, [b'3\n'])
 
 # %% ../../nbs/checkpoint/merge.ipynb #5f0a61ca
 def _part_shape(shape, ax, n):
-    if ax is not None and shape[ax] % n: raise LlamaZhError(f'{n} shards: {shape[ax]} is not divisible by it; Meta cuts 7B into 1, 13B into 2, 70B into 8')
-    return tuple(s//n if j == ax else s for j, s in enumerate(shape))
+    if ax is not None and shape[ax] % n:
+        raise LlamaZhError(
+            f'{n} shards: {shape[ax]} is not divisible by it; Meta cuts 7B into 1, 13B into 2, 70B into 8'
+        )
+    return tuple(s // n if j == ax else s for j, s in enumerate(shape))
+
+
 def _meta_rows(shape, heads, ax, i, shards):
     "Row slices of shard i, whole heads together"
-    n, size = shape[0], shape[0]//heads if heads else 1
-    step = max(1, portions(shape)[0].stop//size)*size
-    lo, hi = (n*i//shards, n*(i+1)//shards) if ax == 0 else (0, n)
+    n, size = shape[0], shape[0] // heads if heads else 1
+    step = max(1, portions(shape)[0].stop // size) * size
+    lo, hi = (n * i // shards, n * (i + 1) // shards) if ax == 0 else (0, n)
     return [slice(at, min(at + step, hi)) for at in range(lo, hi, step)]
 
 # %% ../../nbs/checkpoint/merge.ipynb #5f0a61cc
 @patch
-def _finish_meta(self:Plan, out):
-    tok = next((p for p in (self.tokenizer, self.tokenizer/'tokenizer.model') if p.is_file()), None)
-    if not tok: raise LlamaZhError(f"{self.tokenizer}: no tokenizer.model, which Meta's layout needs; write Hugging Face's layout instead")
-    write_json(out/'params.json', _params(self.config | dict(vocab_size=self.rows)))
-    shutil.copyfile(tok, out/'tokenizer.model')
+def _finish_meta(self: Plan, out):
+    tok = next(
+        (p for p in (self.tokenizer, self.tokenizer / 'tokenizer.model') if p.is_file()), None
+    )
+    if not tok:
+        raise LlamaZhError(
+            f"{self.tokenizer}: no tokenizer.model, which Meta's layout needs; write Hugging Face's layout instead"
+        )
+    write_json(out / 'params.json', _params(self.config | dict(vocab_size=self.rows)))
+    shutil.copyfile(tok, out / 'tokenizer.model')
     small = ('params.json', 'tokenizer.model')  # the entries of a .pth carry sums of their own
-    (out/'checklist.chk').write_text(''.join(f"{md5(out/p)}  {p}\n" for p in small))
+    (out / 'checklist.chk').write_text(''.join(f'{md5(out / p)}  {p}\n' for p in small))
 
 # %% ../../nbs/checkpoint/merge.ipynb #d2538b7d
 @patch
 def write_meta(
-    self:Plan,
-    out,      # an empty folder
-    shards=1, # model-parallel shards: Meta's are 1 at 7B, 2 at 13B, 8 at 70B
+    self: Plan,
+    out,  # an empty folder
+    shards=1,  # model-parallel shards: Meta's are 1 at 7B, 2 at 13B, 8 at 70B
 ):
     "Meta's layout: params.json, consolidated.NN.pth, tokenizer.model, checklist.chk"
     c, out = self.config, Path(out)
     h = c['num_attention_heads']
     heads = {'q_proj': h, 'k_proj': c.get('num_key_value_heads') or h}
-    names = {m: (k if k in self.weights else EMBED, ax) for k, (m, ax) in meta_names(c['num_hidden_layers']).items()}  # tied: the head is written out
+    names = {
+        m: (k if k in self.weights else EMBED, ax)
+        for k, (m, ax) in meta_names(c['num_hidden_layers']).items()
+    }  # tied: the head is written out
     for i in range(shards):
-        specs = {m: (self.specs[k][0], _part_shape(self.specs[k][1], ax, shards)) for m, (k, ax) in names.items()}
-        order = {m: (k, _meta_rows(self.specs[k][1], heads.get(k.split('.')[-2]), ax, i, shards)) for m, (k, ax) in names.items()}
+        specs = {
+            m: (self.specs[k][0], _part_shape(self.specs[k][1], ax, shards))
+            for m, (k, ax) in names.items()
+        }
+        order = {
+            m: (k, _meta_rows(self.specs[k][1], heads.get(k.split('.')[-2]), ax, i, shards))
+            for m, (k, ax) in names.items()
+        }
+
         def make(m, t):
-            (k, ax), size = names[m], c.get('head_dim') or c['hidden_size']//h
-            if k.split('.')[-2] in heads: t = unpermute(t, len(t)//size)
+            (k, ax), size = names[m], c.get('head_dim') or c['hidden_size'] // h
+            if k.split('.')[-2] in heads:
+                t = unpermute(t, len(t) // size)
             return t.chunk(shards, 1)[i] if ax == 1 else t
-        with reading(self.weights, order, make) as read: write_torch(out/f'consolidated.{i:02}.pth', specs, read)
+
+        with reading(self.weights, order, make) as read:
+            write_torch(out / f'consolidated.{i:02}.pth', specs, read)
     self._finish_meta(out)
 
 # %% ../../nbs/checkpoint/merge.ipynb #d99c58f4
 class Merged:
     "What `merge_lora` made"
-    def __init__(self, path, plan, took): self.path, self.plan, self.took = Path(path), plan, took
-    def __fspath__(self): return str(self.path)
+
+    def __init__(self, path, plan, took):
+        self.path, self.plan, self.took = Path(path), plan, took
+
+    def __fspath__(self):
+        return str(self.path)
+
     def rows(self):
         p, total = self.plan, sum(nbytes(*s) for s in self.plan.specs.values())
-        return [('base', p.base), *((u['adapter'], ', '.join(f'{n} {k}' for k, n in u['changes'].items()) + ' tensors') for u in p.used),
-                ('made', f'{self.path}: {total/1e9:,.2f} GB, {p.rows:,} rows'), ('took', f"{self.took['seconds']:,.1f} s, {self.took['peak_mib']:,} MiB of memory"), *(('note', n) for n in p.notes)]
-    def __repr__(self): return '\n'.join(f'{a}: {b}' for a, b in self.rows())
-    def _repr_html_(self): return '<table>' + ''.join(f'<tr><td>{a}</td><td style="text-align:left">{b}</td></tr>' for a, b in self.rows()) + '</table>'
+        return [
+            ('base', p.base),
+            *(
+                (u['adapter'], ', '.join(f'{n} {k}' for k, n in u['changes'].items()) + ' tensors')
+                for u in p.used
+            ),
+            ('made', f'{self.path}: {total / 1e9:,.2f} GB, {p.rows:,} rows'),
+            ('took', f'{self.took["seconds"]:,.1f} s, {self.took["peak_mib"]:,} MiB of memory'),
+            *(('note', n) for n in p.notes),
+        ]
+
+    def __repr__(self):
+        return '\n'.join(f'{a}: {b}' for a, b in self.rows())
+
+    def _repr_html_(self):
+        return (
+            '<table>'
+            + ''.join(
+                f'<tr><td>{a}</td><td style="text-align:left">{b}</td></tr>' for a, b in self.rows()
+            )
+            + '</table>'
+        )
 
 # %% ../../nbs/checkpoint/merge.ipynb #5f0a61cd
 def _room(out, base, adapters, need_bytes, overwrite):
     "The target is a place where a model may be put, with room for it"
     out = Path(out).absolute()
-    for p in map(lambda p: Path(p).absolute(), (base, *adapters)):
-        if p == out or out in p.parents: raise LlamaZhError(f'{out} holds {p.name}, which is needed for this merge: choose another folder')
-    if out.is_dir() and any(out.iterdir()) and not any((out/f).exists() for f in ('config.json', 'params.json')): raise LlamaZhError(f'{out} holds other things than a model, and would be replaced: choose another folder')
-    if out.exists() and (out.is_file() or any(out.iterdir())) and not overwrite: raise LlamaZhError(f'{out} exists already: choose another folder, or say --overwrite, and it is replaced once the new one is complete')
+    for p in (Path(p).absolute() for p in (base, *adapters)):
+        if p == out or out in p.parents:
+            raise LlamaZhError(
+                f'{out} holds {p.name}, which is needed for this merge: choose another folder'
+            )
+    if (
+        out.is_dir()
+        and any(out.iterdir())
+        and not any((out / f).exists() for f in ('config.json', 'params.json'))
+    ):
+        raise LlamaZhError(
+            f'{out} holds other things than a model, and would be replaced: choose another folder'
+        )
+    if out.exists() and (out.is_file() or any(out.iterdir())) and not overwrite:
+        raise LlamaZhError(
+            f'{out} exists already: choose another folder, or say --overwrite, and it is replaced once the new one is complete'
+        )
     there = next(p for p in out.parents if p.exists())
-    if (free := shutil.disk_usage(there).free) < need_bytes: raise LlamaZhError(f'{there}: {free/1e9:,.1f} GB free, but the merged model takes {need_bytes/1e9:,.1f} GB: make room or choose another disk; nothing was written')
+    if (free := shutil.disk_usage(there).free) < need_bytes:
+        raise LlamaZhError(
+            f'{there}: {free / 1e9:,.1f} GB free, but the merged model takes {need_bytes / 1e9:,.1f} GB: make room or choose another disk; nothing was written'
+        )
+
+
 @contextlib.contextmanager
 def _one_thread():
     "Threads that wait for each other over a few thousand numbers lose more than they gain"
     torch, was = need('torch', 'train'), need('torch', 'train').get_num_threads()
     torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(was)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(was)
 
 # %% ../../nbs/checkpoint/merge.ipynb #c9d1f215
 def _card(folder, base, name, notes):
     "A model card; a merge does not fail for want of one"
-    try: write_card(folder, base, name=name)
-    except LlamaZhError as e: notes.append(f'no model card was written: {e}')
+    try:
+        write_card(folder, base, name=name)
+    except LlamaZhError as e:
+        notes.append(f'no model card was written: {e}')
+
+
 def _asked(adapters, layout, shards):
     "The adapters as a list; nonsense is refused"
-    if layout not in ('hf', 'meta'): raise LlamaZhError(f"unknown layout {layout!r}: 'hf' or 'meta'")
-    if shards < 1 or shards != 1 and layout != 'meta': raise LlamaZhError(f"shards = {shards}: Meta's layout has 1 or more, Hugging Face's files are cut as the base's")
+    if layout not in ('hf', 'meta'):
+        raise LlamaZhError(f"unknown layout {layout!r}: 'hf' or 'meta'")
+    if shards < 1 or shards != 1 and layout != 'meta':
+        raise LlamaZhError(
+            f"shards = {shards}: Meta's layout has 1 or more, Hugging Face's files are cut as the base's"
+        )
     adapters = list(adapters) if isinstance(adapters, (list, tuple)) else [adapters]
-    if not adapters: raise LlamaZhError('no adapter was named: give the folder of one, or of several in order')
+    if not adapters:
+        raise LlamaZhError('no adapter was named: give the folder of one, or of several in order')
     return adapters
 
 # %% ../../nbs/checkpoint/merge.ipynb #1d17c494
 def merge_lora(
-    base,            # Hugging Face folder the adapter was trained on
-    adapters,        # peft's folder, or several, which are added in this order
-    out,             # folder to make; it appears when it is complete
-    layout='hf',     # 'hf' or 'meta'
-    in_4bit:bool=None, # whether they were trained over 4-bit weights (QLoRA); by default what the adapter says
+    base,  # Hugging Face folder the adapter was trained on
+    adapters,  # peft's folder, or several, which are added in this order
+    out,  # folder to make; it appears when it is complete
+    layout='hf',  # 'hf' or 'meta'
+    in_4bit: bool = None,  # whether they were trained over 4-bit weights (QLoRA); by default what the adapter says
     tokenizer=None,  # folder of the tokenizer, for an adapter with more rows that does not bring it
-    shards=1,        # with 'meta': model-parallel shards
-    force=False,     # also if the hashes say that the adapter belongs to another base
-    overwrite=False, # replace a model that is at `out` already
-)->Merged:
+    shards=1,  # with 'meta': model-parallel shards
+    force=False,  # also if the hashes say that the adapter belongs to another base
+    overwrite=False,  # replace a model that is at `out` already
+) -> Merged:
     "Adapters and base to a plain model, a few rows at a time"
     adapters = _asked(adapters, layout, shards)
     with Meter() as took, ThreadPoolExecutor(1) as beside:
-        check_sizes(base) if (Path(base)/'tokenizer.model').exists() else check_folder(base)
-        with _one_thread(): plan = Plan(base, adapters, in_4bit, tokenizer, force)
+        check_sizes(base) if (Path(base) / 'tokenizer.model').exists() else check_folder(base)
+        with _one_thread():
+            plan = Plan(base, adapters, in_4bit, tokenizer, force)
         _room(out, base, adapters, sum(nbytes(*s) for s in plan.specs.values()), overwrite)
         sums = [beside.submit(sha256, f) for f in plan.files]
         with writing(out) as t:
             t.mkdir()
             plan.write(t) if layout == 'hf' else plan.write_meta(t, shards)
-            for u, s in zip(plan.used, sums): u['sha256'] = s.result()
-            write_json(t/'merged.json', dict(base=fingerprint(plan.old), tokenizer=tokenizer_hash(base), adapters=plan.used, notes=plan.notes))
-            if layout == 'hf': _card(t, base, Path(out).name, plan.notes)
+            for u, s in zip(plan.used, sums):
+                u['sha256'] = s.result()
+            write_json(
+                t / 'merged.json',
+                dict(
+                    base=fingerprint(plan.old),
+                    tokenizer=tokenizer_hash(base),
+                    adapters=plan.used,
+                    notes=plan.notes,
+                ),
+            )
+            if layout == 'hf':
+                _card(t, base, Path(out).name, plan.notes)
     return Merged(out, plan, took.to_dict())

@@ -7,104 +7,174 @@ __all__ = ['EMBED', 'HEAD', 'packaged', 'check_sums', 'permute', 'unpermute', 'm
            'llama_config', 'add_tokenizer', 'not_over', 'convert_meta', 'to_meta', 'ffn_width']
 
 # %% ../../nbs/checkpoint/meta.ipynb #25f75ba2
-import math, re, shutil
+import math
+import re
+import shutil
 from importlib import resources
 from pathlib import Path
+
 from .tensors import TorchFile, code_of, dtype_of, open_weights, write_shards
 from ..core.errors import LlamaZhError, md5, need, read_json, write_json, writing
 from ..tokenizer.exact import save_tokenizer
 
 # %% ../../nbs/checkpoint/meta.ipynb #946329d3
 def packaged(
-    name='mini', # the only one so far
-)->Path: # folder in Meta's layout
+    name='mini',  # the only one so far
+) -> Path:  # folder in Meta's layout
     "The folder of a model that is part of this package"
-    p = Path(str(resources.files('llama_zh_nb')))/'data'/name
-    if not (p/'params.json').exists(): raise LlamaZhError(f'{p} lacks params.json: this installation carries no model {name!r}; install llama-zh-nb again')
+    p = Path(str(resources.files('llama_zh_nb'))) / 'data' / name
+    if not (p / 'params.json').exists():
+        raise LlamaZhError(
+            f'{p} lacks params.json: this installation carries no model {name!r}; install llama-zh-nb again'
+        )
     return p
 
 # %% ../../nbs/checkpoint/meta.ipynb #a5e1f028
 def check_sums(
-    folder, # may hold a checklist.chk, as md5sum writes it
-)->dict: # {file: what is wrong}; empty if all is well or there is no list
+    folder,  # may hold a checklist.chk, as md5sum writes it
+) -> dict:  # {file: what is wrong}; empty if all is well or there is no list
     "Compare the files of a folder with its checklist"
-    bad, f = {}, Path(folder)/'checklist.chk'
+    bad, f = {}, Path(folder) / 'checklist.chk'
     for line in f.read_text(errors='replace').splitlines() if f.exists() else []:
-        if not (m := re.match(r'([0-9a-fA-F]{32}) [ *](?:\./)?(.+)$', line.strip())): continue
+        if not (m := re.match(r'([0-9a-fA-F]{32}) [ *](?:\./)?(.+)$', line.strip())):
+            continue
         want, name = m[1].lower(), m[2]
-        if not (f.parent/name).exists(): bad[name] = 'is listed in checklist.chk, but missing'
-        elif (got := md5(f.parent/name)) != want: bad[name] = f'has md5 {got}, checklist.chk says {want}'
+        if not (f.parent / name).exists():
+            bad[name] = 'is listed in checklist.chk, but missing'
+        elif (got := md5(f.parent / name)) != want:
+            bad[name] = f'has md5 {got}, checklist.chk says {want}'
     return bad
 
 # %% ../../nbs/checkpoint/meta.ipynb #860eb394
 def permute(
-    w,       # `wq` or `wk`: (n_heads * head_dim, dim)
-    n_heads, # heads in its rows
+    w,  # `wq` or `wk`: (n_heads * head_dim, dim)
+    n_heads,  # heads in its rows
 ):
     "Rows from Meta's order (pairs side by side) to Hugging Face's (first halves, then second halves)"
     return w.view(n_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+
 def unpermute(w, n_heads):
     "The way back"
     return w.view(n_heads, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape)
 
 # %% ../../nbs/checkpoint/meta.ipynb #b15ef942
-_layer = {'input_layernorm': ('attention_norm', None), 'self_attn.q_proj': ('attention.wq', 0), 'self_attn.k_proj': ('attention.wk', 0),
-          'self_attn.v_proj': ('attention.wv', 0), 'self_attn.o_proj': ('attention.wo', 1), 'post_attention_layernorm': ('ffn_norm', None),
-          'mlp.gate_proj': ('feed_forward.w1', 0), 'mlp.down_proj': ('feed_forward.w2', 1), 'mlp.up_proj': ('feed_forward.w3', 0)}
+_layer = {
+    'input_layernorm': ('attention_norm', None),
+    'self_attn.q_proj': ('attention.wq', 0),
+    'self_attn.k_proj': ('attention.wk', 0),
+    'self_attn.v_proj': ('attention.wv', 0),
+    'self_attn.o_proj': ('attention.wo', 1),
+    'post_attention_layernorm': ('ffn_norm', None),
+    'mlp.gate_proj': ('feed_forward.w1', 0),
+    'mlp.down_proj': ('feed_forward.w2', 1),
+    'mlp.up_proj': ('feed_forward.w3', 0),
+}
 EMBED, HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
+
+
 def meta_names(
-    n_layers:int,
-)->dict: # {Hugging Face's name: (Meta's name, axis)}; axis None: every shard holds the whole
+    n_layers: int,
+) -> dict:  # {Hugging Face's name: (Meta's name, axis)}; axis None: every shard holds the whole
     "The tensors of a Llama in both languages, in the order of computation"
     d = {EMBED: ('tok_embeddings.weight', 1)}
-    for i in range(n_layers): d |= {f'model.layers.{i}.{hf}.weight': (f'layers.{i}.{m}.weight', ax) for hf, (m, ax) in _layer.items()}
+    for i in range(n_layers):
+        d |= {
+            f'model.layers.{i}.{hf}.weight': (f'layers.{i}.{m}.weight', ax)
+            for hf, (m, ax) in _layer.items()
+        }
     return d | {'model.norm.weight': ('norm.weight', None), HEAD: ('output.weight', 0)}
 
 # %% ../../nbs/checkpoint/meta.ipynb #544e42e5
 def llama_shapes(
-    c:dict, # config.json
-)->dict: # {name: shape}
+    c: dict,  # config.json
+) -> dict:  # {name: shape}
     "Every tensor of a Llama with this config"
     d, h, v, f = c['hidden_size'], c['num_attention_heads'], c['vocab_size'], c['intermediate_size']
-    kv, hd = c.get('num_key_value_heads') or h, c.get('head_dim') or d//h
-    one = {'self_attn.q_proj': (h*hd, d), 'self_attn.k_proj': (kv*hd, d), 'self_attn.v_proj': (kv*hd, d), 'self_attn.o_proj': (d, h*hd),
-           'mlp.gate_proj': (f, d), 'mlp.down_proj': (d, f), 'mlp.up_proj': (f, d)}
-    s = {k: (v, d) if k in (EMBED, HEAD) else one.get(k.removesuffix('.weight').split('.', 3)[-1], (d,)) for k in meta_names(c['num_hidden_layers'])}
-    if c.get('tie_word_embeddings'): del s[HEAD]
+    kv, hd = c.get('num_key_value_heads') or h, c.get('head_dim') or d // h
+    one = {
+        'self_attn.q_proj': (h * hd, d),
+        'self_attn.k_proj': (kv * hd, d),
+        'self_attn.v_proj': (kv * hd, d),
+        'self_attn.o_proj': (d, h * hd),
+        'mlp.gate_proj': (f, d),
+        'mlp.down_proj': (d, f),
+        'mlp.up_proj': (f, d),
+    }
+    s = {
+        k: (v, d)
+        if k in (EMBED, HEAD)
+        else one.get(k.removesuffix('.weight').split('.', 3)[-1], (d,))
+        for k in meta_names(c['num_hidden_layers'])
+    }
+    if c.get('tie_word_embeddings'):
+        del s[HEAD]
     return s
 
 # %% ../../nbs/checkpoint/meta.ipynb #8b93af95
 class MetaFiles:
     "A folder in Meta's layout, read as if it were a Hugging Face one: shards joined, names and rows Hugging Face's"
+
     def __init__(self, src):
         self.src = Path(src)
-        if not (self.src/'params.json').exists(): raise LlamaZhError(f"{src}: no params.json, so not Meta's layout" + (": this is a Hugging Face folder already; bring it in with  llama-zh weights get" if (self.src/'config.json').exists() else ''))
-        self.params = read_json(self.src/'params.json')
-        if gone := [k for k in ('dim', 'n_layers', 'n_heads') if k not in self.params]: raise LlamaZhError(f"{src}/params.json lacks {', '.join(gone)}: it is not Meta's")
-        self.names, paths = meta_names(self.params['n_layers']), sorted(self.src.glob('consolidated.*.pth'))
-        want = [f'consolidated.{i:02}.pth' for i in range(max([int(p.suffixes[0][1:]) + 1 for p in paths], default=1))]
-        if gone := [f for f in want if not (self.src/f).exists()]: raise LlamaZhError(f"{src}: {', '.join(gone)} missing; fetch the whole folder")
+        if not (self.src / 'params.json').exists():
+            raise LlamaZhError(
+                f"{src}: no params.json, so not Meta's layout"
+                + (
+                    ': this is a Hugging Face folder already; bring it in with  llama-zh weights get'
+                    if (self.src / 'config.json').exists()
+                    else ''
+                )
+            )
+        self.params = read_json(self.src / 'params.json')
+        if gone := [k for k in ('dim', 'n_layers', 'n_heads') if k not in self.params]:
+            raise LlamaZhError(f"{src}/params.json lacks {', '.join(gone)}: it is not Meta's")
+        self.names, paths = (
+            meta_names(self.params['n_layers']),
+            sorted(self.src.glob('consolidated.*.pth')),
+        )
+        want = [
+            f'consolidated.{i:02}.pth'
+            for i in range(max([int(p.suffixes[0][1:]) + 1 for p in paths], default=1))
+        ]
+        if gone := [f for f in want if not (self.src / f).exists()]:
+            raise LlamaZhError(f'{src}: {", ".join(gone)} missing; fetch the whole folder')
         self.files = [TorchFile(p) for p in paths]
         for m, _ in self.names.values():
             for f in self.files:
-                if m not in f.specs: raise LlamaZhError(f"{f.path}: no tensor {m}, though params.json says n_layers = {self.params['n_layers']}")
+                if m not in f.specs:
+                    raise LlamaZhError(
+                        f'{f.path}: no tensor {m}, though params.json says n_layers = {self.params["n_layers"]}'
+                    )
         # Llama 1 and 2 cut the embedding along its width, later releases along the vocabulary
-        if len(paths) > 1 and self.files[0].spec('tok_embeddings.weight')[1][1] == self.params['dim']: self.names[EMBED] = ('tok_embeddings.weight', 0)
+        if (
+            len(paths) > 1
+            and self.files[0].spec('tok_embeddings.weight')[1][1] == self.params['dim']
+        ):
+            self.names[EMBED] = ('tok_embeddings.weight', 0)
 
-    def keys(self): return list(self.names)
+    def keys(self):
+        return list(self.names)
 
     def spec(self, name):
         m, ax = self.names[name]
         code, shape = self.files[0].spec(m)
-        if ax is None: return code, shape
-        return code, tuple(sum(f.spec(m)[1][ax] for f in self.files) if i == ax else n for i, n in enumerate(shape))
+        if ax is None:
+            return code, shape
+        return code, tuple(
+            sum(f.spec(m)[1][ax] for f in self.files) if i == ax else n for i, n in enumerate(shape)
+        )
 
     def get(self, name, rows=slice(None)):
         (m, ax), (code, shape) = self.names[name], self.spec(name)
         t = need('torch', 'train').empty(shape, dtype=dtype_of(code))
         parts = [t] if ax is None else t.split([f.spec(m)[1][ax] for f in self.files], ax)
-        for f, part in zip(self.files, parts): f.copy(m, part)
-        n = {'q_proj': self.params['n_heads'], 'k_proj': self.params.get('n_kv_heads') or self.params['n_heads']}.get(name.split('.')[-2])
+        for f, part in zip(self.files, parts):
+            f.copy(m, part)
+        n = {
+            'q_proj': self.params['n_heads'],
+            'k_proj': self.params.get('n_kv_heads') or self.params['n_heads'],
+        }.get(name.split('.')[-2])
         return (permute(t, n) if n else t)[rows]
 
 # %% ../../nbs/checkpoint/meta.ipynb #5be32502
@@ -112,84 +182,150 @@ def llama_config(m):
     "config.json for `MetaFiles` m"
     p, h = m.params, m.params['n_heads']
     code, (rows, _) = m.spec(EMBED)
-    return dict(architectures=['LlamaForCausalLM'], model_type='llama', vocab_size=rows, hidden_size=p['dim'], intermediate_size=m.spec('model.layers.0.mlp.gate_proj.weight')[1][0],
-                num_hidden_layers=p['n_layers'], num_attention_heads=h, num_key_value_heads=p.get('n_kv_heads') or h, head_dim=p['dim']//h,
-                max_position_embeddings=p.get('max_seq_len') or 4096, rms_norm_eps=p.get('norm_eps') or 1e-5, rope_theta=float(p.get('rope_theta') or 10000),
-                hidden_act='silu', attention_bias=False, mlp_bias=False, tie_word_embeddings=False, initializer_range=.02, use_cache=True,
-                bos_token_id=1, eos_token_id=2, torch_dtype=str(dtype_of(code)).removeprefix('torch.'))
+    return dict(
+        architectures=['LlamaForCausalLM'],
+        model_type='llama',
+        vocab_size=rows,
+        hidden_size=p['dim'],
+        intermediate_size=m.spec('model.layers.0.mlp.gate_proj.weight')[1][0],
+        num_hidden_layers=p['n_layers'],
+        num_attention_heads=h,
+        num_key_value_heads=p.get('n_kv_heads') or h,
+        head_dim=p['dim'] // h,
+        max_position_embeddings=p.get('max_seq_len') or 4096,
+        rms_norm_eps=p.get('norm_eps') or 1e-5,
+        rope_theta=float(p.get('rope_theta') or 10000),
+        hidden_act='silu',
+        attention_bias=False,
+        mlp_bias=False,
+        tie_word_embeddings=False,
+        initializer_range=0.02,
+        use_cache=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        torch_dtype=str(dtype_of(code)).removeprefix('torch.'),
+    )
+
+
 def add_tokenizer(src, out, template=None):
     "tokenizer.model and the exact tokenizer.json made from it"
     src = Path(src)
-    f = next((p for p in (src/'tokenizer.model', src.parent/'tokenizer.model') if p.exists()), None)  # Meta's download puts it one level up
-    if not f: raise LlamaZhError(f'{src}: no tokenizer.model, the SentencePiece model that belongs to these weights; put it beside them')
+    f = next(
+        (p for p in (src / 'tokenizer.model', src.parent / 'tokenizer.model') if p.exists()), None
+    )  # Meta's download puts it one level up
+    if not f:
+        raise LlamaZhError(
+            f'{src}: no tokenizer.model, the SentencePiece model that belongs to these weights; put it beside them'
+        )
     save_tokenizer(f, out, chat_template=template)
+
+
 def not_over(out, *sources):
     "Refuse to put a result where it would replace what it is made from"
     for s in sources:
         a, b = Path(out).resolve(), Path(s).resolve()
-        if a == b or a in b.parents: raise LlamaZhError(f'{out} is or holds {s}, from which it is to be made; name another folder')
+        if a == b or a in b.parents:
+            raise LlamaZhError(
+                f'{out} is or holds {s}, from which it is to be made; name another folder'
+            )
 
 # %% ../../nbs/checkpoint/meta.ipynb #3084adea
 def convert_meta(
-    src,        # folder with params.json, consolidated.NN.pth and tokenizer.model
-    out,        # Hugging Face folder to make; it appears when it is complete
-    dtype=None, # 'float32', 'float16', 'bfloat16'; None keeps what is stored
-    shard_bytes=5_000_000_000, # begin a new safetensors file past this size
-)->Path:
+    src,  # folder with params.json, consolidated.NN.pth and tokenizer.model
+    out,  # Hugging Face folder to make; it appears when it is complete
+    dtype=None,  # 'float32', 'float16', 'bfloat16'; None keeps what is stored
+    shard_bytes=5_000_000_000,  # begin a new safetensors file past this size
+) -> Path:
     "Meta's layout to a Hugging Face folder, tensor by tensor"
     code = code_of(dtype) if dtype else None
     not_over(out, src)
-    if bad := check_sums(src): raise LlamaZhError(f'{src}: ' + '; '.join(f'{k} {v}' for k, v in bad.items()) + '; fetch these files again')
+    if bad := check_sums(src):
+        raise LlamaZhError(
+            f'{src}: ' + '; '.join(f'{k} {v}' for k, v in bad.items()) + '; fetch these files again'
+        )
     m = MetaFiles(src)
     c = llama_config(m)
     for k, want in llama_shapes(c).items():
-        if m.spec(k)[1] != want: raise LlamaZhError(f'{src}: {m.names[k][0]} is {m.spec(k)[1]} over {len(m.files)} file(s), but params.json asks for {want}')
-    if dtype: c['torch_dtype'] = str(dtype_of(code)).removeprefix('torch.')
-    specs = {k: (code or m.spec(k)[0], m.spec(k)[1]) for k in m.keys()}
+        if m.spec(k)[1] != want:
+            raise LlamaZhError(
+                f'{src}: {m.names[k][0]} is {m.spec(k)[1]} over {len(m.files)} file(s), but params.json asks for {want}'
+            )
+    if dtype:
+        c['torch_dtype'] = str(dtype_of(code)).removeprefix('torch.')
+    specs = {k: (code or m.spec(k)[0], m.spec(k)[1]) for k in m}
     with writing(out) as tmp:
         tmp.mkdir()
         write_shards(tmp, specs, lambda k: m.get(k).to(dtype_of(specs[k][0])), shard_bytes)
-        write_json(tmp/'config.json', c)
-        write_json(tmp/'generation_config.json', dict(bos_token_id=1, eos_token_id=2))
+        write_json(tmp / 'config.json', c)
+        write_json(tmp / 'generation_config.json', dict(bos_token_id=1, eos_token_id=2))
         add_tokenizer(src, tmp)
     return Path(out)
 
 # %% ../../nbs/checkpoint/meta.ipynb #91fb9827
 def to_meta(
-    hf_dir,   # Hugging Face folder of a Llama
-    out,      # folder to make
-    shards=1, # model-parallel shards
-    dtype='float16', # None keeps what is stored
-)->Path:
+    hf_dir,  # Hugging Face folder of a Llama
+    out,  # folder to make
+    shards=1,  # model-parallel shards
+    dtype='float16',  # None keeps what is stored
+) -> Path:
     "The inverse of `convert_meta`: params.json, consolidated.NN.pth, tokenizer.model, checklist.chk"
-    torch, c, w = need('torch', 'train'), read_json(Path(hf_dir)/'config.json'), open_weights(hf_dir)
+    torch, c, w = (
+        need('torch', 'train'),
+        read_json(Path(hf_dir) / 'config.json'),
+        open_weights(hf_dir),
+    )
     h, kv = c['num_attention_heads'], c.get('num_key_value_heads') or c['num_attention_heads']
     with writing(out) as tmp:
         tmp.mkdir()
         for i in range(shards):
             state = {}
             for k, (name, ax) in meta_names(c['num_hidden_layers']).items():
-                k = k if k in w else EMBED  # tied: Meta's layout has no sharing, the head is written out
+                k = (
+                    k if k in w else EMBED
+                )  # tied: Meta's layout has no sharing, the head is written out
                 t, n = w[k].get(k), {'q_proj': h, 'k_proj': kv}.get(k.split('.')[-2])
                 t = unpermute(t, n) if n else t
-                state[name] = (t if ax is None else t.chunk(shards, ax)[i]).to(dtype_of(code_of(dtype)) if dtype else t.dtype).clone(memory_format=torch.contiguous_format)
-            with open(tmp/f'consolidated.{i:02}.pth', 'wb') as f: torch.save(state, f)  # a file object: no path gets into the archive
-        write_json(tmp/'params.json', _params(c))
-        shutil.copyfile(Path(hf_dir)/'tokenizer.model', tmp/'tokenizer.model')
-        (tmp/'checklist.chk').write_text(''.join(f'{md5(p)}  {p.name}\n' for p in sorted(tmp.iterdir())))
+                state[name] = (
+                    (t if ax is None else t.chunk(shards, ax)[i])
+                    .to(dtype_of(code_of(dtype)) if dtype else t.dtype)
+                    .clone(memory_format=torch.contiguous_format)
+                )
+            with open(tmp / f'consolidated.{i:02}.pth', 'wb') as f:
+                torch.save(state, f)  # a file object: no path gets into the archive
+        write_json(tmp / 'params.json', _params(c))
+        shutil.copyfile(Path(hf_dir) / 'tokenizer.model', tmp / 'tokenizer.model')
+        (tmp / 'checklist.chk').write_text(
+            ''.join(f'{md5(p)}  {p.name}\n' for p in sorted(tmp.iterdir()))
+        )
     return Path(out)
 
 # %% ../../nbs/checkpoint/meta.ipynb #2c90f4b7
 def ffn_width(dim, multiple_of=256, ffn_dim_multiplier=None):
     "Meta's formula for the width of the feed-forward part"
-    h = int(8*dim/3)
-    return multiple_of*-(-int(h*(ffn_dim_multiplier or 1))//multiple_of)
+    h = int(8 * dim / 3)
+    return multiple_of * -(-int(h * (ffn_dim_multiplier or 1)) // multiple_of)
+
+
 def _params(c):
     "params.json for a config; a multiplier only where the plain formula gives another width"
     d, f, many = c['hidden_size'], c['intermediate_size'], math.gcd(c['intermediate_size'], 256)
-    rope = (c.get('rope_parameters') or {}).get('rope_theta') or c.get('rope_theta') or 10000.
-    p = dict(dim=d, n_layers=c['num_hidden_layers'], n_heads=c['num_attention_heads'], n_kv_heads=c.get('num_key_value_heads') or c['num_attention_heads'],
-             multiple_of=many, norm_eps=c['rms_norm_eps'], vocab_size=c['vocab_size'], max_seq_len=c['max_position_embeddings'], rope_theta=rope)
-    if ffn_width(d, many) == f: return p
-    tries = (round((f - many/2)/int(8*d/3), n) for n in range(1, 9))
-    return p | dict(ffn_dim_multiplier=next((x for x in tries if ffn_width(d, many, x) == f), f/int(8*d/3)))
+    rope = (c.get('rope_parameters') or {}).get('rope_theta') or c.get('rope_theta') or 10000.0
+    p = dict(
+        dim=d,
+        n_layers=c['num_hidden_layers'],
+        n_heads=c['num_attention_heads'],
+        n_kv_heads=c.get('num_key_value_heads') or c['num_attention_heads'],
+        multiple_of=many,
+        norm_eps=c['rms_norm_eps'],
+        vocab_size=c['vocab_size'],
+        max_seq_len=c['max_position_embeddings'],
+        rope_theta=rope,
+    )
+    if ffn_width(d, many) == f:
+        return p
+    tries = (round((f - many / 2) / int(8 * d / 3), n) for n in range(1, 9))
+    return p | dict(
+        ffn_dim_multiplier=next(
+            (x for x in tries if ffn_width(d, many, x) == f), f / int(8 * d / 3)
+        )
+    )

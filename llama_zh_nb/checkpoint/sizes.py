@@ -7,41 +7,69 @@ __all__ = ['Sizes', 'sizes', 'check_sizes']
 
 # %% ../../nbs/checkpoint/sizes.ipynb #9c1f3e8e
 from pathlib import Path
+
 from .meta import EMBED, HEAD
 from .tensors import open_weights
 from ..core.errors import LlamaZhError, read_json, sha256
 from ..tokenizer.exact import load_sp, model_file
 
 # %% ../../nbs/checkpoint/sizes.ipynb #89fc94b0
-_known = {'9e556afd44213b6b': "Llama and Llama-2's, 32,000 pieces", 'e2676d4ca29ca175': "Chinese-LLaMA's, 49,953 pieces", '2d967e855b1213a4': "Chinese-Alpaca's, 49,954 pieces",
-          'a3b8844863b200df': "Chinese-LLaMA-2 and Chinese-Alpaca-2's, 55,296 pieces"}
+_known = {
+    '9e556afd44213b6b': "Llama and Llama-2's, 32,000 pieces",
+    'e2676d4ca29ca175': "Chinese-LLaMA's, 49,953 pieces",
+    '2d967e855b1213a4': "Chinese-Alpaca's, 49,954 pieces",
+    'a3b8844863b200df': "Chinese-LLaMA-2 and Chinese-Alpaca-2's, 55,296 pieces",
+}
 
 # %% ../../nbs/checkpoint/sizes.ipynb #c274adaf
 class Sizes(dict):
     "All the numbers that must agree"
-    def __repr__(self): return '; '.join(f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in self.items())
+
+    def __repr__(self):
+        return '; '.join(
+            f'{k} {v:,}' if isinstance(v, int) else f'{k} {v}' for k, v in self.items()
+        )
 
 # %% ../../nbs/checkpoint/sizes.ipynb #c50a47d6
 def sizes(
-    model_dir,          # Hugging Face folder
-    tokenizer_dir=None, # folder with tokenizer.model, or such a file; None: the same folder
-)->Sizes:
+    model_dir,  # Hugging Face folder
+    tokenizer_dir=None,  # folder with tokenizer.model, or such a file; None: the same folder
+) -> Sizes:
     "Rows of both embeddings, config and tokenizer"
-    w, c = open_weights(model_dir), read_json(Path(model_dir)/'config.json')
-    if EMBED not in w: raise LlamaZhError(f'{model_dir}: no tensor {EMBED}: not a Llama, or saved by another tool; its first is {next(iter(w), None)}')
-    rows = {n: w[k].spec(k)[1][0] for n, k in (('embed_tokens rows', EMBED), ('lm_head rows', HEAD)) if k in w}
+    w, c = open_weights(model_dir), read_json(Path(model_dir) / 'config.json')
+    if EMBED not in w:
+        raise LlamaZhError(
+            f'{model_dir}: no tensor {EMBED}: not a Llama, or saved by another tool; its first is {next(iter(w), None)}'
+        )
+    rows = {
+        n: w[k].spec(k)[1][0]
+        for n, k in (('embed_tokens rows', EMBED), ('lm_head rows', HEAD))
+        if k in w
+    }
     tok = model_file(tokenizer_dir or model_dir)
     n, h = len(load_sp(tok)), sha256(tok)
-    return Sizes({'config vocab_size': c.get('vocab_size'), **rows, 'tokenizer pieces': n, 'tokenizer sha256': h[:16] + (f' ({_known[h[:16]]})' if h[:16] in _known else '')})
+    return Sizes(
+        {
+            'config vocab_size': c.get('vocab_size'),
+            **rows,
+            'tokenizer pieces': n,
+            'tokenizer sha256': h[:16] + (f' ({_known[h[:16]]})' if h[:16] in _known else ''),
+        }
+    )
 
 # %% ../../nbs/checkpoint/sizes.ipynb #fe02226f
-def check_sizes(model_dir, tokenizer_dir=None)->Sizes:
+def check_sizes(model_dir, tokenizer_dir=None) -> Sizes:
     "`sizes`, or an error that names them all when they do not agree"
     s = sizes(model_dir, tokenizer_dir)
     rows = {v for k, v in s.items() if 'rows' in k or 'vocab_size' in k}
-    if 0 in rows: why = 'a tensor of 0 rows was saved: gather the weights (ZeRO-3) before saving'
-    elif len(rows) > 1: why = 'config and weights are of different models or a resize was left half done'
-    elif s['tokenizer pieces'] > min(rows): why = 'the tokenizer has more pieces than the model has rows: resize the embeddings (llama-zh embeddings resize) or take the tokenizer that belongs to it'
-    elif s['tokenizer pieces'] + 1024 <= min(rows): why = 'the model has far more rows than the tokenizer has pieces: take the tokenizer that belongs to it'
-    else: return s
+    if 0 in rows:
+        why = 'a tensor of 0 rows was saved: gather the weights (ZeRO-3) before saving'
+    elif len(rows) > 1:
+        why = 'config and weights are of different models or a resize was left half done'
+    elif s['tokenizer pieces'] > min(rows):
+        why = 'the tokenizer has more pieces than the model has rows: resize the embeddings (llama-zh embeddings resize) or take the tokenizer that belongs to it'
+    elif s['tokenizer pieces'] + 1024 <= min(rows):
+        why = 'the model has far more rows than the tokenizer has pieces: take the tokenizer that belongs to it'
+    else:
+        return s
     raise LlamaZhError(f'{model_dir}: sizes do not agree: {s}. {why[0].upper()}{why[1:]}')

@@ -7,61 +7,97 @@ __all__ = ['dtype_of', 'code_of', 'nbytes', 'SafeFile', 'write_safetensors', 'wr
            'open_weights']
 
 # %% ../../nbs/checkpoint/tensors.ipynb #120adff7
-import json, math
+import json
+import math
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, read_json, what_is, write_json
 
 # %% ../../nbs/checkpoint/tensors.ipynb #b14f5965
-_codes = dict(F64='float64', F32='float32', F16='float16', BF16='bfloat16', I64='int64', I32='int32', I16='int16', I8='int8', U8='uint8', BOOL='bool')
+_codes = dict(
+    F64='float64',
+    F32='float32',
+    F16='float16',
+    BF16='bfloat16',
+    I64='int64',
+    I32='int32',
+    I16='int16',
+    I8='int8',
+    U8='uint8',
+    BOOL='bool',
+)
+
+
 def dtype_of(
-    code:str # as safetensors writes it: 'BF16', 'F32', ...
-): # a torch dtype
+    code: str,  # as safetensors writes it: 'BF16', 'F32', ...
+):  # a torch dtype
     "The torch dtype of a safetensors code"
-    if code not in _codes: raise LlamaZhError(f'tensors of type {code} are not supported, only {", ".join(_codes)}: start from the model before it was quantized')
+    if code not in _codes:
+        raise LlamaZhError(
+            f'tensors of type {code} are not supported, only {", ".join(_codes)}: start from the model before it was quantized'
+        )
     return getattr(need('torch', 'train'), _codes[code])
+
+
 def code_of(
-    dtype # torch dtype, or its name
-)->str: # 'BF16', 'F32', ...
+    dtype,  # torch dtype, or its name
+) -> str:  # 'BF16', 'F32', ...
     "The safetensors code of a torch dtype"
     name = str(dtype).removeprefix('torch.')
     for k, v in _codes.items():
-        if v == name: return k
+        if v == name:
+            return k
     raise LlamaZhError(f'dtype {name} is not supported, only {", ".join(_codes.values())}')
-def nbytes(code, shape): return math.prod(shape)*dtype_of(code).itemsize
+
+
+def nbytes(code, shape):
+    return math.prod(shape) * dtype_of(code).itemsize
 
 # %% ../../nbs/checkpoint/tensors.ipynb #cf0a4a73
 class SafeFile:
     "A `.safetensors` file read with plain file reads: nothing stays mapped, memory is one tensor"
+
     def __init__(self, path):
         self.path, size, n = Path(path), Path(path).stat().st_size, 0
         try:
             with open(path, 'rb') as f:
                 n = int.from_bytes(f.read(8), 'little')
-                if not 2 <= n <= min(size, 100_000_000): raise ValueError
+                if not 2 <= n <= min(size, 100_000_000):
+                    raise ValueError
                 self.head = json.loads(f.read(n))
-        except ValueError: raise LlamaZhError(f'{path} is {what_is(path)} of {size:,} bytes, a safetensors file was expected{_hint(path)}') from None
+        except ValueError:
+            raise LlamaZhError(
+                f'{path} is {what_is(path)} of {size:,} bytes, a safetensors file was expected{_hint(path)}'
+            ) from None
         self.meta, self.start = self.head.pop('__metadata__', {}), 8 + n
         want = self.start + max((v['data_offsets'][1] for v in self.head.values()), default=0)
-        if size != want: raise LlamaZhError(f'{path}: {size:,} bytes, but its header promises {want:,}: the file was cut off or damaged; fetch it again')
+        if size != want:
+            raise LlamaZhError(
+                f'{path}: {size:,} bytes, but its header promises {want:,}: the file was cut off or damaged; fetch it again'
+            )
 
-    def keys(self): return list(self.head)
-    def spec(self, name): return self.head[name]['dtype'], tuple(self.head[name]['shape'])
+    def keys(self):
+        return list(self.head)
+
+    def spec(self, name):
+        return self.head[name]['dtype'], tuple(self.head[name]['shape'])
 
     def _span(self, name, rows):
         "Where the bytes of some rows begin and end in the file, and the shape they have"
         (a, b), shape = self.head[name]['data_offsets'], self.spec(name)[1]
         if shape and shape[0]:
             lo, hi, _ = rows.indices(shape[0])
-            row, hi = (b - a)//shape[0], max(lo, hi)
-            a, b, shape = a + row*lo, a + row*hi, (hi - lo, *shape[1:])
+            row, hi = (b - a) // shape[0], max(lo, hi)
+            a, b, shape = a + row * lo, a + row * hi, (hi - lo, *shape[1:])
         return self.start + a, self.start + b, shape
 
-    def raw(self, name, rows=slice(None), chunk=1<<24):
+    def raw(self, name, rows=slice(None), chunk=1 << 24):
         "The bytes of `name`, or of some consecutive rows of it, `chunk` at a time"
         a, b, _ = self._span(name, rows)
         with open(self.path, 'rb') as f:
             f.seek(a)
-            for i in range(a, b, chunk): yield f.read(min(chunk, b - i))
+            for i in range(a, b, chunk):
+                yield f.read(min(chunk, b - i))
 
     def get(self, name, rows=slice(None)):
         "Tensor `name`, or some consecutive rows of it"
@@ -71,76 +107,129 @@ class SafeFile:
             f.seek(a)
             f.readinto(buf)
         dtype = dtype_of(self.spec(name)[0])
-        return torch.frombuffer(buf, dtype=dtype).view(shape) if buf else torch.empty(shape, dtype=dtype)
+        return (
+            torch.frombuffer(buf, dtype=dtype).view(shape)
+            if buf
+            else torch.empty(shape, dtype=dtype)
+        )
 
 # %% ../../nbs/checkpoint/tensors.ipynb #a33b7073
 def _hint(path):
-    return {'a git-LFS pointer': ': run  git lfs pull  in its folder', 'an HTML page': ': the download gave a web page (login or error), open it in a browser',
-            'empty': ': the download failed'}.get(what_is(path), '') + '; fetch the file again'
+    return {
+        'a git-LFS pointer': ': run  git lfs pull  in its folder',
+        'an HTML page': ': the download gave a web page (login or error), open it in a browser',
+        'empty': ': the download failed',
+    }.get(what_is(path), '') + '; fetch the file again'
 
 # %% ../../nbs/checkpoint/tensors.ipynb #f0a11736
 def write_safetensors(
     path,  # the file to make
-    specs, # {name: (code, shape)} in the order wanted
+    specs,  # {name: (code, shape)} in the order wanted
     read,  # `read(name)` gives the tensor, or an iterator over its bytes
 ):
     "Write a safetensors file: the directory, then each tensor as it comes"
     head, at = {'__metadata__': {'format': 'pt'}}, 0
     for name, (code, shape) in specs.items():
-        head[name] = dict(dtype=code, shape=list(shape), data_offsets=[at, at := at + nbytes(code, shape)])
+        head[name] = dict(
+            dtype=code, shape=list(shape), data_offsets=[at, at := at + nbytes(code, shape)]
+        )
     head = json.dumps(head, separators=(',', ':')).encode()
     head += b' ' * (-len(head) % 8)  # the format wants the numbers to start at a multiple of 8
     with open(path, 'wb') as f:
         f.write(len(head).to_bytes(8, 'little') + head)
         for name, (code, shape) in specs.items():
             start = f.tell()
-            for b in _as_bytes(name, read(name), code, shape): f.write(b)
+            for b in _as_bytes(name, read(name), code, shape):
+                f.write(b)
             b = None  # else this tensor would live on while the next one is made
-            if f.tell() - start != nbytes(code, shape): raise LlamaZhError(f'{name}: {f.tell()-start:,} bytes came, {nbytes(code, shape):,} were announced')
+            if f.tell() - start != nbytes(code, shape):
+                raise LlamaZhError(
+                    f'{name}: {f.tell() - start:,} bytes came, {nbytes(code, shape):,} were announced'
+                )
+
+
 def _as_bytes(name, t, code, shape):
-    if not hasattr(t, 'dtype'): return t
-    if (code_of(t.dtype), tuple(t.shape)) != (code, tuple(shape)): raise LlamaZhError(f'{name}: {code_of(t.dtype)} {tuple(t.shape)} came, {code} {tuple(shape)} was announced')
-    return [t.contiguous().reshape(-1).view(need('torch', 'train').uint8).numpy()] if t.numel() else []
+    if not hasattr(t, 'dtype'):
+        return t
+    if (code_of(t.dtype), tuple(t.shape)) != (code, tuple(shape)):
+        raise LlamaZhError(
+            f'{name}: {code_of(t.dtype)} {tuple(t.shape)} came, {code} {tuple(shape)} was announced'
+        )
+    return (
+        [t.contiguous().reshape(-1).view(need('torch', 'train').uint8).numpy()] if t.numel() else []
+    )
 
 # %% ../../nbs/checkpoint/tensors.ipynb #dd391003
 def write_shards(
-    out,   # a folder that exists
-    specs, # {name: (code, shape)}
+    out,  # a folder that exists
+    specs,  # {name: (code, shape)}
     read,  # as for `write_safetensors`
-    shard_bytes=5_000_000_000, # begin a new file past this size
+    shard_bytes=5_000_000_000,  # begin a new file past this size
 ):
     "Write `model.safetensors`, or numbered files and their index when one is not enough"
     parts, room = [], 0
     for name, spec in specs.items():
-        if not parts or room < nbytes(*spec): parts, room = parts + [{}], shard_bytes
+        if not parts or room < nbytes(*spec):
+            parts, room = parts + [{}], shard_bytes
         parts[-1][name], room = spec, room - nbytes(*spec)
     n = len(parts)
-    files = ['model.safetensors'] if n == 1 else [f'model-{i+1:05}-of-{n:05}.safetensors' for i in range(n)]
-    for file, part in zip(files, parts): write_safetensors(Path(out)/file, part, read)
-    if n > 1: write_index(out, {k: file for file, part in zip(files, parts) for k in part}, sum(nbytes(*s) for s in specs.values()))
+    files = (
+        ['model.safetensors']
+        if n == 1
+        else [f'model-{i + 1:05}-of-{n:05}.safetensors' for i in range(n)]
+    )
+    for file, part in zip(files, parts):
+        write_safetensors(Path(out) / file, part, read)
+    if n > 1:
+        write_index(
+            out,
+            {k: file for file, part in zip(files, parts) for k in part},
+            sum(nbytes(*s) for s in specs.values()),
+        )
+
+
 def write_index(folder, weight_map, total):
     "Write `model.safetensors.index.json`: which tensor is in which file"
-    write_json(Path(folder)/'model.safetensors.index.json', dict(metadata=dict(total_size=total), weight_map=weight_map))
+    write_json(
+        Path(folder) / 'model.safetensors.index.json',
+        dict(metadata=dict(total_size=total), weight_map=weight_map),
+    )
 
 # %% ../../nbs/checkpoint/tensors.ipynb #4f2e58ae
 class TorchFile:
     "A `.pth` or `.bin` checkpoint with the same methods; mapped, and mapped anew when more than `keep` bytes were read"
+
     def __init__(self, path, keep=32_000_000):
         self.path, self.keep = Path(path), keep
         self._open()
-        self.specs = {k: (code_of(v.dtype), tuple(v.shape)) for k, v in self.state.items() if hasattr(v, 'dtype')}
+        self.specs = {
+            k: (code_of(v.dtype), tuple(v.shape))
+            for k, v in self.state.items()
+            if hasattr(v, 'dtype')
+        }
 
     def _open(self):
         torch, self.state, self.seen, kind = need('torch', 'train'), None, 0, what_is(self.path)
         # files of before 2020 are no zip archives and cannot be mapped
-        try: self.state = torch.load(self.path, map_location='cpu', weights_only=True, mmap='zip' in kind)
+        try:
+            self.state = torch.load(
+                self.path, map_location='cpu', weights_only=True, mmap='zip' in kind
+            )
         except Exception as e:
-            raise LlamaZhError(f'{self.path} is {kind} of {self.path.stat().st_size:,} bytes and cannot be read as a PyTorch checkpoint of plain tensors '
-                               f'({(str(e) or type(e).__name__).splitlines()[0][:100]}){_hint(self.path)}') from None
-        if not isinstance(self.state, dict): raise LlamaZhError(f'{self.path} holds a {type(self.state).__name__}, a dictionary of tensors was expected')
+            raise LlamaZhError(
+                f'{self.path} is {kind} of {self.path.stat().st_size:,} bytes and cannot be read as a PyTorch checkpoint of plain tensors '
+                f'({(str(e) or type(e).__name__).splitlines()[0][:100]}){_hint(self.path)}'
+            ) from None
+        if not isinstance(self.state, dict):
+            raise LlamaZhError(
+                f'{self.path} holds a {type(self.state).__name__}, a dictionary of tensors was expected'
+            )
 
-    def keys(self): return list(self.specs)
-    def spec(self, name): return self.specs[name]
+    def keys(self):
+        return list(self.specs)
+
+    def spec(self, name):
+        return self.specs[name]
 
     def get(self, name, rows=slice(None)):
         "Tensor `name`, or only some rows of it"
@@ -153,29 +242,45 @@ class TorchFile:
         t = self.state[name].detach()
         to.copy_(t[rows] if t.ndim else t)
         self.seen += to.nbytes
-        if self.seen > self.keep: self._open()
+        if self.seen > self.keep:
+            self._open()
         return to
 
 # %% ../../nbs/checkpoint/tensors.ipynb #c7b7bb5b
 def open_weights(
-    folder, # Hugging Face folder
-): # {tensor name: the file object that holds it}
+    folder,  # Hugging Face folder
+):  # {tensor name: the file object that holds it}
     "Open the weights of a folder; nothing is read yet but the directories"
     folder = Path(folder)
     for name, cls in (('model.safetensors', SafeFile), ('pytorch_model.bin', TorchFile)):
-        index = folder/f'{name}.index.json'
-        if index.exists(): return _from_index(folder, index, cls)
-        if (folder/name).exists():
-            f = cls(folder/name)
-            return {k: f for k in f.keys()}
-    have = ', '.join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else what_is(folder)
-    raise LlamaZhError(f'{folder}: no model.safetensors, no pytorch_model.bin and no index of either; found: {have or "nothing"}')
+        index = folder / f'{name}.index.json'
+        if index.exists():
+            return _from_index(folder, index, cls)
+        if (folder / name).exists():
+            f = cls(folder / name)
+            return dict.fromkeys(f.keys(), f)
+    have = (
+        ', '.join(sorted(p.name for p in folder.iterdir())[:8])
+        if folder.is_dir()
+        else what_is(folder)
+    )
+    raise LlamaZhError(
+        f'{folder}: no model.safetensors, no pytorch_model.bin and no index of either; found: {have or "nothing"}'
+    )
+
+
 def _from_index(folder, index, cls):
     wm = read_json(index)['weight_map']
     names = sorted(set(wm.values()))
-    if gone := [n for n in names if not (folder/n).exists()]: raise LlamaZhError(f'{folder}: {", ".join(gone)} missing, though {index.name} lists {len(names)} files; fetch what is missing')
-    files = {n: cls(folder/n) for n in names}
+    if gone := [n for n in names if not (folder / n).exists()]:
+        raise LlamaZhError(
+            f'{folder}: {", ".join(gone)} missing, though {index.name} lists {len(names)} files; fetch what is missing'
+        )
+    files = {n: cls(folder / n) for n in names}
     for n, f in files.items():
         have = set(f.keys())
-        if lost := [k for k, v in wm.items() if v == n and k not in have]: raise LlamaZhError(f'{index}: says that {lost[0]} is in {n}, but it is not there; index and files are of different versions')
+        if lost := [k for k, v in wm.items() if v == n and k not in have]:
+            raise LlamaZhError(
+                f'{index}: says that {lost[0]} is in {n}, but it is not there; index and files are of different versions'
+            )
     return {k: files[n] for k, n in wm.items()}

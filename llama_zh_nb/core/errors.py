@@ -6,9 +6,19 @@
 __all__ = ['read_back', 'LlamaZhError', 'need', 'writing', 'write_json', 'read_json', 'what_is', 'sha256', 'md5']
 
 # %% ../../nbs/core/errors.ipynb #f9d80bbc
-import contextlib, errno, hashlib, importlib, importlib.util, io, json, logging, os, shutil, sys, threading, time, warnings
-from pathlib import Path
+import contextlib
+import errno
+import hashlib
+import importlib
+import importlib.util
+import io
 import json
+import logging
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
 
 # %% ../../nbs/core/errors.ipynb #bd212103
 def read_back(o):
@@ -21,171 +31,259 @@ class LlamaZhError(Exception):
 
 # %% ../../nbs/core/errors.ipynb #44f35478
 # what libraries say while they are imported helps nobody, and it stands in every notebook
-for _n in ('torchao', 'torch.utils._pytree'): logging.getLogger(_n).setLevel(logging.ERROR)
+for _n in ('torchao', 'torch.utils._pytree'):
+    logging.getLogger(_n).setLevel(logging.ERROR)
 warnings.filterwarnings('ignore', message='IProgress not found')
+
+
 def _hush(module):
     "peft imports gptqmodel where it is installed, and that prints a banner: import it first, silently"
-    if module.split('.')[0] != 'peft' or 'gptqmodel' in sys.modules or not importlib.util.find_spec('gptqmodel'): return
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(Exception):
+    if (
+        module.split('.')[0] != 'peft'
+        or 'gptqmodel' in sys.modules
+        or not importlib.util.find_spec('gptqmodel')
+    ):
+        return
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.suppress(Exception),
+    ):
         importlib.import_module('gptqmodel')
 
 # %% ../../nbs/core/errors.ipynb #c40672fc
 def need(
-    module:str,     # name to import, dots allowed
-    extra:str='',   # the extra of this package that brings it: `train`, `quant`, `rag`, ...
-): # the imported module
+    module: str,  # name to import, dots allowed
+    extra: str = '',  # the extra of this package that brings it: `train`, `quant`, `rag`, ...
+):  # the imported module
     "Import `module` now, or say which `pip install` brings it"
     _hush(module)
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ModuleNotFoundError as e:
-        if e.name and not module.startswith(e.name.split('.')[0]): raise
+        if e.name and not module.startswith(e.name.split('.')[0]):
+            raise
         what = f'llama-zh-nb[{extra}]' if extra else module
-        raise LlamaZhError(f"the package {module.split('.')[0]!r} is not installed: run  pip install '{what}'") from None
+        raise LlamaZhError(
+            f"the package {module.split('.')[0]!r} is not installed: run  pip install '{what}'"
+        ) from None
 
 # %% ../../nbs/core/errors.ipynb #41446ae5
 def _rm(p):
-    if p.is_dir() and not p.is_symlink(): shutil.rmtree(p, ignore_errors=True)
+    if p.is_dir() and not p.is_symlink():
+        shutil.rmtree(p, ignore_errors=True)
     else:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError): p.unlink()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            p.unlink()
+
+
 def _alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
     return True
+
+
 def _sweep(path):
     "Take away what a killed process left beside `path`; bring the old version back if the new one never arrived"
     for p in path.parent.glob(f'.{path.name}.*-*'):
-        kind, _, pid = p.name[len(path.name)+2:].partition('-')
-        if kind not in ('partial','old') or not pid.isdigit() or _alive(int(pid)): continue
-        if kind == 'old' and not path.exists(): os.rename(p, path)
-        else: _rm(p)
+        kind, _, pid = p.name[len(path.name) + 2 :].partition('-')
+        if kind not in ('partial', 'old') or not pid.isdigit() or _alive(int(pid)):
+            continue
+        if kind == 'old' and not path.exists():
+            os.rename(p, path)
+        else:
+            _rm(p)
+
+
 def _swap(tmp, path):
     "Put `tmp` in the place of `path`"
-    if not (path.is_dir() or tmp.is_dir()): return os.replace(tmp, path)
+    if not (path.is_dir() or tmp.is_dir()):
+        return os.replace(tmp, path)
     old = path.with_name(f'.{path.name}.old-{os.getpid()}')
-    if path.exists(): os.rename(path, old)
+    if path.exists():
+        os.rename(path, old)
     os.rename(tmp, path)
-    if old.exists(): _rm(old)
+    if old.exists():
+        _rm(old)
+    return None
 
 # %% ../../nbs/core/errors.ipynb #f64071de
 def _explain(e, path):
     "`LlamaZhError` for an OSError about `path` that the user can do something about, else None"
     names = [str(n) for n in (e.filename, e.filename2) if n]
-    if names and not any(str(path).startswith(n) or n.startswith(str(path.parent)) for n in names): return None
+    if names and not any(str(path).startswith(n) or n.startswith(str(path.parent)) for n in names):
+        return None
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        try: free = f'{shutil.disk_usage(path.parent).free/2**20:,.0f} MiB free'
-        except OSError: free = 'disk full'
-        return LlamaZhError(f'no space left while writing {path} ({free}): make room or choose another folder; nothing was changed')
+        try:
+            free = f'{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free'
+        except OSError:
+            free = 'disk full'
+        return LlamaZhError(
+            f'no space left while writing {path} ({free}): make room or choose another folder; nothing was changed'
+        )
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return LlamaZhError(f'may not write {path} ({e.strerror}): choose a folder you own; nothing was changed')
+        return LlamaZhError(
+            f'may not write {path} ({e.strerror}): choose a folder you own; nothing was changed'
+        )
     if e.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-        return LlamaZhError(f'cannot write {path} ({e.strerror}): a part of this path is a file or too long')
+        return LlamaZhError(
+            f'cannot write {path} ({e.strerror}): a part of this path is a file or too long'
+        )
+    return None
 
 # %% ../../nbs/core/errors.ipynb #e39e9e0e
 @contextlib.contextmanager
 def writing(
-    path, # the file or folder to be made; its parent folders are created
-): # yields a path beside it, not yet existing: write your file there, or `mkdir` it and fill it
+    path,  # the file or folder to be made; its parent folders are created
+):  # yields a path beside it, not yet existing: write your file there, or `mkdir` it and fill it
     "Write beside `path`, rename at the end; whatever goes wrong in between, `path` stays as it was"
     path = Path(path).absolute()
     tmp = path.with_name(f'.{path.name}.partial-{os.getpid()}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path); _rm(tmp)
+        _sweep(path)
+        _rm(tmp)
         yield tmp
-        if not tmp.exists(): raise LlamaZhError(f'nothing was written for {path}')
+        if not tmp.exists():
+            raise LlamaZhError(f'nothing was written for {path}')
         _swap(tmp, path)
     except OSError as e:
-        if x := _explain(e, path): raise x from e
+        if x := _explain(e, path):
+            raise x from e
         raise
-    finally: _rm(tmp)
+    finally:
+        _rm(tmp)
 
 # %% ../../nbs/core/errors.ipynb #b9fa372e
 def _jsonable(o):
     "What `json` cannot write by itself: paths, numpy and torch numbers, sets, our small result classes"
-    if isinstance(o, Path): return str(o)
-    if isinstance(o, (set, frozenset)): return sorted(o)
-    for name in ('to_dict','tolist','_asdict'):
-        if hasattr(o, name): return getattr(o, name)()
-    if hasattr(o, '__dataclass_fields__'): return {k: getattr(o, k) for k in o.__dataclass_fields__}
+    if isinstance(o, Path):
+        return str(o)
+    if isinstance(o, (set, frozenset)):
+        return sorted(o)
+    for name in ('to_dict', 'tolist', '_asdict'):
+        if hasattr(o, name):
+            return getattr(o, name)()
+    if hasattr(o, '__dataclass_fields__'):
+        return {k: getattr(o, k) for k in o.__dataclass_fields__}
     return str(o)
 
 # %% ../../nbs/core/errors.ipynb #3db74dc2
 def write_json(
-    path, # file
+    path,  # file
     obj,  # anything JSON can hold, and paths, arrays, dataclasses in it
-): # the path
+):  # the path
     "Write `obj` as readable UTF-8 JSON, all or nothing"
     s = json.dumps(obj, ensure_ascii=False, indent=1, default=_jsonable)
-    with writing(path) as t: t.write_text(s + '\n', encoding='utf-8')
+    with writing(path) as t:
+        t.write_text(s + '\n', encoding='utf-8')
     return Path(path)
 
 # %% ../../nbs/core/errors.ipynb #b6004933
 def read_json(
-    path, # file
-): # the object
+    path,  # file
+):  # the object
     "Read UTF-8 JSON; a broken file is named with its line and column"
     path = Path(path)
-    try: return json.loads(path.read_text(encoding='utf-8-sig'))
-    except FileNotFoundError: raise LlamaZhError(f'no such file: {path}') from None
-    except IsADirectoryError: raise LlamaZhError(f'{path} is a folder, a JSON file was expected') from None
-    except UnicodeDecodeError as e: raise LlamaZhError(f'{path} is {what_is(path)}, not UTF-8 JSON (byte {e.start:,})') from None
+    try:
+        return json.loads(path.read_text(encoding='utf-8-sig'))
+    except FileNotFoundError:
+        raise LlamaZhError(f'no such file: {path}') from None
+    except IsADirectoryError:
+        raise LlamaZhError(f'{path} is a folder, a JSON file was expected') from None
+    except UnicodeDecodeError as e:
+        raise LlamaZhError(
+            f'{path} is {what_is(path)}, not UTF-8 JSON (byte {e.start:,})'
+        ) from None
     except json.JSONDecodeError as e:
-        raise LlamaZhError(f'{path}, line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}); the file is {what_is(path)}') from None
+        raise LlamaZhError(
+            f'{path}, line {e.lineno}, column {e.colno}: not valid JSON ({e.msg}); the file is {what_is(path)}'
+        ) from None
 
 # %% ../../nbs/core/errors.ipynb #06b79375
-_MAGIC = [(b'version https://git-lfs', 'a git-LFS pointer'), (b'PK\x03\x04', 'a zip file'), (b'GGUF', 'a GGUF file'), (b'\x1f\x8b', 'a gzip file'),
-          (b'PAR1', 'a Parquet file'), (b'%PDF', 'a PDF'), (b'\x80\x02', 'a Python pickle'), (b'\x89PNG', 'a PNG picture'), (b'BZh', 'a bzip2 file'),
-          (b'\xfd7zXZ', 'an xz file'), (b'\xff\xfe', 'UTF-16 text'), (b'\xfe\xff', 'UTF-16 text')]
+_MAGIC = [
+    (b'version https://git-lfs', 'a git-LFS pointer'),
+    (b'PK\x03\x04', 'a zip file'),
+    (b'GGUF', 'a GGUF file'),
+    (b'\x1f\x8b', 'a gzip file'),
+    (b'PAR1', 'a Parquet file'),
+    (b'%PDF', 'a PDF'),
+    (b'\x80\x02', 'a Python pickle'),
+    (b'\x89PNG', 'a PNG picture'),
+    (b'BZh', 'a bzip2 file'),
+    (b'\xfd7zXZ', 'an xz file'),
+    (b'\xff\xfe', 'UTF-16 text'),
+    (b'\xfe\xff', 'UTF-16 text'),
+]
+
+
 def _is_safetensors(b, size):
     n = int.from_bytes(b[:8], 'little')
-    return size >= 8 and b[8:9] == b'{' and 2 <= n <= size-8
+    return size >= 8 and b[8:9] == b'{' and 2 <= n <= size - 8
+
+
 def _is_text(b):
-    for cut in range(4):   # the 4,096 bytes may end inside a character
-        try: s = b[:len(b)-cut].decode('utf-8-sig')
-        except UnicodeDecodeError: continue
+    for cut in range(4):  # the 4,096 bytes may end inside a character
+        try:
+            s = b[: len(b) - cut].decode('utf-8-sig')
+        except UnicodeDecodeError:
+            continue
         return not any(c < ' ' and c not in '\t\n\r\f' for c in s)
     return False
 
 # %% ../../nbs/core/errors.ipynb #71ef2e36
 def what_is(
-    path, # file or folder
-)->str: # a few words that fit after "the file is"
+    path,  # file or folder
+) -> str:  # a few words that fit after "the file is"
     "Say what a file really is, judged by its first bytes and not by its name"
     path = Path(path)
-    if not path.exists(): return 'missing'
-    if path.is_dir(): return 'a folder' if any(path.iterdir()) else 'an empty folder'
+    if not path.exists():
+        return 'missing'
+    if path.is_dir():
+        return 'a folder' if any(path.iterdir()) else 'an empty folder'
     size = path.stat().st_size
-    if not size: return 'empty'
-    with open(path, 'rb') as f: b = f.read(4096)
+    if not size:
+        return 'empty'
+    with open(path, 'rb') as f:
+        b = f.read(4096)
     for magic, name in _MAGIC:
         if b.startswith(magic):
             zipped_torch = name == 'a zip file' and b'/data.pkl' in b or b'/byteorder' in b[:200]
             return 'a PyTorch zip checkpoint' if zipped_torch else name
-    if b.lstrip()[:200].lower().startswith((b'<!doctype html', b'<html', b'<head')): return 'an HTML page'
-    if _is_safetensors(b, size): return 'a safetensors file'
-    if b[:1] == b'\n' and b'<unk>' in b[:16]: return 'a SentencePiece model'
-    if not any(b): return 'all zero bytes'
-    if not _is_text(b): return 'unknown binary'
+    if b.lstrip()[:200].lower().startswith((b'<!doctype html', b'<html', b'<head')):
+        return 'an HTML page'
+    if _is_safetensors(b, size):
+        return 'a safetensors file'
+    if b[:1] == b'\n' and b'<unk>' in b[:16]:
+        return 'a SentencePiece model'
+    if not any(b):
+        return 'all zero bytes'
+    if not _is_text(b):
+        return 'unknown binary'
     return 'JSON' if b.lstrip(b'\xef\xbb\xbf \t\r\n')[:1] in (b'{', b'[') else 'text'
 
 # %% ../../nbs/core/errors.ipynb #5151c593
 def _digest(path, algo):
     h = hashlib.new(algo, usedforsecurity=False)
     with open(path, 'rb') as f:
-        while b := f.read(1 << 20): h.update(b)
+        while b := f.read(1 << 20):
+            h.update(b)
     return h.hexdigest()
 
 # %% ../../nbs/core/errors.ipynb #1b622755
 def sha256(
-    path, # file
-)->str: # hex digest
+    path,  # file
+) -> str:  # hex digest
     "SHA-256 of a file, read in pieces of 1 MiB"
     return _digest(path, 'sha256')
 
 # %% ../../nbs/core/errors.ipynb #77932769
 def md5(
-    path, # file
-)->str: # hex digest
+    path,  # file
+) -> str:  # hex digest
     "MD5 of a file, the sum that Meta's `checklist.chk` holds"
     return _digest(path, 'md5')

@@ -6,100 +6,161 @@
 __all__ = ['peak_rss', 'pick_device', 'pick_dtype', 'progress', 'versions', 'Meter', 'quiet']
 
 # %% ../../nbs/core/machine.ipynb #d695119f
-from pathlib import Path
 import contextlib
 import os
 import sys
 import threading
 import time
 import warnings
+from pathlib import Path
+
 from .errors import LlamaZhError, need
 
 # %% ../../nbs/core/machine.ipynb #fff9b238
-def peak_rss()->int: # bytes
+def peak_rss() -> int:  # bytes
     "The largest resident memory this process has had"
-    try: return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('VmHWM'))   # `ru_maxrss` would begin with the parent's
-    except (OSError, StopIteration): pass
-    try: import resource
-    except ImportError: return 0   # Windows
+    try:
+        return next(
+            int(l.split()[1]) * 1024
+            for l in Path('/proc/self/status').read_text().splitlines()
+            if l.startswith('VmHWM')
+        )  # `ru_maxrss` would begin with the parent's
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:
+        return 0  # Windows
     n = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return n if sys.platform == 'darwin' else n*1024
+    return n if sys.platform == 'darwin' else n * 1024
 
 # %% ../../nbs/core/machine.ipynb #f847b2c6
 def pick_device(
-    device:str='auto', # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-)->str: # a device that is there
+    device: str = 'auto',  # 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+) -> str:  # a device that is there
     "The device to compute on: the first GPU if there is one, else the CPU; a wish that cannot be met is refused"
     torch = need('torch', 'train')
-    if device in (None, 'auto'): return 'cuda' if torch.cuda.is_available() else 'cpu'
+    if device in (None, 'auto'):
+        return 'cuda' if torch.cuda.is_available() else 'cpu'
     kind, _, n = str(device).partition(':')
-    have = {'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}
-    if kind not in have: raise LlamaZhError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'mps'")
-    if int(n or 0) >= have[kind]: raise LlamaZhError(f"device {device!r} was asked for, but this machine has {have[kind]} of kind {kind!r}: use --device cpu or auto")
+    have = {
+        'cpu': 1,
+        'cuda': torch.cuda.device_count(),
+        'mps': int(torch.backends.mps.is_available()),
+    }
+    if kind not in have:
+        raise LlamaZhError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'mps'")
+    if int(n or 0) >= have[kind]:
+        raise LlamaZhError(
+            f'device {device!r} was asked for, but this machine has {have[kind]} of kind {kind!r}: use --device cpu or auto'
+        )
     return str(device)
 
 # %% ../../nbs/core/machine.ipynb #b342992b
 def pick_dtype(
-    dtype=None,          # None or 'auto', 'float32', 'bfloat16', 'float16', or a torch dtype
-    device:str='auto',   # decides when `dtype` is None
-): # a torch dtype
+    dtype=None,  # None or 'auto', 'float32', 'bfloat16', 'float16', or a torch dtype
+    device: str = 'auto',  # decides when `dtype` is None
+):  # a torch dtype
     "bfloat16 on a GPU that has it, float32 on a CPU (where bfloat16 is emulated and an order of magnitude slower)"
     torch = need('torch', 'train')
-    names = {'fp32':'float32','bf16':'bfloat16','fp16':'float16'}
+    names = {'fp32': 'float32', 'bf16': 'bfloat16', 'fp16': 'float16'}
     if dtype in (None, 'auto', ''):
-        if not pick_device(device).startswith('cuda'): return torch.float32
+        if not pick_device(device).startswith('cuda'):
+            return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     got = getattr(torch, names.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
-    if not isinstance(got, torch.dtype) or not got.is_floating_point: raise LlamaZhError(f"unknown dtype {dtype!r}: use 'float32', 'bfloat16' or 'float16'")
+    if not isinstance(got, torch.dtype) or not got.is_floating_point:
+        raise LlamaZhError(f"unknown dtype {dtype!r}: use 'float32', 'bfloat16' or 'float16'")
     return got
 
 # %% ../../nbs/core/machine.ipynb #815ab998
 def progress(
-    it=None,      # what to go through
-    desc:str='',  # shown in front
-    total=None,   # how many, where `it` has no length
+    it=None,  # what to go through
+    desc: str = '',  # shown in front
+    total=None,  # how many, where `it` has no length
     **kw,
-): # an iterator; also has tqdm's `update` and `close`
+):  # an iterator; also has tqdm's `update` and `close`
     "A progress bar in a terminal or notebook; silent with the environment variable `LLAMA_ZH_PROGRESS=0`"
-    try: from IPython import get_ipython; shell = get_ipython() is not None
-    except ImportError: shell = False
+    try:
+        from IPython import get_ipython
+
+        shell = get_ipython() is not None
+    except ImportError:
+        shell = False
     from tqdm import tqdm
+
     off = os.environ.get('LLAMA_ZH_PROGRESS', '') == '0' or not (shell or sys.stderr.isatty())
-    return tqdm(it, desc=desc or None, total=total, leave=False, disable=off, mininterval=.5, **kw)
+    return tqdm(it, desc=desc or None, total=total, leave=False, disable=off, mininterval=0.5, **kw)
 
 # %% ../../nbs/core/machine.ipynb #93a2fd30
-def versions()->dict:
+def versions() -> dict:
     "Versions of what shapes the numbers"
-    from importlib.metadata import version, PackageNotFoundError
     import platform
-    out = {'python': platform.python_version(), 'machine': f'{platform.system()} {platform.machine()}, {os.cpu_count()} cores'}
-    for p in 'llama_zh_nb torch transformers tokenizers peft trl datasets sentencepiece gptqmodel langchain'.split():
-        with contextlib.suppress(PackageNotFoundError): out[p] = version(p)
+    from importlib.metadata import PackageNotFoundError, version
+
+    out = {
+        'python': platform.python_version(),
+        'machine': f'{platform.system()} {platform.machine()}, {os.cpu_count()} cores',
+    }
+    for p in [
+        'llama_zh_nb',
+        'torch',
+        'transformers',
+        'tokenizers',
+        'peft',
+        'trl',
+        'datasets',
+        'sentencepiece',
+        'gptqmodel',
+        'langchain',
+    ]:
+        with contextlib.suppress(PackageNotFoundError):
+            out[p] = version(p)
     return out
 
 # %% ../../nbs/core/machine.ipynb #29d193ad
 def _rss():
-    try: return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
-    except (OSError, ValueError, IndexError): return peak_rss()
+    try:
+        return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError, IndexError):
+        return peak_rss()
 
 # %% ../../nbs/core/machine.ipynb #8d04443f
 class Meter:
     "Seconds and peak memory (resident, and of the GPU if one is used) of a `with` block"
+
     def __enter__(self):
         self.t0, self.peak, self._stop = time.time(), _rss(), threading.Event()
         self.torch = sys.modules.get('torch')
-        if self._gpu(): self.torch.cuda.reset_peak_memory_stats()
-        self._th = threading.Thread(target=self._watch, daemon=True); self._th.start()
+        if self._gpu():
+            self.torch.cuda.reset_peak_memory_stats()
+        self._th = threading.Thread(target=self._watch, daemon=True)
+        self._th.start()
         return self
-    def _gpu(self): return self.torch is not None and self.torch.cuda.is_available() and self.torch.cuda.is_initialized()
+
+    def _gpu(self):
+        return (
+            self.torch is not None
+            and self.torch.cuda.is_available()
+            and self.torch.cuda.is_initialized()
+        )
+
     def _watch(self):
-        while not self._stop.wait(.1): self.peak = max(self.peak, _rss())
+        while not self._stop.wait(0.1):
+            self.peak = max(self.peak, _rss())
+
     def __exit__(self, *args):
-        self._stop.set(); self._th.join()
+        self._stop.set()
+        self._th.join()
         self.peak = max(self.peak, _rss())
+
     def to_dict(self):
-        d = {'seconds': round(time.time()-self.t0, 2), 'peak_mib': round(self.peak/2**20)}
-        return dict(d, peak_gpu_mib=round(self.torch.cuda.max_memory_allocated()/2**20)) if self._gpu() else d
+        d = {'seconds': round(time.time() - self.t0, 2), 'peak_mib': round(self.peak / 2**20)}
+        return (
+            dict(d, peak_gpu_mib=round(self.torch.cuda.max_memory_allocated() / 2**20))
+            if self._gpu()
+            else d
+        )
 
 # %% ../../nbs/core/machine.ipynb #30c4db7b
 @contextlib.contextmanager
@@ -107,11 +168,13 @@ def quiet():
     "Without the bars, banners and warnings of libraries that tell the user nothing"
     hf = need('transformers.utils.logging', 'train')
     level, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    hf.set_verbosity_error(); hf.disable_progress_bar()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
         hf.set_verbosity(level)
-        if bar: hf.enable_progress_bar()
+        if bar:
+            hf.enable_progress_bar()

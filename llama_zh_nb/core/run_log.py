@@ -6,55 +6,62 @@
 __all__ = ['read_run', 'update_run', 'record', 'stage']
 
 # %% ../../nbs/core/run_log.ipynb #ddf06326
-from pathlib import Path
 import contextlib
+from pathlib import Path
+
 from .errors import read_json, write_json
 from .machine import Meter, versions
 
 # %% ../../nbs/core/run_log.ipynb #5c93ceee
 def _merge(a, b):
-    for k,v in b.items():
-        if isinstance(v, dict) and isinstance(a.get(k), dict): _merge(a[k], v)
-        else: a[k] = v
+    for k, v in b.items():
+        if isinstance(v, dict) and isinstance(a.get(k), dict):
+            _merge(a[k], v)
+        else:
+            a[k] = v
     return a
 
 # %% ../../nbs/core/run_log.ipynb #0d5dae4b
 def read_run(
-    run, # run folder
-)->dict:
+    run,  # run folder
+) -> dict:
     "A run's run.json; empty if there is none yet"
-    p = Path(run)/'run.json'
+    p = Path(run) / 'run.json'
     return read_json(p) if p.exists() else {}
 
 # %% ../../nbs/core/run_log.ipynb #b41390ac
 @contextlib.contextmanager
 def _locked(path):
     "One writer at a time, also between processes"
-    try: import fcntl
-    except ImportError: yield; return
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
     with open(path, 'w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 # %% ../../nbs/core/run_log.ipynb #1b0c48c8
 def update_run(
-    run,     # run folder
-    d:dict,  # merged into run.json, dicts into dicts
-    drop=(), # stages whose old entries go first
+    run,  # run folder
+    d: dict,  # merged into run.json, dicts into dicts
+    drop=(),  # stages whose old entries go first
 ):
     "Merge `d` into run.json, atomically"
-    path = Path(run)/'run.json'
+    path = Path(run) / 'run.json'
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.with_name('.run.lock')):
         j = read_run(run)
-        for s in drop: j.get('stages', {}).pop(s, None)
+        for s in drop:
+            j.get('stages', {}).pop(s, None)
         write_json(path, _merge(j, {'versions': versions(), **d}))
 
 # %% ../../nbs/core/run_log.ipynb #31599fb1
 def record(
-    run,       # run folder
-    stage:str, # 'weights', 'corpus', 'vocab', ...
-    **metrics, # numbers, dicts, lists, texts
+    run,  # run folder
+    stage: str,  # 'weights', 'corpus', 'vocab', ...
+    **metrics,  # numbers, dicts, lists, texts
 ):
     "Add `metrics` to what run.json knows about a stage"
     update_run(run, {'stages': {stage: {'metrics': metrics}}})
@@ -62,10 +69,11 @@ def record(
 # %% ../../nbs/core/run_log.ipynb #c19e57fd
 @contextlib.contextmanager
 def stage(
-    run,      # run folder
-    name:str, # the stage
-): # yields a dict for its metrics
+    run,  # run folder
+    name: str,  # the stage
+):  # yields a dict for its metrics
     "Run a block as a stage: its seconds, its peak memory and the metrics put into the dict go to run.json when it succeeds"
     m = {}
-    with Meter() as meter: yield m
+    with Meter() as meter:
+        yield m
     update_run(run, {'stages': {name: {**meter.to_dict(), 'metrics': m}}})

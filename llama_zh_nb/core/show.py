@@ -6,103 +6,182 @@
 __all__ = ['COLOURS', 'Html', 'esc', 'num', 'size', 'span', 'ticks', 'lines', 'bars', 'intervals', 'tokens', 'path_picture']
 
 # %% ../../nbs/core/show.ipynb #f6f04ccb
-import html, math
+import html
+import math
 
 # %% ../../nbs/core/show.ipynb #14fb4772
-COLOURS = ('#3f83c7','#d9822b','#4a9d5b','#b0529b','#c2504a','#7a7fd0')
+COLOURS = ('#3f83c7', '#d9822b', '#4a9d5b', '#b0529b', '#c2504a', '#7a7fd0')
+
+
 class Html(str):
     "A piece of HTML that Jupyter shows"
-    def _repr_html_(self): return str(self)
-def esc(x): return html.escape(str(x), quote=True)
+
+    def _repr_html_(self):
+        return str(self)
+
+
+def esc(x):
+    return html.escape(str(x), quote=True)
+
+
 def num(x, digits=3):
     "A number for people: 0.1234 -> 0.123, 1234567 -> 1,234,567"
-    if x is None: return '–'
-    if isinstance(x, int) or abs(x) >= 10_000: return f'{x:,.0f}'
-    return f'{x:.{max(0, digits-1-max(0, math.floor(math.log10(abs(x)))))}f}' if x else '0'
+    if x is None:
+        return '–'
+    if isinstance(x, int) or abs(x) >= 10_000:
+        return f'{x:,.0f}'
+    return f'{x:.{max(0, digits - 1 - max(0, math.floor(math.log10(abs(x)))))}f}' if x else '0'
+
+
 def size(b):
     "Bytes for people"
-    for u in ('B','kB','MB','GB'):
-        if abs(b) < 1000 or u == 'GB': return f'{num(b)} {u}'
+    for u in ('B', 'kB', 'MB', 'GB'):
+        if abs(b) < 1000 or u == 'GB':
+            return f'{num(b)} {u}'
         b /= 1000
+    return None
+
+
 def span(s):
     "Seconds for people"
     s = s or 0
-    return f'{s:.1f} s' if s < 10 else f'{s:.0f} s' if s < 100 else f'{int(s//60)} min {int(s%60):02} s' if s < 3600 else f'{int(s//3600)} h {int(s%3600//60):02} min'
+    return (
+        f'{s:.1f} s'
+        if s < 10
+        else f'{s:.0f} s'
+        if s < 100
+        else f'{int(s // 60)} min {int(s % 60):02} s'
+        if s < 3600
+        else f'{int(s // 3600)} h {int(s % 3600 // 60):02} min'
+    )
 
 # %% ../../nbs/core/show.ipynb #d5842d8b
 def ticks(lo, hi, n=5):
     "About `n` round numbers from `lo` to `hi`"
-    if hi <= lo: hi = lo + 1
-    raw = (hi-lo)/n
-    p = 10**math.floor(math.log10(raw))
-    step = next(m*p for m in (1, 2, 2.5, 5, 10) if m*p >= raw*.999)
-    i, out = math.ceil(lo/step - 1e-9), []
-    while i*step <= hi + step*1e-9: out.append(round(i*step, 10)); i += 1
+    if hi <= lo:
+        hi = lo + 1
+    raw = (hi - lo) / n
+    p = 10 ** math.floor(math.log10(raw))
+    step = next(m * p for m in (1, 2, 2.5, 5, 10) if m * p >= raw * 0.999)
+    i, out = math.ceil(lo / step - 1e-9), []
+    while i * step <= hi + step * 1e-9:
+        out.append(round(i * step, 10))
+        i += 1
     return out
 
 # %% ../../nbs/core/show.ipynb #63edd937
-def _legend(names): return '<div class="legend">' + ' '.join(f'<span style="white-space:nowrap;margin-right:1em"><span style="color:{COLOURS[i % 6]}">●</span> {esc(n)}</span>' for i,n in enumerate(names)) + '</div>'
+def _legend(names):
+    return (
+        '<div class="legend">'
+        + ' '.join(
+            f'<span style="white-space:nowrap;margin-right:1em"><span style="color:{COLOURS[i % 6]}">●</span> {esc(n)}</span>'
+            for i, n in enumerate(names)
+        )
+        + '</div>'
+    )
+
+
 def _curve(pts, X, Y, colour):
-    line = ' '.join(f'{X(x):.1f},{Y(y):.1f}' for x,y in pts)
-    dots = ''.join(f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="3" fill="{colour}"><title>{num(x)}: {num(y, 4)}</title></circle>' for x,y in pts) if len(pts) <= 25 else ''
+    line = ' '.join(f'{X(x):.1f},{Y(y):.1f}' for x, y in pts)
+    dots = (
+        ''.join(
+            f'<circle cx="{X(x):.1f}" cy="{Y(y):.1f}" r="3" fill="{colour}"><title>{num(x)}: {num(y, 4)}</title></circle>'
+            for x, y in pts
+        )
+        if len(pts) <= 25
+        else ''
+    )
     return f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>{dots}'
 
 # %% ../../nbs/core/show.ipynb #b6e21dee
 def lines(
-    series:dict,  # {name: [(x, y), ...]}
-    title='',     # above the picture
+    series: dict,  # {name: [(x, y), ...]}
+    title='',  # above the picture
     xlabel='step',
-    zero=False,   # y starts at 0
-    w=440, h=230, # of the drawing; it scales with the page
-)->Html:
+    zero=False,  # y starts at 0
+    w=440,
+    h=230,  # of the drawing; it scales with the page
+) -> Html:
     "Curves with axes and a legend, as one SVG"
-    series = {k: [(x, y) for x,y in v if y is not None and math.isfinite(y)] for k,v in series.items()}
-    series = {k: v for k,v in series.items() if v}
-    if not series: return Html('')
-    xs, ys = [x for v in series.values() for x,_ in v], [y for v in series.values() for _,y in v]
-    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs)+1), 0 if zero else min(ys), max(ys)
-    pad = (y1-y0 or 1)*.06
-    y0, y1 = (0 if zero else y0-pad), y1+pad
+    series = {
+        k: [(x, y) for x, y in v if y is not None and math.isfinite(y)] for k, v in series.items()
+    }
+    series = {k: v for k, v in series.items() if v}
+    if not series:
+        return Html('')
+    xs, ys = [x for v in series.values() for x, _ in v], [y for v in series.values() for _, y in v]
+    x0, x1, y0, y1 = min(xs), max(max(xs), min(xs) + 1), 0 if zero else min(ys), max(ys)
+    pad = (y1 - y0 or 1) * 0.06
+    y0, y1 = (0 if zero else y0 - pad), y1 + pad
     L, R, T, B = 44, 12, 8, 34
-    X, Y = (lambda x: L + (x-x0)/(x1-x0)*(w-L-R)), (lambda y: h-B - (y-y0)/(y1-y0)*(h-T-B))
-    grid = ''.join(f'<line x1="{L}" x2="{w-R}" y1="{Y(t):.1f}" y2="{Y(t):.1f}" stroke="currentColor" opacity=".14"/><text x="{L-6}" y="{Y(t)+4:.1f}" text-anchor="end">{t:g}</text>' for t in ticks(y0, y1))
-    foot = ''.join(f'<text x="{X(t):.1f}" y="{h-B+16}" text-anchor="middle">{t:,g}</text>' for t in ticks(x0, x1, 4))
-    body = ''.join(_curve(v, X, Y, COLOURS[i % 6]) for i,v in enumerate(series.values()))
-    svg = (f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{esc(title)}" style="width:100%;max-width:{w+80}px;height:auto" font-size="12" fill="currentColor" font-family="system-ui,sans-serif">'
-           f'{grid}{foot}<text x="{(L+w-R)/2}" y="{h-3}" text-anchor="middle" opacity=".7">{esc(xlabel)}</text>{body}</svg>')
-    return Html(f'<figure class="chart">{f"<figcaption>{esc(title)}</figcaption>" if title else ""}{_legend(series) if len(series) > 1 else ""}{svg}</figure>')
+    X, Y = (
+        (lambda x: L + (x - x0) / (x1 - x0) * (w - L - R)),
+        (lambda y: h - B - (y - y0) / (y1 - y0) * (h - T - B)),
+    )
+    grid = ''.join(
+        f'<line x1="{L}" x2="{w - R}" y1="{Y(t):.1f}" y2="{Y(t):.1f}" stroke="currentColor" opacity=".14"/><text x="{L - 6}" y="{Y(t) + 4:.1f}" text-anchor="end">{t:g}</text>'
+        for t in ticks(y0, y1)
+    )
+    foot = ''.join(
+        f'<text x="{X(t):.1f}" y="{h - B + 16}" text-anchor="middle">{t:,g}</text>'
+        for t in ticks(x0, x1, 4)
+    )
+    body = ''.join(_curve(v, X, Y, COLOURS[i % 6]) for i, v in enumerate(series.values()))
+    svg = (
+        f'<svg viewBox="0 0 {w} {h}" role="img" aria-label="{esc(title)}" style="width:100%;max-width:{w + 80}px;height:auto" font-size="12" fill="currentColor" font-family="system-ui,sans-serif">'
+        f'{grid}{foot}<text x="{(L + w - R) / 2}" y="{h - 3}" text-anchor="middle" opacity=".7">{esc(xlabel)}</text>{body}</svg>'
+    )
+    return Html(
+        f'<figure class="chart">{f"<figcaption>{esc(title)}</figcaption>" if title else ""}{_legend(series) if len(series) > 1 else ""}{svg}</figure>'
+    )
 
 # %% ../../nbs/core/show.ipynb #c121f62b
 _TRACK = 'position:relative;flex:1 1 8em;min-width:3em;height:1.15em;background:color-mix(in srgb,currentColor 9%,transparent);border-radius:4px;overflow:hidden'
-def _row(name, track, text): return (f'<div style="display:flex;gap:.7em;align-items:center;margin:.3em 0"><div style="flex:0 1 9em;min-width:4em;text-align:right;font-size:.92em">{esc(name)}</div>'
-                                     f'<div style="{_TRACK}">{track}</div><div style="flex:0 0 8.2em;white-space:nowrap;font-variant-numeric:tabular-nums;font-size:.92em">{esc(text)}</div></div>')
-def _fill(share, colour): return f'<div style="position:absolute;inset:0 auto 0 0;width:{max(0, min(1, share)):.2%};background:{colour}"></div>'
+
+
+def _row(name, track, text):
+    return (
+        f'<div style="display:flex;gap:.7em;align-items:center;margin:.3em 0"><div style="flex:0 1 9em;min-width:4em;text-align:right;font-size:.92em">{esc(name)}</div>'
+        f'<div style="{_TRACK}">{track}</div><div style="flex:0 0 8.2em;white-space:nowrap;font-variant-numeric:tabular-nums;font-size:.92em">{esc(text)}</div></div>'
+    )
+
+
+def _fill(share, colour):
+    return f'<div style="position:absolute;inset:0 auto 0 0;width:{max(0, min(1, share)):.2%};background:{colour}"></div>'
 
 # %% ../../nbs/core/show.ipynb #9cea0952
 def bars(
-    rows:list,    # (name, value, text) or (name, value, text, colour index)
-    top=None,     # the value of a full bar; None: the largest
-)->Html:
+    rows: list,  # (name, value, text) or (name, value, text, colour index)
+    top=None,  # the value of a full bar; None: the largest
+) -> Html:
     "Horizontal bars with their figures"
     rows = [(*r, 0)[:4] for r in rows]
-    top = top or max([v for _,v,*_ in rows if v] + [1e-9])
-    return Html('<div class="bars">' + ''.join(_row(n, _fill((v or 0)/top, COLOURS[c % 6]), t) for n,v,t,c in rows) + '</div>')
+    top = top or max([v for _, v, *_ in rows if v] + [1e-9])
+    return Html(
+        '<div class="bars">'
+        + ''.join(_row(n, _fill((v or 0) / top, COLOURS[c % 6]), t) for n, v, t, c in rows)
+        + '</div>'
+    )
 
 # %% ../../nbs/core/show.ipynb #c1561307
 def intervals(
-    rows:list, # (name, {'right','n','share','lo','hi'}) or with a colour index
-)->Html:
+    rows: list,  # (name, {'right','n','share','lo','hi'}) or with a colour index
+) -> Html:
     "Shares with their 95 % intervals on a scale from 0 to 100 %"
     out = ''
-    for name,c,*col in rows:
-        whisk = f'<div style="position:absolute;left:{c["lo"]:.2%};width:{max(c["hi"]-c["lo"], .004):.2%};top:40%;height:20%;background:currentColor;opacity:.75;border-radius:2px"></div>'
-        out += _row(name, _fill(c['share'], COLOURS[(col or [0])[0] % 6]) + whisk, f"{c['share']:.0%}  ({c['right']} of {c['n']})")
+    for name, c, *col in rows:
+        whisk = f'<div style="position:absolute;left:{c["lo"]:.2%};width:{max(c["hi"] - c["lo"], 0.004):.2%};top:40%;height:20%;background:currentColor;opacity:.75;border-radius:2px"></div>'
+        out += _row(
+            name,
+            _fill(c['share'], COLOURS[(col or [0])[0] % 6]) + whisk,
+            f'{c["share"]:.0%}  ({c["right"]} of {c["n"]})',
+        )
     return Html(f'<div class="bars">{out}</div>')
 
 # %% ../../nbs/core/show.ipynb #09f3ff2c
 def tokens(
-    pieces:list, # SentencePiece's pieces
-)->Html:
+    pieces: list,  # SentencePiece's pieces
+) -> Html:
     "A text as the tiles that a vocabulary cuts it into"
     out, k = '', 0
     for p in pieces:
@@ -114,29 +193,47 @@ def tokens(
 
 # %% ../../nbs/core/show.ipynb #e732ccae
 _W, _H = 176, 128
+
+
 def _spot(i, cols):
     row, k = divmod(i, cols)
-    return (k if row % 2 == 0 else cols-1-k)*_W + _W/2, row*_H + 40
+    return (k if row % 2 == 0 else cols - 1 - k) * _W + _W / 2, row * _H + 40
+
+
 def _road(n, cols):
     d = 'M{:.0f} {:.0f}'.format(*_spot(0, cols))
     for i in range(1, n):
-        (x0, y0), (x, y) = _spot(i-1, cols), _spot(i, cols)
-        side = (_W/2 + 40)*(1 if x > cols*_W/2 else -1)
-        d += f' L{x:.0f} {y:.0f}' if y == y0 else f' C{x0+side:.0f} {y0:.0f} {x+side:.0f} {y:.0f} {x:.0f} {y:.0f}'
+        (x0, y0), (x, y) = _spot(i - 1, cols), _spot(i, cols)
+        side = (_W / 2 + 40) * (1 if x > cols * _W / 2 else -1)
+        d += (
+            f' L{x:.0f} {y:.0f}'
+            if y == y0
+            else f' C{x0 + side:.0f} {y0:.0f} {x + side:.0f} {y:.0f} {x:.0f} {y:.0f}'
+        )
     return d
 
 # %% ../../nbs/core/show.ipynb #9e12529f
 def path_picture(
-    stations:list, # (name, line, line, ...), up to three lines of text
+    stations: list,  # (name, line, line, ...), up to three lines of text
     cols=5,
-)->Html:
+) -> Html:
     "Stations on a winding road, as SVG"
-    if not stations: return Html('')
-    w, h, m = min(cols, len(stations))*_W, math.ceil(len(stations)/cols)*_H, 22*(len(stations) > cols)   # m: room for the bends
+    if not stations:
+        return Html('')
+    w, h, m = (
+        min(cols, len(stations)) * _W,
+        math.ceil(len(stations) / cols) * _H,
+        22 * (len(stations) > cols),
+    )  # m: room for the bends
     out = f'<path d="{_road(len(stations), min(cols, len(stations)))}" fill="none" stroke="currentColor" opacity=".22" stroke-width="9" stroke-linecap="round"/>'
-    for i,(name,*text) in enumerate(stations):
+    for i, (name, *text) in enumerate(stations):
         x, y = _spot(i, min(cols, len(stations)))
-        out += f'<circle cx="{x:.0f}" cy="{y:.0f}" r="19" fill="{COLOURS[i % 6]}"/><text x="{x:.0f}" y="{y+6:.0f}" text-anchor="middle" fill="#fff" font-weight="700" font-size="17">{i+1}</text>'
-        out += f'<text x="{x:.0f}" y="{y+38:.0f}" text-anchor="middle" font-weight="700" font-size="15">{esc(name)}</text>'
-        out += ''.join(f'<text x="{x:.0f}" y="{y+55+15*j:.0f}" text-anchor="middle" font-size="12.5" opacity=".8">{esc(t)}</text>' for j,t in enumerate(text[:2]))
-    return Html(f'<svg viewBox="{-m} 0 {w+2*m} {h}" role="img" aria-label="the path" style="width:100%;max-width:{w*1.3:.0f}px;height:auto" fill="currentColor" font-family="system-ui,sans-serif">{out}</svg>')
+        out += f'<circle cx="{x:.0f}" cy="{y:.0f}" r="19" fill="{COLOURS[i % 6]}"/><text x="{x:.0f}" y="{y + 6:.0f}" text-anchor="middle" fill="#fff" font-weight="700" font-size="17">{i + 1}</text>'
+        out += f'<text x="{x:.0f}" y="{y + 38:.0f}" text-anchor="middle" font-weight="700" font-size="15">{esc(name)}</text>'
+        out += ''.join(
+            f'<text x="{x:.0f}" y="{y + 55 + 15 * j:.0f}" text-anchor="middle" font-size="12.5" opacity=".8">{esc(t)}</text>'
+            for j, t in enumerate(text[:2])
+        )
+    return Html(
+        f'<svg viewBox="{-m} 0 {w + 2 * m} {h}" role="img" aria-label="the path" style="width:100%;max-width:{w * 1.3:.0f}px;height:auto" fill="currentColor" font-family="system-ui,sans-serif">{out}</svg>'
+    )

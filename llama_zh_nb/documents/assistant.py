@@ -6,42 +6,64 @@
 __all__ = ['REFUSAL', 'Answer', 'Assistant']
 
 # %% ../../nbs/documents/assistant.ipynb #7f098b68
-from dataclasses import dataclass
-from dataclasses import field
-from langchain_core.messages import HumanMessage
-from langchain_core.prompts import PromptTemplate
-from pathlib import Path
 import html
 import re
-from ..core.errors import LlamaZhError, need
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from langchain_core.messages import HumanMessage
+from langchain_core.prompts import PromptTemplate
+
+from ..core.errors import LlamaZhError
 from .chat_model import ChatLlama, ask_many, load_chat, say, tell
 from .index import open_index
-from .passages import Citations, _common, _numbers, check_citations, defuse, pack, shield
+from llama_zh_nb.documents.passages import (
+    Citations,
+    _common,
+    _numbers,
+    check_citations,
+    defuse,
+    pack,
+    shield,
+)
 from .recall import fits
 from .split import token_counter
-from .strategies import map_reduce, refine, PROMPTS, STEPS, stuff
+from .strategies import PROMPTS, STEPS, map_reduce, refine, stuff
 from ..evals.measure import greedy
 
 # %% ../../nbs/documents/assistant.ipynb #50c9c0e6
 @dataclass
 class Answer:
     "An answer and the passages it was read from"
-    question:str
-    text:str
-    sources:list = field(default_factory=list)   # of `Source`, as the model saw them
-    refused:bool = False                         # nothing fitted
-    invented:list = field(default_factory=list)  # numbers that the model cited and that do not exist; `[?]` in the text
-    steps:list = field(default_factory=list)     # (what the model was asked, what it said) before the last step
-    prompt:str = ''                              # what it was asked last
+
+    question: str
+    text: str
+    sources: list = field(default_factory=list)  # of `Source`, as the model saw them
+    refused: bool = False  # nothing fitted
+    invented: list = field(
+        default_factory=list
+    )  # numbers that the model cited and that do not exist; `[?]` in the text
+    steps: list = field(
+        default_factory=list
+    )  # (what the model was asked, what it said) before the last step
+    prompt: str = ''  # what it was asked last
+
     def cited(self):
         "Numbers of sources that the model named, and those among them that do not exist"
         ns = sorted({*_numbers(self.text), *self.invented})
         return ns, [n for n in ns if n not in {s.n for s in self.sources}]
-    def __repr__(self): return '\n'.join([self.text, *map(repr, self.sources)])
+
+    def __repr__(self):
+        return '\n'.join([self.text, *map(repr, self.sources)])
+
     def _repr_html_(self):
-        row = lambda s: (f'<div style="margin:.3em 0 .3em 1em;font-size:90%"><b>[{s.n}]</b> {html.escape(s.name)}{" / " + html.escape(s.heading) if s.heading else ""}'
-                         f' <meter min="0" max="1" value="{s.score}">{s.score}</meter> {s.score:.2f}<br><span style="white-space:pre-wrap;opacity:.85">{_common(self.text, s.text)}</span></div>')
-        return f'<p><b>{html.escape(self.question)}</b><br>{html.escape(self.text)}</p>' + ''.join(map(row, self.sources))
+        row = lambda s: (
+            f'<div style="margin:.3em 0 .3em 1em;font-size:90%"><b>[{s.n}]</b> {html.escape(s.name)}{" / " + html.escape(s.heading) if s.heading else ""}'
+            f' <meter min="0" max="1" value="{s.score}">{s.score}</meter> {s.score:.2f}<br><span style="white-space:pre-wrap;opacity:.85">{_common(self.text, s.text)}</span></div>'
+        )
+        return f'<p><b>{html.escape(self.question)}</b><br>{html.escape(self.text)}</p>' + ''.join(
+            map(row, self.sources)
+        )
 
 # %% ../../nbs/documents/assistant.ipynb #0b9e9031
 REFUSAL = '资料里没有找到与这个问题相符的内容，所以不作回答。'
@@ -49,88 +71,165 @@ REFUSAL = '资料里没有找到与这个问题相符的内容，所以不作回
 # %% ../../nbs/documents/assistant.ipynb #1353fc1c
 def _steps(strategy, prompt):
     "The prompts of a strategy"
-    if strategy == 'stuff': return dict(first=PROMPTS.get(prompt, prompt))
-    if strategy not in ('refine', 'map_reduce'): raise LlamaZhError(f'unknown strategy {strategy!r}: use stuff, refine or map_reduce')
-    if prompt not in PROMPTS: raise LlamaZhError(f"a prompt of your own goes with strategy='stuff'; {strategy} takes one of {', '.join(PROMPTS)}")
+    if strategy == 'stuff':
+        return dict(first=PROMPTS.get(prompt, prompt))
+    if strategy not in ('refine', 'map_reduce'):
+        raise LlamaZhError(f'unknown strategy {strategy!r}: use stuff, refine or map_reduce')
+    if prompt not in PROMPTS:
+        raise LlamaZhError(
+            f"a prompt of your own goes with strategy='stuff'; {strategy} takes one of {', '.join(PROMPTS)}"
+        )
     return STEPS[strategy][prompt]
 
 # %% ../../nbs/documents/assistant.ipynb #4e23a535
 def _template(text):
     "`text` as a LangChain prompt"
-    if not {'{context}', '{question}'} <= set(re.findall(r'\{\w+\}', text)): raise LlamaZhError(f"a prompt holds {{context}} and {{question}}, this one: {text!r}; or use one of {', '.join(PROMPTS)}")
-    try: return PromptTemplate.from_template(text)
-    except ValueError as e: raise LlamaZhError(f'the prompt {text!r} cannot be read ({e}): write braces that are no field twice') from None
+    if not {'{context}', '{question}'} <= set(re.findall(r'\{\w+\}', text)):
+        raise LlamaZhError(
+            f'a prompt holds {{context}} and {{question}}, this one: {text!r}; or use one of {", ".join(PROMPTS)}'
+        )
+    try:
+        return PromptTemplate.from_template(text)
+    except ValueError as e:
+        raise LlamaZhError(
+            f'the prompt {text!r} cannot be read ({e}): write braces that are no field twice'
+        ) from None
 
 # %% ../../nbs/documents/assistant.ipynb #88484a5d
 class Assistant:
     "Answers questions from an index"
-    def __init__(self,
-        index,                  # retriever, or index folder
-        model=None,             # see `load_chat`; None: passages only
-        prompt:str='plain',     # 'plain', 'cited', or a template with {context} and {question}
-        k:int=None,             # passages at most; None: the retriever's
-        threshold:float=None,   # a best score below it is refused; None: the retriever's
-        context_tokens:int=None, # budget of the passages; None: what the model's reach leaves
-        refusal:str=REFUSAL,    # said when nothing fits
-        strategy:str='stuff',   # 'stuff', 'refine' or 'map_reduce'
-        **kw):                  # see `load_chat`
+
+    def __init__(
+        self,
+        index,  # retriever, or index folder
+        model=None,  # see `load_chat`; None: passages only
+        prompt: str = 'plain',  # 'plain', 'cited', or a template with {context} and {question}
+        k: int = None,  # passages at most; None: the retriever's
+        threshold: float = None,  # a best score below it is refused; None: the retriever's
+        context_tokens: int = None,  # budget of the passages; None: what the model's reach leaves
+        refusal: str = REFUSAL,  # said when nothing fits
+        strategy: str = 'stuff',  # 'stuff', 'refine' or 'map_reduce'
+        **kw,
+    ):  # see `load_chat`
         self.strategy, self.numbered = strategy, prompt == 'cited'
         self.steps = {k: _template(v) for k, v in _steps(strategy, prompt).items()}
-        self.prompt, self.prepare = next(iter(self.steps.values())), stuff if strategy == 'stuff' else dict(refine=refine, map_reduce=map_reduce)[strategy]
+        self.prompt, self.prepare = (
+            next(iter(self.steps.values())),
+            stuff if strategy == 'stuff' else dict(refine=refine, map_reduce=map_reduce)[strategy],
+        )
         self.index = open_index(index) if isinstance(index, (str, Path)) else index
         self.llm = load_chat(model, **kw) if model is not None else None
-        if k is not None and k < 1: raise LlamaZhError(f'k is {k}: at least 1 passage is needed')
+        if k is not None and k < 1:
+            raise LlamaZhError(f'k is {k}: at least 1 passage is needed')
         self.k = k or getattr(self.index, 'k', 4)
-        self.threshold = getattr(self.index, 'threshold', 0.) if threshold is None else threshold
-        self.refusal, self.cost, self.context_tokens = refusal, token_counter(getattr(self.llm, 'tokenizer', None)), context_tokens
-    def __repr__(self): return f"Assistant({self.index!r}, {self.strategy}, {'cited' if self.numbered else 'plain'}, k={self.k}, threshold {self.threshold})"
+        self.threshold = getattr(self.index, 'threshold', 0.0) if threshold is None else threshold
+        self.refusal, self.cost, self.context_tokens = (
+            refusal,
+            token_counter(getattr(self.llm, 'tokenizer', None)),
+            context_tokens,
+        )
+
+    def __repr__(self):
+        return f'Assistant({self.index!r}, {self.strategy}, {"cited" if self.numbered else "plain"}, k={self.k}, threshold {self.threshold})'
 
 # %% ../../nbs/documents/assistant.ipynb #942146e6
 def _budget(self, question):
     "Tokens for passages"
-    if self.context_tokens: return self.context_tokens
-    if not hasattr(self.llm, 'reach'): return 3000     # a model elsewhere, or none
-    empty = max(len(self.llm.encode([HumanMessage(p.format(**{v: question if v == 'question' else '' for v in p.input_variables}))])) for p in self.steps.values())
-    return self.llm.reach - self.llm.max_new_tokens*(2 if self.strategy == 'refine' else 1) - empty     # refine reads its last answer too
+    if self.context_tokens:
+        return self.context_tokens
+    if not hasattr(self.llm, 'reach'):
+        return 3000  # a model elsewhere, or none
+    empty = max(
+        len(
+            self.llm.encode(
+                [
+                    HumanMessage(
+                        p.format(
+                            **{v: question if v == 'question' else '' for v in p.input_variables}
+                        )
+                    )
+                ]
+            )
+        )
+        for p in self.steps.values()
+    )
+    return (
+        self.llm.reach - self.llm.max_new_tokens * (2 if self.strategy == 'refine' else 1) - empty
+    )  # refine reads its last answer too
 
 # %% ../../nbs/documents/assistant.ipynb #13a212b1
 def _show(self, n, text):
     "Passage `n` as it stands in the prompt"
-    if not isinstance(self.llm, ChatLlama): text = defuse(text)
+    if not isinstance(self.llm, ChatLlama):
+        text = defuse(text)
     return f'<资料 编号="{n}">\n{shield(text)}\n</资料>' if self.numbered else text
 
 # %% ../../nbs/documents/assistant.ipynb #c0dd69ce
 def _sources(self, question):
     "The passages for `question`; none if the best does not fit, see `indexing.fits`"
-    docs = self.index.find(question, k=max(self.k, 2)) if hasattr(self.index, 'find') else self.index.invoke(question)
-    if not docs or not fits([d.metadata.get('score', 1.) for d in docs[:2]], self.threshold): return []
-    docs, left, extra = docs[:self.k], self._budget(question), 6 if not self.numbered else 6 + self.cost([self._show(10, '')])[0]
-    out = pack(docs, self.cost, left, extra) if self.strategy == 'stuff' else [s for d in docs for s in pack([d], self.cost, left, extra)]
-    if not out: raise LlamaZhError(f'the question leaves room for {max(left, 0)} tokens of passages, which is too little: shorten it, or set max_new_tokens lower')
+    docs = (
+        self.index.find(question, k=max(self.k, 2))
+        if hasattr(self.index, 'find')
+        else self.index.invoke(question)
+    )
+    if not docs or not fits([d.metadata.get('score', 1.0) for d in docs[:2]], self.threshold):
+        return []
+    docs, left, extra = (
+        docs[: self.k],
+        self._budget(question),
+        6 if not self.numbered else 6 + self.cost([self._show(10, '')])[0],
+    )
+    out = (
+        pack(docs, self.cost, left, extra)
+        if self.strategy == 'stuff'
+        else [s for d in docs for s in pack([d], self.cost, left, extra)]
+    )
+    if not out:
+        raise LlamaZhError(
+            f'the question leaves room for {max(left, 0)} tokens of passages, which is too little: shorten it, or set max_new_tokens lower'
+        )
     return [s._replace(n=i) for i, s in enumerate(out, 1)]
 
 # %% ../../nbs/documents/assistant.ipynb #6cc0c11e
 def _message(self, question, sources):
     "What the model is asked"
-    return self.prompt.format(context='\n'.join(self._show(s.n, s.text) for s in sources), question=question)
+    return self.prompt.format(
+        context='\n'.join(self._show(s.n, s.text) for s in sources), question=question
+    )
 
 # %% ../../nbs/documents/assistant.ipynb #88484a5d
-Assistant._budget, Assistant._show, Assistant.sources, Assistant.message = _budget, _show, _sources, _message
+Assistant._budget, Assistant._show, Assistant.sources, Assistant.message = (
+    _budget,
+    _show,
+    _sources,
+    _message,
+)
 
 # %% ../../nbs/documents/assistant.ipynb #cb8e91f9
 def _talk(self, questions, sources):
     "[(last prompt, steps)] of questions"
-    talks = {i: self.prepare(self, q, s) for i, (q, s) in enumerate(zip(questions, sources)) if s and self.llm}
+    talks = {
+        i: self.prepare(self, q, s)
+        for i, (q, s) in enumerate(zip(questions, sources))
+        if s and self.llm
+    }
     last, steps, said = dict.fromkeys(talks, None), [[] for _ in questions], dict.fromkeys(talks)
     while talks:
         wants = {}
         for i, t in list(talks.items()):
-            try: wants[i] = t.send(said[i])
-            except StopIteration as e: last[i] = e.value; del talks[i]
+            try:
+                wants[i] = t.send(said[i])
+            except StopIteration as e:
+                last[i] = e.value
+                del talks[i]
         asks = [a for w in wants.values() for a in w]
         got = iter(ask_many(self.llm, asks))
-        for i, w in wants.items(): said[i] = [next(got) for _ in w]; steps[i] += zip(w, said[i])
-    return [(last.get(i, '' if s and not self.llm else None), steps[i]) for i, s in enumerate(sources)]
+        for i, w in wants.items():
+            said[i] = [next(got) for _ in w]
+            steps[i] += zip(w, said[i])
+    return [
+        (last.get(i, '' if s and not self.llm else None), steps[i]) for i, s in enumerate(sources)
+    ]
 
 # %% ../../nbs/documents/assistant.ipynb #8ea6e4e8
 def _answer(self, question, text, sources, steps=(), prompt=''):
@@ -138,46 +237,73 @@ def _answer(self, question, text, sources, steps=(), prompt=''):
     return Answer(question, text.strip(), sources, invented=bad, steps=list(steps), prompt=prompt)
 
 # %% ../../nbs/documents/assistant.ipynb #e5f8800d
-def _refuse(self, question, steps=()): return Answer(question, self.refusal, [], True, steps=list(steps))
+def _refuse(self, question, steps=()):
+    return Answer(question, self.refusal, [], True, steps=list(steps))
 
 # %% ../../nbs/documents/assistant.ipynb #88484a5d
 Assistant._talk, Assistant._answer, Assistant._refuse = _talk, _answer, _refuse
 
 # %% ../../nbs/documents/assistant.ipynb #f14176f2
-def _ask(self, question:str)->Answer:
+def _ask(self, question: str) -> Answer:
     "Answer one question"
     sources = self.sources(question)
     last, steps = self._talk([question], [sources])[0]
-    return self._refuse(question, steps) if last is None else self._answer(question, say(self.llm, last) if self.llm else '', sources, steps, last)
+    return (
+        self._refuse(question, steps)
+        if last is None
+        else self._answer(question, say(self.llm, last) if self.llm else '', sources, steps, last)
+    )
 
 # %% ../../nbs/documents/assistant.ipynb #10f8a744
-def _stream(self, question:str):
+def _stream(self, question: str):
     "Yield pieces of the answer, and the whole `Answer` last"
     sources, text = self.sources(question), ''
     last, steps = self._talk([question], [sources])[0]
-    if last is None: yield self._refuse(question, steps); return
+    if last is None:
+        yield self._refuse(question, steps)
+        return
     cites = Citations({s.n for s in sources}) if self.numbered else None
     for piece in tell(self.llm, last) if self.llm else ():
-        if cites: piece = cites.push(piece)
-        if piece: text += piece; yield piece
-    if cites and (piece := cites.end()): text += piece; yield piece
-    yield Answer(question, text.strip(), sources, invented=cites.bad if cites else [], steps=steps, prompt=last)
+        if cites:
+            piece = cites.push(piece)
+        if piece:
+            text += piece
+            yield piece
+    if cites and (piece := cites.end()):
+        text += piece
+        yield piece
+    yield Answer(
+        question,
+        text.strip(),
+        sources,
+        invented=cites.bad if cites else [],
+        steps=steps,
+        prompt=last,
+    )
 
 # %% ../../nbs/documents/assistant.ipynb #88484a5d
 Assistant.ask, Assistant.stream = _ask, _stream
 
 # %% ../../nbs/documents/assistant.ipynb #0b5cbb58
-def _ask_all(self, questions:list, batch:int=16)->list:
+def _ask_all(self, questions: list, batch: int = 16) -> list:
     "Answers to many questions, greedy, `batch` at a time"
     sources = [self.sources(q) for q in questions]
     talked = self._talk(questions, sources)
     idx = [i for i, (last, _) in enumerate(talked) if last]
     if isinstance(self.llm, ChatLlama):
         prompts = [self.llm.encode([HumanMessage(talked[i][0])]) for i in idx]
-        texts = greedy(self.llm.model, self.llm.tokenizer, prompts, self.llm.max_new_tokens, batch=batch)
-    else: texts = ask_many(self.llm, [talked[i][0] for i in idx], batch) if idx else []
+        texts = greedy(
+            self.llm.model, self.llm.tokenizer, prompts, self.llm.max_new_tokens, batch=batch
+        )
+    else:
+        texts = ask_many(self.llm, [talked[i][0] for i in idx], batch) if idx else []
     texts = dict(zip(idx, texts))
-    return [self._refuse(q, steps) if last is None else self._answer(q, texts.get(i, ''), s, steps, last) for i, (q, s, (last, steps)) in enumerate(zip(questions, sources, talked))]
+    return [
+        self._refuse(q, steps)
+        if last is None
+        else self._answer(q, texts.get(i, ''), s, steps, last)
+        for i, (q, s, (last, steps)) in enumerate(zip(questions, sources, talked))
+    ]
 
 # %% ../../nbs/documents/assistant.ipynb #88484a5d
 Assistant.ask_all = _ask_all

@@ -7,10 +7,15 @@ __all__ = ['as_chat', 'LlamaSettings', 'LlamaIdentity', 'ChatLlama', 'served_mod
            'say', 'tell', 'ask_many']
 
 # %% ../../nbs/documents/chat_model.ipynb #e52af211
-import asyncio, contextvars, difflib, os, threading
+import asyncio
+import contextvars
+import difflib
+import os
+import threading
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
+
 from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, need
 from ..evals.measure import greedy as greedy_of_measure
@@ -24,37 +29,64 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from pydantic import model_validator
 
 # %% ../../nbs/documents/chat_model.ipynb #55e01767
-_ROLE = dict(system='system', human='user', ai='assistant', HumanMessageChunk='user', AIMessageChunk='assistant')
+_ROLE = dict(
+    system='system',
+    human='user',
+    ai='assistant',
+    HumanMessageChunk='user',
+    AIMessageChunk='assistant',
+)
+
+
 def as_chat(
-    messages:list, # LangChain messages
-)->list: # OpenAI messages
+    messages: list,  # LangChain messages
+) -> list:  # OpenAI messages
     "LangChain's messages as ours; neighbours of one role are joined"
     out = []
     for m in messages:
         role = getattr(m, 'role', None) if m.type == 'chat' else _ROLE.get(m.type)
-        if role not in ('system', 'user', 'assistant'): raise LlamaZhError(f'a message of type {m.type!r} cannot be put into a chat template: use system, human and ai messages')
+        if role not in ('system', 'user', 'assistant'):
+            raise LlamaZhError(
+                f'a message of type {m.type!r} cannot be put into a chat template: use system, human and ai messages'
+            )
         text = m.text() if callable(m.text) and not isinstance(m.text, str) else str(m.text)
-        if out and out[-1]['role'] == role: out[-1]['content'] += '\n' + text
-        else: out.append(dict(role=role, content=text))
+        if out and out[-1]['role'] == role:
+            out[-1]['content'] += '\n' + text
+        else:
+            out.append(dict(role=role, content=text))
     return out
 
 # %% ../../nbs/documents/chat_model.ipynb #3f558b6e
-_ALSO = {'max_tokens': 'max_new_tokens', 'max_completion_tokens': 'max_new_tokens', 'stop_sequences': 'stop'}   # names elsewhere -> here
-_IDLE = {'api_key', 'max_retries', 'streaming'}   # of servers; LangChain's own code gives them to any model
-def _renamed(kw): return {_ALSO.get(k, k): v for k, v in kw.items()}
+_ALSO = {
+    'max_tokens': 'max_new_tokens',
+    'max_completion_tokens': 'max_new_tokens',
+    'stop_sequences': 'stop',
+}  # names elsewhere -> here
+_IDLE = {
+    'api_key',
+    'max_retries',
+    'streaming',
+}  # of servers; LangChain's own code gives them to any model
+
+
+def _renamed(kw):
+    return {_ALSO.get(k, k): v for k, v in kw.items()}
+
+
 class LlamaSettings(BaseChatModel):
     "What `ChatLlama` is told"
-    model:Any                      # causal language model
-    tokenizer:Any                  # its tokenizer
-    template:Any = 'alpaca2'       # name or Template
-    system:str|None = None         # system text for conversations without one
-    max_new_tokens:int = 256       # longest answer
-    temperature:float = 0.         # 0: always the likeliest token
-    top_k:int = 40                 # only where temperature is above 0
-    top_p:float = .9               # as top_k
-    repetition_penalty:float = 1.  # above 1: less repetition
-    stop:list|None = None          # strings that end an answer
-    timeout:float|None = None      # seconds that an answer may take
+
+    model: Any  # causal language model
+    tokenizer: Any  # its tokenizer
+    template: Any = 'alpaca2'  # name or Template
+    system: str | None = None  # system text for conversations without one
+    max_new_tokens: int = 256  # longest answer
+    temperature: float = 0.0  # 0: always the likeliest token
+    top_k: int = 40  # only where temperature is above 0
+    top_p: float = 0.9  # as top_k
+    repetition_penalty: float = 1.0  # above 1: less repetition
+    stop: list | None = None  # strings that end an answer
+    timeout: float | None = None  # seconds that an answer may take
 
     @model_validator(mode='before')
     @classmethod
@@ -62,85 +94,173 @@ class LlamaSettings(BaseChatModel):
         data = {k: v for k, v in _renamed(data).items() if k not in _IDLE}
         for k in data.keys() - cls.model_fields.keys():
             near = difflib.get_close_matches(k, cls.model_fields, 1)
-            raise LlamaZhError(f'ChatLlama has no setting {k!r}' + (f', did you mean {near[0]}?' if near else ''))
+            raise LlamaZhError(
+                f'ChatLlama has no setting {k!r}' + (f', did you mean {near[0]}?' if near else '')
+            )
         return data
 
 # %% ../../nbs/documents/chat_model.ipynb #d3706c9d
 _SHOWN = ('system', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
+
+
 class LlamaIdentity(LlamaSettings):
     "What is asked about a `ChatLlama`"
+
     @property
-    def _llm_type(self): return 'llama-zh'
+    def _llm_type(self):
+        return 'llama-zh'
+
     @property
-    def _model_name(self): return str(getattr(self.model.config, 'name_or_path', '') or 'llama')
+    def _model_name(self):
+        return str(getattr(self.model.config, 'name_or_path', '') or 'llama')
+
     @property
-    def _identifying_params(self): return {'model': self._model_name, 'template': getattr(self.template, 'name', self.template), **{k: getattr(self, k) for k in _SHOWN}}
+    def _identifying_params(self):
+        return {
+            'model': self._model_name,
+            'template': getattr(self.template, 'name', self.template),
+            **{k: getattr(self, k) for k in _SHOWN},
+        }
+
     def _get_ls_params(self, stop=None, **kw):
         kw, stop = _renamed(kw), stop or self.stop
-        return dict(ls_provider='llama-zh', ls_model_name=str(kw.get('model') or self._model_name), ls_model_type='chat', **({'ls_stop': stop} if stop else {}),
-                    ls_temperature=float(kw.get('temperature', self.temperature)), ls_max_tokens=kw.get('max_new_tokens', self.max_new_tokens))
+        return dict(
+            ls_provider='llama-zh',
+            ls_model_name=str(kw.get('model') or self._model_name),
+            ls_model_type='chat',
+            **({'ls_stop': stop} if stop else {}),
+            ls_temperature=float(kw.get('temperature', self.temperature)),
+            ls_max_tokens=kw.get('max_new_tokens', self.max_new_tokens),
+        )
+
     @property
-    def reach(self): return getattr(self.model.config, 'max_position_embeddings', None) or 2048
+    def reach(self):
+        return getattr(self.model.config, 'max_position_embeddings', None) or 2048
+
     def encode(self, messages):
         "Ids of a conversation, ready to be continued"
-        return get_template(self.template).encode(self.tokenizer, as_chat(messages), True, self.system).ids
-    def get_token_ids(self, text): return encode_texts(self.tokenizer, [text])[0]
-    def get_num_tokens_from_messages(self, messages, tools=None): return len(self.encode(messages))
+        return (
+            get_template(self.template)
+            .encode(self.tokenizer, as_chat(messages), True, self.system)
+            .ids
+        )
+
+    def get_token_ids(self, text):
+        return encode_texts(self.tokenizer, [text])[0]
+
+    def get_num_tokens_from_messages(self, messages, tools=None):
+        return len(self.encode(messages))
+
     def bind_tools(self, tools, **kw):
-        raise LlamaZhError('this model was not trained to call tools, so none can be bound to it: ask it in words, or give a server whose model can (`load_chat("http://...")`)')
+        raise LlamaZhError(
+            'this model was not trained to call tools, so none can be bound to it: ask it in words, or give a server whose model can (`load_chat("http://...")`)'
+        )
 
 # %% ../../nbs/documents/chat_model.ipynb #01e0c57e
-_READY = contextvars.ContextVar('ready', default={})   # (ids of a prompt, limit) -> ids of its answer
+_READY = contextvars.ContextVar(
+    'ready', default={}
+)  # (ids of a prompt, limit) -> ids of its answer
+
+
 def _config(self, room=10**9, **kw):
     "Settings as transformers wants them"
     kw = _renamed(kw)
     get = lambda k: kw[k] if kw.get(k) is not None else getattr(self, k)
-    if kw.get('tools'): self.bind_tools(kw['tools'])
-    warm = dict(do_sample=True, temperature=get('temperature'), top_k=get('top_k'), top_p=get('top_p')) if get('temperature') > 0 else dict(do_sample=False)
+    if kw.get('tools'):
+        self.bind_tools(kw['tools'])
+    warm = (
+        dict(do_sample=True, temperature=get('temperature'), top_k=get('top_k'), top_p=get('top_p'))
+        if get('temperature') > 0
+        else dict(do_sample=False)
+    )
     eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-    return need('transformers', 'train').GenerationConfig(**warm, max_new_tokens=min(get('max_new_tokens'), room), repetition_penalty=get('repetition_penalty'),
-        max_time=get('timeout'), eos_token_id=eos, pad_token_id=eos if pad is None else pad)
+    return need('transformers', 'train').GenerationConfig(
+        **warm,
+        max_new_tokens=min(get('max_new_tokens'), room),
+        repetition_penalty=get('repetition_penalty'),
+        max_time=get('timeout'),
+        eos_token_id=eos,
+        pad_token_id=eos if pad is None else pad,
+    )
+
+
 def _tokens(self, ids, config):
     "Ids of the answer, one by one, EOS among them"
     ready = _READY.get().get((tuple(ids), config.max_new_tokens))
-    if ready is None: return token_stream(self.model, ids, config)
-    return (i for i in [*ready, self.tokenizer.eos_token_id][:config.max_new_tokens])
+    if ready is None:
+        return token_stream(self.model, ids, config)
+    return (i for i in [*ready, self.tokenizer.eos_token_id][: config.max_new_tokens])
+
+
 LlamaIdentity._config, LlamaIdentity._tokens = _config, _tokens
 
 # %% ../../nbs/documents/chat_model.ipynb #7a3f93e9
-def _chunk(text, **kw): return ChatGenerationChunk(message=AIMessageChunk(content=text, **kw))
+def _chunk(text, **kw):
+    return ChatGenerationChunk(message=AIMessageChunk(content=text, **kw))
+
+
 def _chunks(self, messages, stop=None, halt=None, **kw):
     "Yield chunks of the answer; the last one holds why it ended, and how many tokens were read and written"
     ids = self.encode(messages)
-    if len(ids) >= self.reach: raise LlamaZhError(f'the conversation has {len(ids):,} tokens, the model reads {self.reach:,}: shorten it or give fewer passages')
-    pieces, tokens = Pieces(self.tokenizer, stop or self.stop), self._tokens(ids, self._config(self.reach - len(ids), **kw))
+    if len(ids) >= self.reach:
+        raise LlamaZhError(
+            f'the conversation has {len(ids):,} tokens, the model reads {self.reach:,}: shorten it or give fewer passages'
+        )
+    pieces, tokens = (
+        Pieces(self.tokenizer, stop or self.stop),
+        self._tokens(ids, self._config(self.reach - len(ids), **kw)),
+    )
     n, i, eos = 0, None, self.tokenizer.eos_token_id
     try:
         for i in tokens:
             n += 1
-            if i == eos or (halt and halt.is_set()): break
-            if text := pieces.push(i): yield _chunk(text)
-            if pieces.done: break
-    finally: tokens.close()      # whoever walks away stops the model too
+            if i == eos or (halt and halt.is_set()):
+                break
+            if text := pieces.push(i):
+                yield _chunk(text)
+            if pieces.done:
+                break
+    finally:
+        tokens.close()  # whoever walks away stops the model too
     rest = pieces.end()
-    yield _chunk(rest, chunk_position='last', usage_metadata=dict(input_tokens=len(ids), output_tokens=n, total_tokens=len(ids)+n),
-                 response_metadata={'finish_reason': 'stop' if i == eos or pieces.done else 'length', 'model_name': 'llama-zh'})
+    yield _chunk(
+        rest,
+        chunk_position='last',
+        usage_metadata=dict(input_tokens=len(ids), output_tokens=n, total_tokens=len(ids) + n),
+        response_metadata={
+            'finish_reason': 'stop' if i == eos or pieces.done else 'length',
+            'model_name': 'llama-zh',
+        },
+    )
+
+
 LlamaIdentity._chunks = _chunks
 
 # %% ../../nbs/documents/chat_model.ipynb #5a92c388
 def _whole(chunks):
     "A `ChatResult` of all chunks"
     whole = None
-    for c in chunks: whole = c.message if whole is None else whole + c.message
-    m = AIMessage(content=whole.content.strip(), response_metadata=whole.response_metadata, usage_metadata=whole.usage_metadata)
+    for c in chunks:
+        whole = c.message if whole is None else whole + c.message
+    m = AIMessage(
+        content=whole.content.strip(),
+        response_metadata=whole.response_metadata,
+        usage_metadata=whole.usage_metadata,
+    )
     return ChatResult(generations=[ChatGeneration(message=m)])
+
+
 class ChatLlama(LlamaIdentity):
     "A local Llama as a LangChain chat model"
+
     def _stream(self, messages, stop=None, run_manager=None, **kw):
         for c in self._chunks(messages, stop, **kw):
-            if run_manager and c.text: run_manager.on_llm_new_token(c.text, chunk=c)
+            if run_manager and c.text:
+                run_manager.on_llm_new_token(c.text, chunk=c)
             yield c
-    def _generate(self, messages, stop=None, run_manager=None, **kw): return _whole(self._stream(messages, stop, run_manager, **kw))
+
+    def _generate(self, messages, stop=None, run_manager=None, **kw):
+        return _whole(self._stream(messages, stop, run_manager, **kw))
 
 # %% ../../nbs/documents/chat_model.ipynb #f39f49f7
 def _work(self, put, halt, messages, stop, kw):
@@ -149,126 +269,232 @@ def _work(self, put, halt, messages, stop, kw):
     try:
         for c in chunks:
             put(c)
-            if halt.is_set(): return chunks.close()
+            if halt.is_set():
+                return chunks.close()
         put(None)
-    except Exception as e: put(e)
+    except Exception as e:
+        put(e)
+
+
 async def _astream(self, messages, stop=None, run_manager=None, **kw):
     loop, queue, halt = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+
     def put(x):
-        try: loop.call_soon_threadsafe(queue.put_nowait, x)
-        except RuntimeError: halt.set()     # the loop was closed
-    loop.run_in_executor(None, contextvars.copy_context().run, _work, self, put, halt, messages, stop, kw)
+        try:
+            loop.call_soon_threadsafe(queue.put_nowait, x)
+        except RuntimeError:
+            halt.set()  # the loop was closed
+
+    loop.run_in_executor(
+        None, contextvars.copy_context().run, _work, self, put, halt, messages, stop, kw
+    )
     try:
         while (c := await queue.get()) is not None:
-            if isinstance(c, Exception): raise c
-            if run_manager and c.text: await run_manager.on_llm_new_token(c.text, chunk=c)
+            if isinstance(c, Exception):
+                raise c
+            if run_manager and c.text:
+                await run_manager.on_llm_new_token(c.text, chunk=c)
             yield c
-    finally: halt.set()
+    finally:
+        halt.set()
+
+
 async def _agenerate(self, messages, stop=None, run_manager=None, **kw):
     return _whole([c async for c in self._astream(messages, stop, run_manager, **kw)])
+
+
 ChatLlama._astream, ChatLlama._agenerate = _astream, _agenerate
 
 # %% ../../nbs/documents/chat_model.ipynb #c9227a88
 def _ahead(self, inputs, size=None, stop=None, **kw):
     "{(prompt, limit): answer} in ids, likeliest tokens, in one padded `generate` for each `size` prompts"
-    try: c = self._config(**kw)
-    except LlamaZhError: return {}
-    if len(inputs) < 2 or c.do_sample or c.repetition_penalty != 1 or c.max_time: return {}
+    try:
+        c = self._config(**kw)
+    except LlamaZhError:
+        return {}
+    if len(inputs) < 2 or c.do_sample or c.repetition_penalty != 1 or c.max_time:
+        return {}
     prompts = set()
     for x in inputs:
-        try: ids = tuple(self.encode(self._convert_input(x).to_messages()))
-        except Exception: continue          # `invoke` will say what is wrong with it
-        if len(ids) + c.max_new_tokens <= self.reach: prompts.add(ids)
-    if len(prompts) < 2: return {}
+        try:
+            ids = tuple(self.encode(self._convert_input(x).to_messages()))
+        except Exception:
+            continue  # `invoke` will say what is wrong with it
+        if len(ids) + c.max_new_tokens <= self.reach:
+            prompts.add(ids)
+    if len(prompts) < 2:
+        return {}
     prompts, greedy = sorted(prompts, key=len), greedy_of_measure
-    got = greedy(self.model, self.tokenizer, [list(p) for p in prompts], c.max_new_tokens, batch=size, as_ids=True)
+    got = greedy(
+        self.model,
+        self.tokenizer,
+        [list(p) for p in prompts],
+        c.max_new_tokens,
+        batch=size,
+        as_ids=True,
+    )
     return {(p, c.max_new_tokens): ids for p, ids in zip(prompts, got)}
+
+
 def _size(config):
     "`max_concurrency` of LangChain's configuration, or of the first of several"
-    return ((config[0] if isinstance(config, list) and config else config) or {}).get('max_concurrency')
+    return ((config[0] if isinstance(config, list) and config else config) or {}).get(
+        'max_concurrency'
+    )
 
 # %% ../../nbs/documents/chat_model.ipynb #d633ded9
 @contextmanager
 def _known(answers):
     "Let `_tokens` find these answers"
     mark = _READY.set({**_READY.get(), **answers})
-    try: yield
-    finally: _READY.reset(mark)
+    try:
+        yield
+    finally:
+        _READY.reset(mark)
+
+
 def _batch(self, inputs, config=None, *, return_exceptions=False, **kw):
     "Answers to `inputs`"
-    with _known(self._ahead(inputs, _size(config), **kw)): return super(ChatLlama, self).batch(inputs, config, return_exceptions=return_exceptions, **kw)
+    with _known(self._ahead(inputs, _size(config), **kw)):
+        return super(ChatLlama, self).batch(
+            inputs, config, return_exceptions=return_exceptions, **kw
+        )
+
+
 async def _abatch(self, inputs, config=None, *, return_exceptions=False, **kw):
     "Answers to `inputs`, while others work"
     answers = await asyncio.to_thread(self._ahead, inputs, _size(config), **kw)
-    with _known(answers): return await super(ChatLlama, self).abatch(inputs, config, return_exceptions=return_exceptions, **kw)
+    with _known(answers):
+        return await super(ChatLlama, self).abatch(
+            inputs, config, return_exceptions=return_exceptions, **kw
+        )
+
+
 ChatLlama._ahead, ChatLlama.batch, ChatLlama.abatch = _ahead, _batch, _abatch
 
 # %% ../../nbs/documents/chat_model.ipynb #0382ebb4
 def _base(url):
     "`url` up to and with its version"
     p = urlsplit(url)
-    if p.scheme not in ('http', 'https') or not p.netloc: raise LlamaZhError(f'{url!r} is no address of a server: it should look like http://localhost:8000/v1')
+    if p.scheme not in ('http', 'https') or not p.netloc:
+        raise LlamaZhError(
+            f'{url!r} is no address of a server: it should look like http://localhost:8000/v1'
+        )
     return url.rstrip('/') if p.path.strip('/') else f'{p.scheme}://{p.netloc}/v1'
+
+
 def served_models(
-    url:str, # address of a server
-)->list: # names
+    url: str,  # address of a server
+) -> list:  # names
     "The models that an OpenAI-compatible server offers"
     base = _base(url)
-    try: return [m.id for m in need('openai', 'rag').OpenAI(base_url=base, api_key=os.environ.get('OPENAI_API_KEY') or 'none', timeout=10, max_retries=0).models.list().data or []]
-    except Exception as e: raise LlamaZhError(f'{base}/models did not answer as an OpenAI-compatible server does ({type(e).__name__}: {str(e)[:120]}): check the address, and OPENAI_API_KEY if it wants a key') from None
+    try:
+        return [
+            m.id
+            for m in need('openai', 'rag')
+            .OpenAI(
+                base_url=base,
+                api_key=os.environ.get('OPENAI_API_KEY') or 'none',
+                timeout=10,
+                max_retries=0,
+            )
+            .models.list()
+            .data
+            or []
+        ]
+    except Exception as e:
+        raise LlamaZhError(
+            f'{base}/models did not answer as an OpenAI-compatible server does ({type(e).__name__}: {str(e)[:120]}): check the address, and OPENAI_API_KEY if it wants a key'
+        ) from None
 
 # %% ../../nbs/documents/chat_model.ipynb #9799126a
 def remote_chat(
-    url:str,               # address of an OpenAI-compatible server
-    llm_model:str=None,    # name of its model; None: the only one it has
-    max_new_tokens:int=256, # longest answer
-    temperature:float=0., top_p:float=None,
-    stop:list=None,        # strings that end an answer
-    timeout:float=120.,    # seconds to wait
-    **kw,                  # more fields of `langchain_openai.ChatOpenAI`
-)->BaseChatModel:
+    url: str,  # address of an OpenAI-compatible server
+    llm_model: str = None,  # name of its model; None: the only one it has
+    max_new_tokens: int = 256,  # longest answer
+    temperature: float = 0.0,
+    top_p: float = None,
+    stop: list = None,  # strings that end an answer
+    timeout: float = 120.0,  # seconds to wait
+    **kw,  # more fields of `langchain_openai.ChatOpenAI`
+) -> BaseChatModel:
     "A server's model as a LangChain chat model"
     for k in ('template', 'system', 'top_k', 'repetition_penalty'):
-        if kw.pop(k, None): raise LlamaZhError(f'{k} is for a model folder: the server at {url} has its own chat template and settings')
+        if kw.pop(k, None):
+            raise LlamaZhError(
+                f'{k} is for a model folder: the server at {url} has its own chat template and settings'
+            )
     if not llm_model:
         names = served_models(url)
-        if len(names) != 1: raise LlamaZhError(f"{url} offers {', '.join(names) or 'no model'}: name one (llm_model, or --llm-model)")
+        if len(names) != 1:
+            raise LlamaZhError(
+                f'{url} offers {", ".join(names) or "no model"}: name one (llm_model, or --llm-model)'
+            )
         llm_model = names[0]
     more = dict(top_p=top_p) if top_p is not None else {}
-    return need('langchain_openai', 'rag').ChatOpenAI(base_url=_base(url), model=llm_model, api_key=os.environ.get('OPENAI_API_KEY') or 'none', max_tokens=max_new_tokens,
-        temperature=temperature, stop=stop, timeout=timeout, **more, **kw)
+    return need('langchain_openai', 'rag').ChatOpenAI(
+        base_url=_base(url),
+        model=llm_model,
+        api_key=os.environ.get('OPENAI_API_KEY') or 'none',
+        max_tokens=max_new_tokens,
+        temperature=temperature,
+        stop=stop,
+        timeout=timeout,
+        **more,
+        **kw,
+    )
 
 # %% ../../nbs/documents/chat_model.ipynb #872a8672
 def load_chat(
-    model,             # model folder, (model, tokenizer), address of an OpenAI-compatible server, or a LangChain chat model, which is given back
-    device='auto', dtype=None,
-    llm_model:str=None, # of a server: the name of its model
-    **kw,              # fields of `ChatLlama`
-)->BaseChatModel:
+    model,  # model folder, (model, tokenizer), address of an OpenAI-compatible server, or a LangChain chat model, which is given back
+    device='auto',
+    dtype=None,
+    llm_model: str = None,  # of a server: the name of its model
+    **kw,  # fields of `ChatLlama`
+) -> BaseChatModel:
     "A chat model; the template is the one that the folder's tokenizer carries, unless named"
-    if isinstance(model, BaseChatModel): return model
-    if isinstance(model, str) and '://' in model: return remote_chat(model, llm_model, **kw)
-    if llm_model: raise LlamaZhError(f'llm_model={llm_model!r} names a model of a server, but {model} is no address: begin it with http://')
+    if isinstance(model, BaseChatModel):
+        return model
+    if isinstance(model, str) and '://' in model:
+        return remote_chat(model, llm_model, **kw)
+    if llm_model:
+        raise LlamaZhError(
+            f'llm_model={llm_model!r} names a model of a server, but {model} is no address: begin it with http://'
+        )
     model, tok = model if isinstance(model, tuple) else load(model, device, dtype)
-    if 'template' not in kw: kw['template'] = find_template(tok) or 'alpaca2'
+    if 'template' not in kw:
+        kw['template'] = find_template(tok) or 'alpaca2'
     return ChatLlama(model=model, tokenizer=tok, **kw)
 
 # %% ../../nbs/documents/chat_model.ipynb #34a8d4e9
 @contextmanager
 def explained(llm):
     "Failures of a server, said in one message"
-    try: yield
+    try:
+        yield
     except Exception as e:
         base = getattr(llm, 'openai_api_base', None)
-        if base is None or isinstance(e, LlamaZhError): raise
-        raise LlamaZhError(f'{base} failed to answer ({type(e).__name__}: {" ".join(str(e).split())[:200]}): is the server up, the model name {llm.model_name!r} right, and OPENAI_API_KEY set if it wants a key?') from None
-def say(llm, text)->str:
+        if base is None or isinstance(e, LlamaZhError):
+            raise
+        raise LlamaZhError(
+            f'{base} failed to answer ({type(e).__name__}: {" ".join(str(e).split())[:200]}): is the server up, the model name {llm.model_name!r} right, and OPENAI_API_KEY set if it wants a key?'
+        ) from None
+
+
+def say(llm, text) -> str:
     "The model's answer to one message"
-    with explained(llm): return str(llm.invoke(text).text).strip()
+    with explained(llm):
+        return str(llm.invoke(text).text).strip()
+
+
 def tell(llm, text):
     "Yield the model's answer to one message, piece by piece"
     with explained(llm):
-        for c in llm.stream(text): yield str(c.text)
-def ask_many(llm, texts, size=8)->list:
+        for c in llm.stream(text):
+            yield str(c.text)
+
+
+def ask_many(llm, texts, size=8) -> list:
     "The model's answers to many messages, `size` at a time"
-    with explained(llm): return [str(m.text).strip() for m in llm.batch(list(texts), {'max_concurrency': size})]
+    with explained(llm):
+        return [str(m.text).strip() for m in llm.batch(list(texts), {'max_concurrency': size})]

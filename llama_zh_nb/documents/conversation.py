@@ -7,8 +7,12 @@ __all__ = ['REWRITE', 'COMMANDS', 'history_text', 'usable', 'subject', 'by_rule'
            'open_assistant', 'rag_ask', 'rag_chat']
 
 # %% ../../nbs/documents/conversation.ipynb #1ab78178
-import html, re, sys, warnings
+import html
+import re
+import sys
+import warnings
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need
 from .assistant import Answer, Assistant
 from .chat_model import say
@@ -16,33 +20,60 @@ from .index import open_index
 from ..generation.terminal import Terminal, _reader, printable
 
 # %% ../../nbs/documents/conversation.ipynb #85c9fb65
-REWRITE = ('下面是用户和助手的对话。请把用户最后的问题改写成不看对话也能明白的完整问题：把“它”“那里”之类的词换成所指的名称，补上省略的部分。'
-           '不要回答问题，不要添加别的内容，只写出改写后的问题。\n\n{history}\n\n用户最后的问题：{question}\n改写后的问题：')
-_ASKS = re.compile(r'[？?吗呢嗎]|什么|什麼|谁|誰|哪|几|幾|多少|怎|如何|为何|為何|是否|介绍|介紹|告诉|告訴|说说|說說')
-_SMALL = re.compile('什么|什麼|怎么样?|怎麼樣?|多少|哪[里裡儿个些]?|如何|名字|[的是了在有和与吗嗎呢叫]')   # words that name nothing
+REWRITE = (
+    '下面是用户和助手的对话。请把用户最后的问题改写成不看对话也能明白的完整问题：把“它”“那里”之类的词换成所指的名称，补上省略的部分。'
+    '不要回答问题，不要添加别的内容，只写出改写后的问题。\n\n{history}\n\n用户最后的问题：{question}\n改写后的问题：'
+)
+_ASKS = re.compile(
+    r'[？?吗呢嗎]|什么|什麼|谁|誰|哪|几|幾|多少|怎|如何|为何|為何|是否|介绍|介紹|告诉|告訴|说说|說說'
+)
+_SMALL = re.compile(
+    '什么|什麼|怎么样?|怎麼樣?|多少|哪[里裡儿个些]?|如何|名字|[的是了在有和与吗嗎呢叫]'
+)  # words that name nothing
+
+
 def history_text(
-    turns:list,       # of (question, answer), oldest first
-    room:int=1500,    # characters
-)->str:
+    turns: list,  # of (question, answer), oldest first
+    room: int = 1500,  # characters
+) -> str:
     "The newest turns that fit, a line for each message"
-    out, line = [], lambda t: ' '.join(t.split())      # a line break could forge a turn
+    out, line = [], lambda t: ' '.join(t.split())  # a line break could forge a turn
     for q, a in reversed(turns):
         turn = f'用户：{line(q)}\n助手：{line(a)[:200]}'
-        if sum(map(len, out)) + len(turn) > room: break
+        if sum(map(len, out)) + len(turn) > room:
+            break
         out.insert(0, turn)
     return '\n'.join(out)
-def usable(new, question, before)->bool:
+
+
+def usable(new, question, before) -> bool:
     "Whether `new` may stand for `question`: one line, still a question, not much longer, and nothing in it that nobody said"
-    pairs = lambda t: {t[i:i+2] for i in range(len(t)-1) if re.match('[\u3400-\u9fff]{2}|[0-9A-Za-z]{2}', t[i:i+2])}
-    if not new or '\n' in new or len(new) > 2*len(question) + 60 or (_ASKS.search(question) and not _ASKS.search(new)): return False
+    pairs = lambda t: {
+        t[i : i + 2]
+        for i in range(len(t) - 1)
+        if re.match('[\u3400-\u9fff]{2}|[0-9A-Za-z]{2}', t[i : i + 2])
+    }
+    if (
+        not new
+        or '\n' in new
+        or len(new) > 2 * len(question) + 60
+        or (_ASKS.search(question) and not _ASKS.search(new))
+    ):
+        return False
     mine, known = pairs(_SMALL.sub('|', new)), pairs(question + '|' + before)
-    return bool(mine & pairs(question)) and len(mine & known) >= .6*len(mine)
+    return bool(mine & pairs(question)) and len(mine & known) >= 0.6 * len(mine)
 
 # %% ../../nbs/documents/conversation.ipynb #aac3204f
-_IT = re.compile(r'(?<![其吉排维結结])[它他她牠](?:们|們)?|(?<![去哪])[这那這](?:里|儿|裡|裏|(?:座|个|個|条|條|本|位|种|種|家|部)(?:城市|国家|地方|人|书|河|东西|作家|节日|动物|學校|学校|公司)?)(?=[的有在是叫产出属多几怎什哪吃玩？?，,]|$)|(?<![与及和尤极])其(?![他它她中实余次间后實餘間後])')
+_IT = re.compile(
+    r'(?<![其吉排维結结])[它他她牠](?:们|們)?|(?<![去哪])[这那這](?:里|儿|裡|裏|(?:座|个|個|条|條|本|位|种|種|家|部)(?:城市|国家|地方|人|书|河|东西|作家|节日|动物|學校|学校|公司)?)(?=[的有在是叫产出属多几怎什哪吃玩？?，,]|$)|(?<![与及和尤极])其(?![他它她中实余次间后實餘間後])'
+)
 _WHAT_OF = re.compile(r'(?:那么?|那麼|还有|還有)?[，, ]*([^，,？?]{1,12}?)呢[？?]?')
-_MORE = re.compile(r'(?:那么?|那麼)?[，, ]*(?:(?:还有|還有)(?:的|吗|嗎|什么|什麼|谁|誰|(?:哪|别的|別的|其他|其它|另外).*)?|(?:其他|其它|其余|其餘|别的|別的|另外).*)呢?[？?]?')   # asks for others, names none
-def subject(question)->str:
+_MORE = re.compile(
+    r'(?:那么?|那麼)?[，, ]*(?:(?:还有|還有)(?:的|吗|嗎|什么|什麼|谁|誰|(?:哪|别的|別的|其他|其它|另外).*)?|(?:其他|其它|其余|其餘|别的|別的|另外).*)呢?[？?]?'
+)  # asks for others, names none
+
+
+def subject(question) -> str:
     "What `question` speaks of: its first name, else its first noun; '' if there is none"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -50,35 +81,62 @@ def subject(question)->str:
         words = [(w.word, w.flag) for w in need('jieba.posseg').cut(question)]
     names = [w for w, f in words if f[:2] in ('nr', 'ns', 'nt', 'nz') or f == 'eng']
     return (names or [w for w, f in words if f[0] == 'n'] or [''])[0]
-def by_rule(question, before)->str:
+
+
+def by_rule(question, before) -> str:
     "`question` completed with what the question `before` it spoke of; unchanged where no rule applies"
     thing = subject(before)
-    if not thing or thing in question: return question
-    if _IT.search(question): return _IT.sub(thing, question, 1)
-    if _MORE.fullmatch(question.strip()) or not (m := _WHAT_OF.fullmatch(question.strip())): return question
+    if not thing or thing in question:
+        return question
+    if _IT.search(question):
+        return _IT.sub(thing, question, 1)
+    if _MORE.fullmatch(question.strip()) or not (m := _WHAT_OF.fullmatch(question.strip())):
+        return question
     other = subject(m[1])
-    return before.replace(thing, m[1]) if other == m[1] and len(other) > 1 and _is_name(other) else f'{thing}的{m[1].removeprefix("的")}是什么？'
-def _is_name(word): return any(w.flag[:2] in ('nr', 'ns', 'nt', 'nz') for w in need('jieba.posseg').cut(word))
+    return (
+        before.replace(thing, m[1])
+        if other == m[1] and len(other) > 1 and _is_name(other)
+        else f'{thing}的{m[1].removeprefix("的")}是什么？'
+    )
+
+
+def _is_name(word):
+    return any(w.flag[:2] in ('nr', 'ns', 'nt', 'nz') for w in need('jieba.posseg').cut(word))
 
 # %% ../../nbs/documents/conversation.ipynb #19682062
 class Conversation:
     "Questions that lean on the ones before"
-    def __init__(self,
-        bot:Assistant,
-        rewrite:str='auto', # 'model', 'rules', 'off'; 'auto': by the model where it is told to cite, else by rule
-        turns:int=4):       # turns that the model sees while it rewrites
-        if rewrite not in ('auto', 'model', 'rules', 'off'): raise LlamaZhError(f"rewrite={rewrite!r}: use 'auto', 'model', 'rules' or 'off'")
-        self.bot, self.rewrite, self.turns = bot, ('model' if bot.numbered and bot.llm else 'rules') if rewrite == 'auto' else rewrite, turns
-        self.reset()
-    def reset(self): self.history, self.how, self.full = [], '', ''     # history: (typed, completed, Answer)
 
-    def complete(self, question:str)->str:
+    def __init__(
+        self,
+        bot: Assistant,
+        rewrite: str = 'auto',  # 'model', 'rules', 'off'; 'auto': by the model where it is told to cite, else by rule
+        turns: int = 4,
+    ):  # turns that the model sees while it rewrites
+        if rewrite not in ('auto', 'model', 'rules', 'off'):
+            raise LlamaZhError(f"rewrite={rewrite!r}: use 'auto', 'model', 'rules' or 'off'")
+        self.bot, self.rewrite, self.turns = (
+            bot,
+            ('model' if bot.numbered and bot.llm else 'rules') if rewrite == 'auto' else rewrite,
+            turns,
+        )
+        self.reset()
+
+    def reset(self):
+        self.history, self.how, self.full = [], '', ''  # history: (typed, completed, Answer)
+
+    def complete(self, question: str) -> str:
         "`question`, understandable by itself; `how` says who completed it"
         self.how = ''
-        if not self.history or self.rewrite == 'off': return question
-        before = history_text([(full, a.text) for _, full, a in self.history[-self.turns:]])
+        if not self.history or self.rewrite == 'off':
+            return question
+        before = history_text([(full, a.text) for _, full, a in self.history[-self.turns :]])
         if self.rewrite == 'model':
-            new = say(self.bot.llm, REWRITE.format(history=before, question=question)).removeprefix('改写后的问题：').strip()
+            new = (
+                say(self.bot.llm, REWRITE.format(history=before, question=question))
+                .removeprefix('改写后的问题：')
+                .strip()
+            )
             if usable(new, question, before):
                 self.how = 'model' if new != question else ''
                 return new
@@ -86,122 +144,209 @@ class Conversation:
         self.how = 'rules' if new != question else ''
         return new
 
-    def stream(self, question:str):
+    def stream(self, question: str):
         "Yield pieces of the answer, and the whole `Answer` last"
-        if not question.strip(): raise LlamaZhError('the question is empty')
+        if not question.strip():
+            raise LlamaZhError('the question is empty')
         self.full = full = self.complete(question)
         for piece in self.bot.stream(full):
-            if isinstance(piece, Answer): self.history.append((question, full, piece))
+            if isinstance(piece, Answer):
+                self.history.append((question, full, piece))
             yield piece
 
-    def ask(self, question:str)->Answer:
+    def ask(self, question: str) -> Answer:
         "Answer the next question"
-        return [p for p in self.stream(question)][-1]
+        return list(self.stream(question))[-1]
 
 # %% ../../nbs/documents/conversation.ipynb #c7504b88
 def _html(self):
-    row = lambda q, full, a: f'<p><b>{html.escape(q)}</b>{f" <i>({html.escape(full)})</i>" if q != full else ""}<br>{html.escape(a.text)}</p>'
+    row = lambda q, full, a: (
+        f'<p><b>{html.escape(q)}</b>{f" <i>({html.escape(full)})</i>" if q != full else ""}<br>{html.escape(a.text)}</p>'
+    )
     return ''.join(row(*t) for t in self.history) or '<i>nothing asked yet</i>'
+
+
 Conversation._repr_html_ = _html
-Conversation.__repr__ = lambda self: '\n'.join(f"问：{q}{f'（{full}）' if q != full else ''}\n答：{a.text}" for q, full, a in self.history) or 'nothing asked yet'
+Conversation.__repr__ = lambda self: (
+    '\n'.join(
+        f'问：{q}{f"（{full}）" if q != full else ""}\n答：{a.text}' for q, full, a in self.history
+    )
+    or 'nothing asked yet'
+)
 
 # %% ../../nbs/documents/conversation.ipynb #be13d165
-COMMANDS = {'help': 'this list', 'reset': 'begin anew', 'sources': 'the passages of the last answer, in full', 'history': 'show the conversation', 'quit': 'leave (or Ctrl-D)'}
+COMMANDS = {
+    'help': 'this list',
+    'reset': 'begin anew',
+    'sources': 'the passages of the last answer, in full',
+    'history': 'show the conversation',
+    'quit': 'leave (or Ctrl-D)',
+}
+
+
 class DocumentTerminal(Terminal):
     "Reads questions, answers them from documents, obeys commands"
+
     def answer(self, text):
         "Stream the answer to `text`; Ctrl-C stops it"
         pieces, last = self.chat.stream(text), None
         try:
             for k, p in enumerate(pieces):
-                if not k and self.chat.how: self.remark(f'understood as: {self.chat.full}')
-                if isinstance(p, Answer): last = p
-                else: self.out.write(printable(p)); self.out.flush()
-        except KeyboardInterrupt: pieces.close(); self.out.write('\n'); self.remark('stopped'); return
+                if not k and self.chat.how:
+                    self.remark(f'understood as: {self.chat.full}')
+                if isinstance(p, Answer):
+                    last = p
+                else:
+                    self.out.write(printable(p))
+                    self.out.flush()
+        except KeyboardInterrupt:
+            pieces.close()
+            self.out.write('\n')
+            self.remark('stopped')
+            return
         self.say(last.text if last.refused or not self.chat.bot.llm else '')
-        for s in last.sources: self.say(f"  [{s.n}] {s.name}{f' / {s.heading}' if s.heading else ''} ({s.score:.2f})")
-        if last.invented: self.remark(f"the answer cited {', '.join(f'[{n}]' for n in sorted(set(last.invented)))}, which does not exist")
+        for s in last.sources:
+            self.say(f'  [{s.n}] {s.name}{f" / {s.heading}" if s.heading else ""} ({s.score:.2f})')
+        if last.invented:
+            self.remark(
+                f'the answer cited {", ".join(f"[{n}]" for n in sorted(set(last.invented)))}, which does not exist'
+            )
 
     def command(self, name, rest=''):
         "Obey `/name`; true if the conversation is over"
-        if name in ('quit', 'exit'): return True
-        if name not in COMMANDS: raise LlamaZhError(f"no command /{name}. There are: {', '.join('/' + c for c in COMMANDS)}; a question that begins with a slash is written with two")
-        if name == 'help': self.say('\n'.join(f'/{k:8} {v}' for k, v in COMMANDS.items()))
-        if name == 'reset': self.chat.reset(); self.remark('a new conversation')
-        if name == 'history': self.say(repr(self.chat))
+        if name in ('quit', 'exit'):
+            return True
+        if name not in COMMANDS:
+            raise LlamaZhError(
+                f'no command /{name}. There are: {", ".join("/" + c for c in COMMANDS)}; a question that begins with a slash is written with two'
+            )
+        if name == 'help':
+            self.say('\n'.join(f'/{k:8} {v}' for k, v in COMMANDS.items()))
+        if name == 'reset':
+            self.chat.reset()
+            self.remark('a new conversation')
+        if name == 'history':
+            self.say(repr(self.chat))
         if name == 'sources':
-            if not self.chat.history: raise LlamaZhError('nothing was asked yet')
+            if not self.chat.history:
+                raise LlamaZhError('nothing was asked yet')
             last = self.chat.history[-1][2]
-            self.say('\n\n'.join(f'[{s.n}] {s.name}\n{s.text}' for s in last.sources) or 'no passage fitted')
+            self.say(
+                '\n\n'.join(f'[{s.n}] {s.name}\n{s.text}' for s in last.sources)
+                or 'no passage fitted'
+            )
+        return None
 
 # %% ../../nbs/documents/conversation.ipynb #ef55a665
 def open_assistant(
-    index,                   # index folder
-    model:str=None,          # model folder
-    llm:str=None,            # or the address of an OpenAI-compatible server
-    llm_model:str=None,      # name of the server's model; None: the only one it has
-    k:int=3,                 # passages at most
-    strategy:str='stuff',    # stuff, refine or map_reduce
-    prompt:str=None,         # plain or cited; None: plain for a folder, cited for a server
-    threshold:float=None,    # a best score below it is refused; None: what the index holds
-    max_new_tokens:int=None, # longest answer; None: 256, or a quarter of what the model reads
-    search:str=None,         # lexical, dense or hybrid; None: as the index was made
-    rerank:str=None,         # a cross-encoder that sorts the passages: folder or Hub id
-    **kw,                    # see `load_chat`
-)->Assistant:
+    index,  # index folder
+    model: str = None,  # model folder
+    llm: str = None,  # or the address of an OpenAI-compatible server
+    llm_model: str = None,  # name of the server's model; None: the only one it has
+    k: int = 3,  # passages at most
+    strategy: str = 'stuff',  # stuff, refine or map_reduce
+    prompt: str = None,  # plain or cited; None: plain for a folder, cited for a server
+    threshold: float = None,  # a best score below it is refused; None: what the index holds
+    max_new_tokens: int = None,  # longest answer; None: 256, or a quarter of what the model reads
+    search: str = None,  # lexical, dense or hybrid; None: as the index was made
+    rerank: str = None,  # a cross-encoder that sorts the passages: folder or Hub id
+    **kw,  # see `load_chat`
+) -> Assistant:
     "An assistant as the commands describe it"
-    if model and llm: raise LlamaZhError('give a model folder (--model) or a server (--llm), not both')
-    if llm and '://' not in llm: raise LlamaZhError(f'--llm {llm} is no address of a server: it should begin with http://; a folder is given with --model')
-    if llm_model and not llm: raise LlamaZhError('--llm-model names a model of a server: give its address too (--llm)')
-    if max_new_tokens is not None and max_new_tokens < 1: raise LlamaZhError(f'max_new_tokens is {max_new_tokens}: an answer needs 1 or more')
-    if not (model or llm) and strategy != 'stuff': raise LlamaZhError(f'strategy {strategy} needs a model (--model or --llm)')
+    if model and llm:
+        raise LlamaZhError('give a model folder (--model) or a server (--llm), not both')
+    if llm and '://' not in llm:
+        raise LlamaZhError(
+            f'--llm {llm} is no address of a server: it should begin with http://; a folder is given with --model'
+        )
+    if llm_model and not llm:
+        raise LlamaZhError('--llm-model names a model of a server: give its address too (--llm)')
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise LlamaZhError(f'max_new_tokens is {max_new_tokens}: an answer needs 1 or more')
+    if not (model or llm) and strategy != 'stuff':
+        raise LlamaZhError(f'strategy {strategy} needs a model (--model or --llm)')
     more = dict(llm_model=llm_model) if llm else {}
-    bot = Assistant(open_index(index, search=search, **({'rerank': rerank} if rerank else {})), llm or model, prompt or ('cited' if llm else 'plain'), k, threshold, strategy=strategy,
-                    max_new_tokens=max_new_tokens or 256, **more, **kw)
-    if max_new_tokens is None and hasattr(bot.llm, 'reach'): bot.llm.max_new_tokens = min(256, bot.llm.reach//4)
+    bot = Assistant(
+        open_index(index, search=search, **({'rerank': rerank} if rerank else {})),
+        llm or model,
+        prompt or ('cited' if llm else 'plain'),
+        k,
+        threshold,
+        strategy=strategy,
+        max_new_tokens=max_new_tokens or 256,
+        **more,
+        **kw,
+    )
+    if max_new_tokens is None and hasattr(bot.llm, 'reach'):
+        bot.llm.max_new_tokens = min(256, bot.llm.reach // 4)
     return bot
 
 # %% ../../nbs/documents/conversation.ipynb #ea6e862a
 def rag_ask(
-    index,                   # folder made by `rag index`
-    question,                # what to ask
-    model:str=None,          # model folder; neither this nor `llm`: only show the passages
-    llm:str=None,            # address of an OpenAI-compatible server, in place of a folder
-    llm_model:str=None,      # name of its model; None: the only one it has
-    k:int=3,                 # passages, at least 1
-    strategy:str='stuff',    # how they are read: stuff, refine, map_reduce
-    prompt:str=None,         # plain or cited; None: plain for a folder, cited for a server
-    threshold:float=None,    # a best score below it is refused; None: what the index holds
-    max_new_tokens:int=None, # longest answer; None: 256, or a quarter of what the model reads
-    search:str=None,         # lexical, dense or hybrid; None: as the index was made
-    rerank:str=None,         # a cross-encoder that sorts the passages: folder or Hub id
+    index,  # folder made by `rag index`
+    question,  # what to ask
+    model: str = None,  # model folder; neither this nor `llm`: only show the passages
+    llm: str = None,  # address of an OpenAI-compatible server, in place of a folder
+    llm_model: str = None,  # name of its model; None: the only one it has
+    k: int = 3,  # passages, at least 1
+    strategy: str = 'stuff',  # how they are read: stuff, refine, map_reduce
+    prompt: str = None,  # plain or cited; None: plain for a folder, cited for a server
+    threshold: float = None,  # a best score below it is refused; None: what the index holds
+    max_new_tokens: int = None,  # longest answer; None: 256, or a quarter of what the model reads
+    search: str = None,  # lexical, dense or hybrid; None: as the index was made
+    rerank: str = None,  # a cross-encoder that sorts the passages: folder or Hub id
 ):
     "Answer a question from an index, with numbered sources"
-    bot = open_assistant(index, model, llm, llm_model, k, strategy, prompt, threshold, max_new_tokens, search, rerank)
-    if not (q := ' '.join(question) if isinstance(question, list) else question).strip(): raise LlamaZhError('the question is empty')
+    bot = open_assistant(
+        index, model, llm, llm_model, k, strategy, prompt, threshold, max_new_tokens, search, rerank
+    )
+    if not (q := ' '.join(question) if isinstance(question, list) else question).strip():
+        raise LlamaZhError('the question is empty')
     return bot.ask(q)
 
 # %% ../../nbs/documents/conversation.ipynb #19a22a13
 def rag_chat(
-    index,                   # folder made by `rag index`
-    model:str=None,          # model folder; neither this nor `llm`: only show the passages
-    llm:str=None,            # address of an OpenAI-compatible server, in place of a folder
-    llm_model:str=None,      # name of its model; None: the only one it has
-    k:int=3,                 # passages, at least 1
-    strategy:str='stuff',    # how they are read: stuff, refine, map_reduce
-    prompt:str=None,         # plain or cited; None: plain for a folder, cited for a server
-    rewrite:str='auto',      # who completes follow-up questions: model, rules, off; auto: the model where it cites, else rules
-    threshold:float=None,    # a best score below it is refused; None: what the index holds
-    max_new_tokens:int=None, # longest answer; None: 256, or a quarter of what the model reads
-    search:str=None,         # lexical, dense or hybrid; None: as the index was made
-    rerank:str=None,         # a cross-encoder that sorts the passages: folder or Hub id
+    index,  # folder made by `rag index`
+    model: str = None,  # model folder; neither this nor `llm`: only show the passages
+    llm: str = None,  # address of an OpenAI-compatible server, in place of a folder
+    llm_model: str = None,  # name of its model; None: the only one it has
+    k: int = 3,  # passages, at least 1
+    strategy: str = 'stuff',  # how they are read: stuff, refine, map_reduce
+    prompt: str = None,  # plain or cited; None: plain for a folder, cited for a server
+    rewrite: str = 'auto',  # who completes follow-up questions: model, rules, off; auto: the model where it cites, else rules
+    threshold: float = None,  # a best score below it is refused; None: what the index holds
+    max_new_tokens: int = None,  # longest answer; None: 256, or a quarter of what the model reads
+    search: str = None,  # lexical, dense or hybrid; None: as the index was made
+    rerank: str = None,  # a cross-encoder that sorts the passages: folder or Hub id
 ):
     "Ask an index in the terminal, one question after another; lines may also come through a pipe"
-    talk = Conversation(open_assistant(index, model, llm, llm_model, k, strategy, prompt, threshold, max_new_tokens, search, rerank), rewrite)
+    talk = Conversation(
+        open_assistant(
+            index,
+            model,
+            llm,
+            llm_model,
+            k,
+            strategy,
+            prompt,
+            threshold,
+            max_new_tokens,
+            search,
+            rerank,
+        ),
+        rewrite,
+    )
     tty = sys.stdin.isatty()
     for s in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(s, 'reconfigure'): s.reconfigure(errors='replace', **({} if tty or s is not sys.stdin else dict(encoding='utf-8')))
+        if hasattr(s, 'reconfigure'):
+            s.reconfigure(
+                errors='replace', **({} if tty or s is not sys.stdin else dict(encoding='utf-8'))
+            )
     term = DocumentTerminal(talk, _reader(tty, sys.stderr), sys.stdout, sys.stderr)
-    if tty: term.remark(f'{Path(index).name}: {len(talk.bot.index):,} passages; /help lists the commands')
+    if tty:
+        term.remark(
+            f'{Path(index).name}: {len(talk.bot.index):,} passages; /help lists the commands'
+        )
     term.run()
-    if term.failed and not tty: raise LlamaZhError(f'{term.failed} of the lines could not be obeyed, see above')
+    if term.failed and not tty:
+        raise LlamaZhError(f'{term.failed} of the lines could not be obeyed, see above')

@@ -6,70 +6,140 @@
 __all__ = ['Item', 'build_index', 'open_index', 'eval_command']
 
 # %% ../../nbs/documents/index.ipynb #07221f8b
-import codecs, concurrent.futures as cf, contextlib, hashlib, importlib, json, multiprocessing as mp, os, pickle, platform, re, shutil, threading, uuid
+import codecs
+import concurrent.futures as cf
+import contextlib
+import hashlib
+import importlib
+import json
+import multiprocessing as mp
+import os
+import pickle
+import platform
+import re
+import shutil
+import threading
+import uuid
 from pathlib import Path
 from typing import NamedTuple
+
 from ..core.errors import LlamaZhError, need, read_json, sha256, write_json, writing
 from ..core.machine import progress
 from .lexicon import HashedEmbeddings, Lexicon
 from .load import Document, find_documents, read_file
-from .recall import DEFAULT_THRESHOLD, HASHED_THRESHOLDS, Retrieval, eval_retrieval, read_questions
-from .retriever import Passages, SEARCHES, ZhRetriever, doc_key
+from llama_zh_nb.documents.recall import (
+    DEFAULT_THRESHOLD,
+    HASHED_THRESHOLDS,
+    Retrieval,
+    eval_retrieval,
+    read_questions,
+)
+from .retriever import SEARCHES, Passages, ZhRetriever, doc_key
 from .split import ZhTextSplitter
 from .stores import embedding_name, get_embeddings, open_store, split_store
 
 # %% ../../nbs/documents/index.ipynb #1dd00011
 class Item(NamedTuple):
     "A file, or a document in memory"
-    name:str   # its own, in this index
-    sha:str    # of its content; '' where it is not to be read
-    source:object  # path or `Document`
-    why:str    # why it is not read, '' otherwise
-    size:int   # bytes
+
+    name: str  # its own, in this index
+    sha: str  # of its content; '' where it is not to be read
+    source: object  # path or `Document`
+    why: str  # why it is not read, '' otherwise
+    size: int  # bytes
+
+
 def _items(docs, max_mib):
     paths = [docs] if isinstance(docs, (str, Path)) else list(docs)
-    if paths and all(isinstance(d, Document) for d in paths): return list(_in_memory(paths))
+    if paths and all(isinstance(d, Document) for d in paths):
+        return list(_in_memory(paths))
     out = []
     for path, name, why in find_documents(paths):
-        try: size = 0 if why else path.stat().st_size; out.append(Item(name, '' if why or size > max_mib << 20 else sha256(path), path, why or '', size))
-        except OSError as e: out.append(Item(name, '', path, str(e), 0))
+        try:
+            size = 0 if why else path.stat().st_size
+            out.append(
+                Item(
+                    name, '' if why or size > max_mib << 20 else sha256(path), path, why or '', size
+                )
+            )
+        except OSError as e:
+            out.append(Item(name, '', path, str(e), 0))
     return out
+
+
 def _in_memory(docs):
     seen = {}
     for d in docs:
         key = doc_key(d.metadata) or 'document'
         seen[key] = n = seen.get(key, 0) + 1
-        sha = hashlib.sha256(json.dumps([d.page_content, d.metadata], ensure_ascii=False, sort_keys=True, default=str).encode('utf-8', 'replace')).hexdigest()
-        yield Item(key if n == 1 else f'{key}#{n}', sha, d, '', len(d.page_content)*3)
+        sha = hashlib.sha256(
+            json.dumps(
+                [d.page_content, d.metadata], ensure_ascii=False, sort_keys=True, default=str
+            ).encode('utf-8', 'replace')
+        ).hexdigest()
+        yield Item(key if n == 1 else f'{key}#{n}', sha, d, '', len(d.page_content) * 3)
 
 # %% ../../nbs/documents/index.ipynb #1dd00021
-_SLICE = 2000          # chunks in one lexicon of a part
-_SPLITTERS = {}        # in each process
+_SLICE = 2000  # chunks in one lexicon of a part
+_SPLITTERS = {}  # in each process
+
+
 def _splitter(s):
     key = str((s['chunk_tokens'], s['chunk_overlap'], s['tokenizer_id']))
-    if key not in _SPLITTERS: _SPLITTERS.clear(); _SPLITTERS[key] = ZhTextSplitter(s['tokenizer'], s['chunk_tokens'], s['chunk_overlap'])
+    if key not in _SPLITTERS:
+        _SPLITTERS.clear()
+        _SPLITTERS[key] = ZhTextSplitter(s['tokenizer'], s['chunk_tokens'], s['chunk_overlap'])
     return _SPLITTERS[key]
+
+
 def _read(item, s):
     "(documents, notes, why not)"
-    if item.why: return [], [], item.why
-    if isinstance(item.source, Document): return [item.source], [], '' if item.source.page_content.strip() else 'holds no text'
-    try: return *read_file(item.source, item.name, s['encoding'], s['max_mib']), ''
-    except (LlamaZhError, OSError, UnicodeError, ValueError, MemoryError, RecursionError) as e: return [], [], (str(e) or type(e).__name__).replace(str(item.source), item.name, 1)
+    if item.why:
+        return [], [], item.why
+    if isinstance(item.source, Document):
+        return [item.source], [], '' if item.source.page_content.strip() else 'holds no text'
+    try:
+        return *read_file(item.source, item.name, s['encoding'], s['max_mib']), ''
+    except (LlamaZhError, OSError, UnicodeError, ValueError, MemoryError, RecursionError) as e:
+        return [], [], (str(e) or type(e).__name__).replace(str(item.source), item.name, 1)
+
+
 def _make_part(items, out, s):
     "Read, cut and count `items` into the folder `out`"
     with writing(out) as tmp:
         tmp.mkdir()
         files, texts = [], []
-        with open(tmp/'chunks.jsonl', 'w', encoding='utf-8', errors='replace') as f:
+        with open(tmp / 'chunks.jsonl', 'w', encoding='utf-8', errors='replace') as f:
             for item in items:
                 docs, notes, why = _read(item, s)
                 cs = _splitter(s).split_documents(docs)
-                head = hashlib.blake2b(f"{item.name}\0{item.sha}".encode('utf-8', 'replace'), digest_size=8).hexdigest()
-                for i, c in enumerate(cs): f.write(json.dumps({'text': c.page_content, **c.metadata, 'chunk': f'{head}-{i}'}, ensure_ascii=False, default=str) + '\n')
+                head = hashlib.blake2b(
+                    f'{item.name}\0{item.sha}'.encode('utf-8', 'replace'), digest_size=8
+                ).hexdigest()
+                for i, c in enumerate(cs):
+                    f.write(
+                        json.dumps(
+                            {'text': c.page_content, **c.metadata, 'chunk': f'{head}-{i}'},
+                            ensure_ascii=False,
+                            default=str,
+                        )
+                        + '\n'
+                    )
                 texts += [c.page_content for c in cs]
-                files.append(dict(name=item.name, sha=item.sha, source=docs[0].metadata.get('source', '') if docs else item.name, documents=len(docs), chunks=len(cs), notes=notes, why=why or ('' if cs else 'holds no text')))
-        for i in range(0, len(texts), _SLICE): Lexicon.fit(texts[i:i+_SLICE], s['words']).save(tmp/f'lexicon-{i}')
-        write_json(tmp/'files.json', files)
+                files.append(
+                    dict(
+                        name=item.name,
+                        sha=item.sha,
+                        source=docs[0].metadata.get('source', '') if docs else item.name,
+                        documents=len(docs),
+                        chunks=len(cs),
+                        notes=notes,
+                        why=why or ('' if cs else 'holds no text'),
+                    )
+                )
+        for i in range(0, len(texts), _SLICE):
+            Lexicon.fit(texts[i : i + _SLICE], s['words']).save(tmp / f'lexicon-{i}')
+        write_json(tmp / 'files.json', files)
     return len(items)
 
 # %% ../../nbs/documents/index.ipynb #1dd00031
@@ -77,128 +147,232 @@ def _batches(items, files=200, most=2 << 20):
     "Lists of items: at most so many files, about so many bytes"
     cur, n = [], 0
     for i in items:
-        if cur and (len(cur) == files or n + i.size > most): yield cur; cur, n = [], 0
-        cur.append(i); n += i.size
-    if cur: yield cur
+        if cur and (len(cur) == files or n + i.size > most):
+            yield cur
+            cur, n = [], 0
+        cur.append(i)
+        n += i.size
+    if cur:
+        yield cur
+
+
 @contextlib.contextmanager
 def _working(folder, settings):
     "The folder of parts: one program at a time; parts made with other settings are thrown away"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/'lock', 'a') as lock:
-        with contextlib.suppress(ImportError):      # Windows knows no such locks
-            try: importlib.import_module('fcntl').flock(lock, 6)     # exclusive, without waiting; gone with the program
-            except BlockingIOError: raise LlamaZhError(f'another program is building this index already ({folder}): wait for it, or stop it') from None
-        if not (folder/'settings.json').is_file() or read_json(folder/'settings.json') != settings:
+    with open(folder / 'lock', 'a') as lock:
+        with contextlib.suppress(ImportError):  # Windows knows no such locks
+            try:
+                importlib.import_module('fcntl').flock(
+                    lock, 6
+                )  # exclusive, without waiting; gone with the program
+            except BlockingIOError:
+                raise LlamaZhError(
+                    f'another program is building this index already ({folder}): wait for it, or stop it'
+                ) from None
+        if (
+            not (folder / 'settings.json').is_file()
+            or read_json(folder / 'settings.json') != settings
+        ):
             for p in folder.iterdir():
-                if p.is_dir(): shutil.rmtree(p)
-        write_json(folder/'settings.json', settings)
+                if p.is_dir():
+                    shutil.rmtree(p)
+        write_json(folder / 'settings.json', settings)
         yield folder
+
+
 def _watch():
     "End this process when the one that started it is gone"
     threading.Thread(target=lambda: (mp.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
 def _make_parts(items, parts, s, workers):
     "Make a part of each batch of `items`; those of a part that is there already are not made again"
     n = max([int(p.name) for p in parts.glob('[0-9]*')], default=0)
-    jobs = [(b, parts/f'{n + i:06}', s) for i, b in enumerate(_batches(items), 1)]
+    jobs = [(b, parts / f'{n + i:06}', s) for i, b in enumerate(_batches(items), 1)]
     with progress(None, 'files', sum(len(b) for b, *_ in jobs)) as bar:
         if not workers or workers < 2 or len(jobs) < 2:
-            for j in jobs: bar.update(_make_part(*j))
+            for j in jobs:
+                bar.update(_make_part(*j))
             return
         with cf.ProcessPoolExecutor(workers, mp.get_context('spawn'), _watch) as pool:
-            for f in cf.as_completed([pool.submit(_make_part, *j) for j in jobs]): bar.update(f.result())
+            for f in cf.as_completed([pool.submit(_make_part, *j) for j in jobs]):
+                bar.update(f.result())
 
 # %% ../../nbs/documents/index.ipynb #1dd00041
 _CHUNKS, _LEXICON, _INFO, _FILES = 'chunks.jsonl', 'lexicon', 'index.json', 'files.json'
+
+
 class _Made(NamedTuple):
     "A file's chunks in an old index or a part"
-    folder:Path; start:int; row:dict
+
+    folder: Path
+    start: int
+    row: dict
+
+
 def _made(folders):
     "{(name, sha): _Made} of what is done"
     out = {}
     for folder in folders:
         at = 0
-        for row in read_json(folder/_FILES): out[row['name'], row['sha']] = _Made(folder, at, row); at += row['chunks']
+        for row in read_json(folder / _FILES):
+            out[row['name'], row['sha']] = _Made(folder, at, row)
+            at += row['chunks']
     return out
+
+
 def _lexicons(folder, n):
     "[(first chunk, lexicon)] in an index or a part of `n` chunks"
-    if (folder/_LEXICON).is_dir(): return [(0, Lexicon.load(folder/_LEXICON))]
-    return [(i, Lexicon.load(folder/f'lexicon-{i}')) for i in range(0, n, _SLICE)]
+    if (folder / _LEXICON).is_dir():
+        return [(0, Lexicon.load(folder / _LEXICON))]
+    return [(i, Lexicon.load(folder / f'lexicon-{i}')) for i in range(0, n, _SLICE)]
+
+
 def _join(made, out):
     "Write the chunks and the lexicon of `made`, in its order, into the folder `out`"
     np, at, new = need('numpy'), 0, {}
-    passages = {f: Passages(f/_CHUNKS) for f in dict.fromkeys(m.folder for m in made if m.row['chunks'])}
+    passages = {
+        f: Passages(f / _CHUNKS) for f in dict.fromkeys(m.folder for m in made if m.row['chunks'])
+    }
     maps = {f: np.full(len(p), -1, 'i4') for f, p in passages.items()}
-    with open(out/_CHUNKS, 'wb') as f:
+    with open(out / _CHUNKS, 'wb') as f:
         for m in made:
-            for i in range(m.start, m.start + m.row['chunks']): f.write(passages[m.folder].raw(i)); maps[m.folder][i] = at; at += 1
-    parts = [(lex, maps[f][a:a + lex.n]) for f, p in passages.items() for a, lex in _lexicons(f, len(p))]
-    Lexicon.merge([(lex, new) for lex, new in parts if (new >= 0).any()], out/_LEXICON)
-    write_json(out/_FILES, [m.row for m in made])
+            for i in range(m.start, m.start + m.row['chunks']):
+                f.write(passages[m.folder].raw(i))
+                maps[m.folder][i] = at
+                at += 1
+    parts = [
+        (lex, maps[f][a : a + lex.n])
+        for f, p in passages.items()
+        for a, lex in _lexicons(f, len(p))
+    ]
+    Lexicon.merge([(lex, new) for lex, new in parts if (new >= 0).any()], out / _LEXICON)
+    write_json(out / _FILES, [m.row for m in made])
     return at
 
 # %% ../../nbs/documents/index.ipynb #1dd00051
 def _ids(rows):
     "The ids of all chunks in `rows` of files.json"
-    head = lambda r: hashlib.blake2b(f"{r['name']}\0{r['sha']}".encode('utf-8', 'replace'), digest_size=8).hexdigest()
+    head = lambda r: hashlib.blake2b(
+        f'{r["name"]}\0{r["sha"]}'.encode('utf-8', 'replace'), digest_size=8
+    ).hexdigest()
     return {f'{h}-{i}' for r in rows for h in [head(r)] for i in range(r['chunks'])}
+
+
 def _vectors(folder, a, texts, lex, embeddings):
     "The vectors of `texts`, which are the chunks from `a` on in `folder`; what a model computed for a part is kept there, in case of a stop"
-    np, kept = need('numpy'), folder/f'vectors-{a}.npy'
-    if lex is not None and isinstance(embeddings, HashedEmbeddings): return embeddings.of_lexicon(lex)
-    if kept.is_file(): return np.load(kept)
-    v = np.array([x for i in progress(range(0, len(texts), 100), 'embeddings') for x in embeddings.embed_documents(texts[i:i+100])], 'f')
+    np, kept = need('numpy'), folder / f'vectors-{a}.npy'
+    if lex is not None and isinstance(embeddings, HashedEmbeddings):
+        return embeddings.of_lexicon(lex)
+    if kept.is_file():
+        return np.load(kept)
+    v = np.array(
+        [
+            x
+            for i in progress(range(0, len(texts), 100), 'embeddings')
+            for x in embeddings.embed_documents(texts[i : i + 100])
+        ],
+        'f',
+    )
     if lex is not None:
-        with writing(kept) as t, open(t, 'wb') as f: np.save(f, v)
+        with writing(kept) as t, open(t, 'wb') as f:
+            np.save(f, v)
     return v
+
+
 def _fill(store, made, there):
     "Add those chunks of `made` to the store whose ids are not among `there`"
     want = _ids([m.row for m in made]) - there
     with progress(None, 'vectors', len(want)) as bar:
         for folder in dict.fromkeys(m.folder for m in made if m.row['chunks']):
-            chunks = Passages(folder/_CHUNKS)
-            whole = (folder/_LEXICON).is_dir()
+            chunks = Passages(folder / _CHUNKS)
+            whole = (folder / _LEXICON).is_dir()
             for a in range(0, len(chunks), _SLICE):
                 docs = [chunks[i] for i in range(a, min(a + _SLICE, len(chunks)))]
                 keep = [i for i, d in enumerate(docs) if d.metadata['chunk'] in want]
-                if not keep: continue
-                v = _vectors(folder, a, [d.page_content for d in docs], None if whole else Lexicon.load(folder/f'lexicon-{a}'), store.embeddings)
+                if not keep:
+                    continue
+                v = _vectors(
+                    folder,
+                    a,
+                    [d.page_content for d in docs],
+                    None if whole else Lexicon.load(folder / f'lexicon-{a}'),
+                    store.embeddings,
+                )
                 for at in range(0, len(keep), store.batch):
-                    part = keep[at:at + store.batch]
-                    store.add([docs[i].metadata['chunk'] for i in part], [docs[i].page_content for i in part], [docs[i].metadata for i in part], v[part])
+                    part = keep[at : at + store.batch]
+                    store.add(
+                        [docs[i].metadata['chunk'] for i in part],
+                        [docs[i].page_content for i in part],
+                        [docs[i].metadata for i in part],
+                        v[part],
+                    )
                     bar.update(len(part))
 
 # %% ../../nbs/documents/index.ipynb #ea56e3d8
 def _tokenizer_id(tok):
     "What tells one tokenizer from another"
-    if tok is None: return 'characters'
-    folder = Path(tok) if isinstance(tok, (str, Path)) else Path(getattr(tok, 'name_or_path', '') or '.')
-    return sha256(folder/'tokenizer.json') if (folder/'tokenizer.json').is_file() else str(getattr(tok, '__qualname__', '') or folder)
+    if tok is None:
+        return 'characters'
+    folder = (
+        Path(tok) if isinstance(tok, (str, Path)) else Path(getattr(tok, 'name_or_path', '') or '.')
+    )
+    return (
+        sha256(folder / 'tokenizer.json')
+        if (folder / 'tokenizer.json').is_file()
+        else str(getattr(tok, '__qualname__', '') or folder)
+    )
+
+
 def _collection(out, store, name):
     "(address, collection) where the vectors of index `out` lie; (None, 'documents') for a folder in it"
-    if store is None: return None, 'documents'
+    if store is None:
+        return None, 'documents'
     address, given = split_store(store)
-    if not re.match('https?:|milvus:', address): raise LlamaZhError(f'store={store!r}: give http://host:port, milvus://host:port or milvus:///file.db, or leave it out for a folder inside the index')
-    mine = hashlib.blake2b(f'{platform.node()} {out} {name}'.encode('utf-8', 'replace'), digest_size=5).hexdigest()
-    return address, given or f"{re.sub('[^A-Za-z0-9]+', '-', out.name).strip('-')[:40] or 'index'}-{mine}"
+    if not re.match('https?:|milvus:', address):
+        raise LlamaZhError(
+            f'store={store!r}: give http://host:port, milvus://host:port or milvus:///file.db, or leave it out for a folder inside the index'
+        )
+    mine = hashlib.blake2b(
+        f'{platform.node()} {out} {name}'.encode('utf-8', 'replace'), digest_size=5
+    ).hexdigest()
+    return (
+        address,
+        given or f'{re.sub("[^A-Za-z0-9]+", "-", out.name).strip("-")[:40] or "index"}-{mine}',
+    )
+
+
 def _put_vectors(tmp, out, old, made, info, embeddings):
     "Bring the store up to date for `made`; nothing is taken away yet that the old index needs"
-    if info['embedding'] == 'none': return
-    there = _ids(read_json(out/_FILES)) if old else set()
+    if info['embedding'] == 'none':
+        return
+    there = _ids(read_json(out / _FILES)) if old else set()
     if not info['store']:
-        if there and (out/old['vectors']).is_dir(): shutil.copytree(out/old['vectors'], tmp/info['vectors'])
-        else: there = set()
-    with open_store(info['store'] or tmp/info['vectors'], embeddings, info['collection']).closing() as store:
-        if info['store']: there = store.have(sorted(_ids([m.row for m in made])))
+        if there and (out / old['vectors']).is_dir():
+            shutil.copytree(out / old['vectors'], tmp / info['vectors'])
+        else:
+            there = set()
+    with open_store(
+        info['store'] or tmp / info['vectors'], embeddings, info['collection']
+    ).closing() as store:
+        if info['store']:
+            there = store.have(sorted(_ids([m.row for m in made])))
         _fill(store, made, there)
-        if not info['store']: store.delete(sorted(there - _ids([m.row for m in made])))
+        if not info['store']:
+            store.delete(sorted(there - _ids([m.row for m in made])))
+
+
 def _sweep_store(out, info, old):
     "Take away from a server what no file stands for any more"
     if info['stale']:
         try:
-            with open_store(old['store'], 'lexical', old['collection']).closing() as store: store.delete(info['stale'])
+            with open_store(old['store'], 'lexical', old['collection']).closing() as store:
+                store.delete(info['stale'])
         except LlamaZhError:
-            if old['store'] == info['store']: raise       # a server that was left may be gone
-    write_json(out/_INFO, {**info, 'stale': []})
+            if old['store'] == info['store']:
+                raise  # a server that was left may be gone
+    write_json(out / _INFO, {**info, 'stale': []})
 
 # %% ../../nbs/documents/index.ipynb #1dd00063
 def _info(old, made, settings, n, kept):
@@ -207,14 +381,45 @@ def _info(old, made, settings, n, kept):
     gone = set()
     if old.get('store'):
         gone = _ids(old['rows']) | set(old.get('stale', []))
-        if (old['store'], old['collection']) == (settings['store'], settings['collection']): gone -= _ids(rows)
-    return dict(version=2, **{k: settings[k] for k in ('embedding', 'store', 'collection', 'chunk_tokens', 'chunk_overlap')}, vectors=f'chroma-{uuid.uuid4().hex[:8]}', documents=sum(r['documents'] for r in rows), chunks=n,
-        files=sorted({r['source'] for r in rows if r['chunks']}), skipped=[(r['name'], r['why']) for r in rows if r['why']], notes=[(r['name'], x) for r in rows for x in r['notes']],
-        thresholds=old['thresholds'] if same else {'lexical': DEFAULT_THRESHOLD} | (HASHED_THRESHOLDS if settings['embedding'] == 'lexical' else {}), update=dict(kept=kept, read=len(rows) - kept, gone=len({r['name'] for r in old.get('rows', [])} - {r['name'] for r in rows})), settings=settings, stale=sorted(gone))
-def _finished(parts): return sorted(p for p in parts.glob('[0-9]*') if p.name.isdigit())
+        if (old['store'], old['collection']) == (settings['store'], settings['collection']):
+            gone -= _ids(rows)
+    return dict(
+        version=2,
+        **{
+            k: settings[k]
+            for k in ('embedding', 'store', 'collection', 'chunk_tokens', 'chunk_overlap')
+        },
+        vectors=f'chroma-{uuid.uuid4().hex[:8]}',
+        documents=sum(r['documents'] for r in rows),
+        chunks=n,
+        files=sorted({r['source'] for r in rows if r['chunks']}),
+        skipped=[(r['name'], r['why']) for r in rows if r['why']],
+        notes=[(r['name'], x) for r in rows for x in r['notes']],
+        thresholds=old['thresholds']
+        if same
+        else {'lexical': DEFAULT_THRESHOLD}
+        | (HASHED_THRESHOLDS if settings['embedding'] == 'lexical' else {}),
+        update=dict(
+            kept=kept,
+            read=len(rows) - kept,
+            gone=len({r['name'] for r in old.get('rows', [])} - {r['name'] for r in rows}),
+        ),
+        settings=settings,
+        stale=sorted(gone),
+    )
+
+
+def _finished(parts):
+    return sorted(p for p in parts.glob('[0-9]*') if p.name.isdigit())
+
+
 def _build(items, out, parts, s, settings, embeddings, workers, fresh):
     "Read what is new, and write the index folder"
-    old = {**read_json(out/_INFO), 'rows': read_json(out/_FILES)} if (out/_INFO).is_file() and (out/_FILES).is_file() else {}
+    old = (
+        {**read_json(out / _INFO), 'rows': read_json(out / _FILES)}
+        if (out / _INFO).is_file() and (out / _FILES).is_file()
+        else {}
+    )
     same = not fresh and old.get('settings') == settings
     kept = {k: m for k, m in _made([out]).items() if not m.row['why']} if same else {}
     done = _made(_finished(parts)) | kept
@@ -223,89 +428,154 @@ def _build(items, out, parts, s, settings, embeddings, workers, fresh):
     made = [done[i.name, i.sha] for i in items]
     if not any(m.row['chunks'] for m in made):
         shutil.rmtree(parts)
-        raise LlamaZhError('nothing to index: ' + ('; '.join(f"{m.row['name']}: {m.row['why']}" for m in made[:5]) or 'no documents were given'))
-    if same and old['rows'] == [m.row for m in made] and not old['stale']: return      # nothing changed
+        raise LlamaZhError(
+            'nothing to index: '
+            + (
+                '; '.join(f'{m.row["name"]}: {m.row["why"]}' for m in made[:5])
+                or 'no documents were given'
+            )
+        )
+    if same and old['rows'] == [m.row for m in made] and not old['stale']:
+        return  # nothing changed
     with writing(out) as tmp:
         tmp.mkdir()
         n = _join(made, tmp)
         info = _info(old, made, settings, n, sum((i.name, i.sha) in kept for i in items))
         _put_vectors(tmp, out, old if same else {}, made, info, embeddings)
-        write_json(tmp/_INFO, info)
+        write_json(tmp / _INFO, info)
     _sweep_store(out, info, old)
 
 # %% ../../nbs/documents/index.ipynb #1dd00064
 def _portable(x):
     "Whether another process can be given `x`"
-    try: return bool(pickle.dumps(x))
-    except Exception: return False
+    try:
+        return bool(pickle.dumps(x))
+    except Exception:
+        return False
+
+
 def build_index(
-    docs,                     # files, folders, patterns, or LangChain documents
-    out,                      # index folder to make, or to bring up to date
-    tokenizer=None,           # counts the budget: Hugging Face tokenizer, model folder, function; None: characters
-    embedding:str='lexical',  # 'lexical' needs no model; a sentence-transformers model (Hub id or folder); 'none': no vectors
-    chunk_tokens:int=256,     # longest chunk
-    chunk_overlap:int=0,      # tokens of whole sentences repeated from the chunk before
-    words=True,               # also index words found by jieba
-    encoding:str=None,        # of text files, where known
-    store:str=None,           # where vectors lie; None: in the folder; http://host:port (Chroma), milvus://host:port, milvus:///file.db
-    workers:int=None,         # processes that read and count; None: one
-    max_mib:int=64,           # largest file that is read
-    fresh:bool=False,         # read all files anew, also those that did not change
-    device:str='auto',        # for an embedding model
-)->ZhRetriever:
+    docs,  # files, folders, patterns, or LangChain documents
+    out,  # index folder to make, or to bring up to date
+    tokenizer=None,  # counts the budget: Hugging Face tokenizer, model folder, function; None: characters
+    embedding: str = 'lexical',  # 'lexical' needs no model; a sentence-transformers model (Hub id or folder); 'none': no vectors
+    chunk_tokens: int = 256,  # longest chunk
+    chunk_overlap: int = 0,  # tokens of whole sentences repeated from the chunk before
+    words=True,  # also index words found by jieba
+    encoding: str = None,  # of text files, where known
+    store: str = None,  # where vectors lie; None: in the folder; http://host:port (Chroma), milvus://host:port, milvus:///file.db
+    workers: int = None,  # processes that read and count; None: one
+    max_mib: int = 64,  # largest file that is read
+    fresh: bool = False,  # read all files anew, also those that did not change
+    device: str = 'auto',  # for an embedding model
+) -> ZhRetriever:
     "Split `docs`, index the chunks, write the folder, and open it; files that did not change since the last time are not read again"
     out = Path(out).absolute()
-    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out/_INFO).is_file(): raise LlamaZhError(f'{out} holds something else: name a new folder for the index')
-    if max_mib <= 0: raise LlamaZhError(f'max_mib is {max_mib:g}: expected more than 0')
-    try: codecs.lookup(encoding or 'utf-8')
-    except LookupError: raise LlamaZhError(f'unknown encoding {encoding!r}: give one such as utf-8, gb18030 or big5, or none') from None
-    s = dict(tokenizer=tokenizer, tokenizer_id=_tokenizer_id(tokenizer), chunk_tokens=chunk_tokens, chunk_overlap=chunk_overlap, words=bool(words), encoding=encoding, max_mib=max_mib)
+    if out.is_file() or out.is_dir() and any(out.iterdir()) and not (out / _INFO).is_file():
+        raise LlamaZhError(f'{out} holds something else: name a new folder for the index')
+    if max_mib <= 0:
+        raise LlamaZhError(f'max_mib is {max_mib:g}: expected more than 0')
+    try:
+        codecs.lookup(encoding or 'utf-8')
+    except LookupError:
+        raise LlamaZhError(
+            f'unknown encoding {encoding!r}: give one such as utf-8, gb18030 or big5, or none'
+        ) from None
+    s = dict(
+        tokenizer=tokenizer,
+        tokenizer_id=_tokenizer_id(tokenizer),
+        chunk_tokens=chunk_tokens,
+        chunk_overlap=chunk_overlap,
+        words=bool(words),
+        encoding=encoding,
+        max_mib=max_mib,
+    )
     name = embedding_name(embedding)
     address, collection = _collection(out, store, name)
-    _splitter(s).split_text('')                              # what is wrong is told before the work begins
-    if workers is not None and workers < 1: raise LlamaZhError(f'workers={workers}: 1 process or more')
+    _splitter(s).split_text('')  # what is wrong is told before the work begins
+    if workers is not None and workers < 1:
+        raise LlamaZhError(f'workers={workers}: 1 process or more')
     embeddings = None if name == 'none' else get_embeddings(embedding, device, s['words'])
-    if address and embeddings: open_store(address, embeddings, collection).close()
+    if address and embeddings:
+        open_store(address, embeddings, collection).close()
     items, parts = _items(docs, max_mib), out.with_name(f'.{out.name}.parts')
-    settings = {**s, 'tokenizer': '', 'version': 2, 'embedding': name, 'store': address, 'collection': collection}
+    settings = {
+        **s,
+        'tokenizer': '',
+        'version': 2,
+        'embedding': name,
+        'store': address,
+        'collection': collection,
+    }
     with _working(parts, settings):
-        _build(items, out, parts, s, settings, embeddings, workers if _portable(tokenizer) else 1, fresh)
+        _build(
+            items,
+            out,
+            parts,
+            s,
+            settings,
+            embeddings,
+            workers if _portable(tokenizer) else 1,
+            fresh,
+        )
         shutil.rmtree(parts, ignore_errors=True)
     return open_index(out, embedding=None if isinstance(embedding, (str, Path)) else embedding)
 
 # %% ../../nbs/documents/index.ipynb #4316a2c4
 def open_index(
-    folder,               # made by `build_index`
-    k:int=4,              # chunks that `invoke` gives
-    search:str=None,      # 'lexical', 'dense' or 'hybrid'; None: dense if an embedding model was named
-    threshold:float=None, # None: what index.json holds for this kind of search
-    embedding=None,       # LangChain embeddings, where the index was built with an object
-    rerank=None,          # folder or Hub id of a CrossEncoder, or an object with `predict(pairs)`
-)->ZhRetriever:
+    folder,  # made by `build_index`
+    k: int = 4,  # chunks that `invoke` gives
+    search: str = None,  # 'lexical', 'dense' or 'hybrid'; None: dense if an embedding model was named
+    threshold: float = None,  # None: what index.json holds for this kind of search
+    embedding=None,  # LangChain embeddings, where the index was built with an object
+    rerank=None,  # folder or Hub id of a CrossEncoder, or an object with `predict(pairs)`
+) -> ZhRetriever:
     "Open an index folder; works from any process, and takes no model unless vectors are searched"
     folder = Path(folder)
-    if not (folder/_INFO).is_file(): raise LlamaZhError(f"{folder} is not an index: {'index.json is missing in it' if folder.is_dir() else 'there is no such folder'}; make one with  llama-zh rag index")
-    info = read_json(folder/_INFO)
-    if info.get('version') != 2: raise LlamaZhError(f'{folder} was made by another version of this package: build the index again')
+    if not (folder / _INFO).is_file():
+        raise LlamaZhError(
+            f'{folder} is not an index: {"index.json is missing in it" if folder.is_dir() else "there is no such folder"}; make one with  llama-zh rag index'
+        )
+    info = read_json(folder / _INFO)
+    if info.get('version') != 2:
+        raise LlamaZhError(
+            f'{folder} was made by another version of this package: build the index again'
+        )
     search = search or ('lexical' if info['embedding'] in ('lexical', 'none') else 'dense')
-    if search not in SEARCHES: raise LlamaZhError(f"search={search!r}: use {', '.join(map(repr, SEARCHES))}")
-    lexicon, chunks = Lexicon.load(folder/_LEXICON), Passages(folder/_CHUNKS)
-    if not len(chunks) == info['chunks'] == lexicon.n: raise LlamaZhError(f"{folder}: {len(chunks):,} chunks, {lexicon.n:,} in the lexicon, {info['chunks']:,} expected: the folder is damaged, build the index again")
-    index = ZhRetriever(folder=folder, k=k, search=search, info=info, chunks=chunks, lexicon=lexicon, embedding=embedding, rerank=rerank)
-    index.threshold = info['thresholds'].get(index.kind, 0.) if threshold is None else threshold
+    if search not in SEARCHES:
+        raise LlamaZhError(f'search={search!r}: use {", ".join(map(repr, SEARCHES))}')
+    lexicon, chunks = Lexicon.load(folder / _LEXICON), Passages(folder / _CHUNKS)
+    if not len(chunks) == info['chunks'] == lexicon.n:
+        raise LlamaZhError(
+            f'{folder}: {len(chunks):,} chunks, {lexicon.n:,} in the lexicon, {info["chunks"]:,} expected: the folder is damaged, build the index again'
+        )
+    index = ZhRetriever(
+        folder=folder,
+        k=k,
+        search=search,
+        info=info,
+        chunks=chunks,
+        lexicon=lexicon,
+        embedding=embedding,
+        rerank=rerank,
+    )
+    index.threshold = info['thresholds'].get(index.kind, 0.0) if threshold is None else threshold
     return index
 
 # %% ../../nbs/documents/index.ipynb #1dd00081
 def eval_command(
-    index,             # index folder
-    questions,         # see `read_questions`
-    search:str=None,   # 'lexical', 'dense' or 'hybrid'
-    rerank:str=None,   # folder or Hub id of a CrossEncoder
-    depth:int=50,      # chunks looked at
-    out:str=None,      # file for the figures, as JSON
-)->Retrieval:
+    index,  # index folder
+    questions,  # see `read_questions`
+    search: str = None,  # 'lexical', 'dense' or 'hybrid'
+    rerank: str = None,  # folder or Hub id of a CrossEncoder
+    depth: int = 50,  # chunks looked at
+    out: str = None,  # file for the figures, as JSON
+) -> Retrieval:
     "Measure how often the right passage is found, and print a table"
-    e = eval_retrieval(open_index(index, search=search, rerank=rerank), read_questions(questions), depth)
+    e = eval_retrieval(
+        open_index(index, search=search, rerank=rerank), read_questions(questions), depth
+    )
     print(e._repr_markdown_())
-    if out: write_json(out, {**e.to_dict(), 'intervals': e.intervals()})
+    if out:
+        write_json(out, {**e.to_dict(), 'intervals': e.intervals()})
     return e

@@ -6,10 +6,17 @@
 __all__ = ['unify', 'terms', 'term_key', 'common_rarity', 'Lexicon', 'HashedEmbeddings']
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0005
-import functools, hashlib, logging, math, re, unicodedata, warnings
+import functools
+import hashlib
+import logging
+import math
+import re
+import unicodedata
+import warnings
 from array import array
 from collections import Counter
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, writing
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0006
@@ -20,40 +27,62 @@ from langchain_core.embeddings import Embeddings
 @functools.cache
 def _one_script():
     "Traditional characters and variants -> simplified ones, for `str.translate`"
-    chars = [chr(i) for a, b in ((0x3400, 0x4dc0), (0x4e00, 0xa000), (0x20000, 0x323b0)) for i in range(a, b)]
+    chars = [
+        chr(i)
+        for a, b in ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0x20000, 0x323B0))
+        for i in range(a, b)
+    ]
     one = need('opencc', 'rag').OpenCC('t2s').convert('\n'.join(chars)).split('\n')
     return {ord(a): b for a, b in zip(chars, one) if a != b and len(b) == 1}
+
+
 def unify(
-    text:str,
-)->str:
+    text: str,
+) -> str:
     "`text` in simplified characters, small letters and half-width forms"
     return unicodedata.normalize('NFKC', text).lower().translate(_one_script())
 
 # %% ../../nbs/documents/lexicon.ipynb #71fd7e0f
-_RUN = re.compile('[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]+|[a-z]+|[0-9]+(?:\\.[0-9]+)?')
-_ASKING = re.compile('请问|(?:请|能不能|可以|可否|你)*(?:告诉我|说说|讲讲|解释一下|介绍一下)|我?想(?:知道|问一下|问问|了解一下)|知不知道|你知道|[关關][于於]|有[关關](?=于|的)|[对對][于於]|(?<!其)[它他她牠][们們]?的?|(?:是)?[什甚][么麼](?:时候|時候|地方)?|哪[里裡裏儿兒些个個一位年种種]*|[谁誰]|多少|[几幾](?=[个個年月位次座种種岁歲])|怎[么麼样樣]+|如何|[为為][何什]?[么麼]?(?=[？?])|[为為](?:何|什[么麼])|[吗嗎呢]')
+_RUN = re.compile(
+    '[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]+|[a-z]+|[0-9]+(?:\\.[0-9]+)?'
+)
+_ASKING = re.compile(
+    '请问|(?:请|能不能|可以|可否|你)*(?:告诉我|说说|讲讲|解释一下|介绍一下)|我?想(?:知道|问一下|问问|了解一下)|知不知道|你知道|[关關][于於]|有[关關](?=于|的)|[对對][于於]|(?<!其)[它他她牠][们們]?的?|(?:是)?[什甚][么麼](?:时候|時候|地方)?|哪[里裡裏儿兒些个個一位年种種]*|[谁誰]|多少|[几幾](?=[个個年月位次座种種岁歲])|怎[么麼样樣]+|如何|[为為][何什]?[么麼]?(?=[？?])|[为為](?:何|什[么麼])|[吗嗎呢]'
+)
+
+
 def _quiet(module):
     "`need`, without the warnings that some packages give while they are imported"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return need(module, 'rag')
+
+
 def _jieba():
     "jieba's cutter, its dictionary loaded without chatter"
     jieba = _quiet('jieba')
     jieba.setLogLevel(logging.ERROR)
     return jieba.cut_for_search
+
+
 def _names(question):
     "The nouns, names, numbers and foreign words of a question, as text; the words that only make it a question are left out"
     _jieba()
-    return ' '.join(w.word if w.flag[0] in 'nmtejx' else ' ' for w in _quiet('jieba.posseg').cut(_ASKING.sub(' ', unify(question))))
+    return ' '.join(
+        w.word if w.flag[0] in 'nmtejx' else ' '
+        for w in _quiet('jieba.posseg').cut(_ASKING.sub(' ', unify(question)))
+    )
+
+
 def terms(
-    text:str,
-    words=True,    # also words found by jieba
-    question=False, # leave asking words out
-)->list: # of str, repeated as often as they occur
+    text: str,
+    words=True,  # also words found by jieba
+    question=False,  # leave asking words out
+) -> list:  # of str, repeated as often as they occur
     "What is counted in `text`"
     text = unify(text)
-    if question: text = _ASKING.sub(' ', text) if _RUN.search(_ASKING.sub(' ', text)) else text
+    if question:
+        text = _ASKING.sub(' ', text) if _RUN.search(_ASKING.sub(' ', text)) else text
     out = []
     for m in _RUN.finditer(text):
         run = m.group()
@@ -62,7 +91,12 @@ def terms(
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0021
 @functools.lru_cache(1 << 18)
-def term_key(term): return int.from_bytes(hashlib.blake2b(term.encode('utf-8', 'surrogatepass'), digest_size=8).digest(), 'little')
+def term_key(term):
+    return int.from_bytes(
+        hashlib.blake2b(term.encode('utf-8', 'surrogatepass'), digest_size=8).digest(), 'little'
+    )
+
+
 @functools.lru_cache(1 << 18)
 def common_rarity(term):
     "How rare a term is in Chinese at large, by jieba's table of frequencies"
@@ -70,52 +104,72 @@ def common_rarity(term):
     dt, w = _quiet('jieba').dt, term.lstrip('_')
     dt.check_initialized()
     n = dt.FREQ.get(w, 0)
-    return max(math.log(1 + dt.total/(50*(1 + n) if len(w) < 2 else 20*(20 + n))), .3)
+    return max(math.log(1 + dt.total / (50 * (1 + n) if len(w) < 2 else 20 * (20 + n))), 0.3)
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0024
 class Lexicon:
     "An inverted index for BM25, kept in a few arrays"
-    POWER, K1, B = 1.3, .6, .5   # of a term's rarity in a question; BM25's own two
-    NAMES = 'keys starts rows tf lens rare words'.split()
-    def __init__(self,
-        keys,   # uint64, sorted: one for each term
-        starts, # int64: where the term's entries begin
-        rows,   # int32: numbers of the texts
-        tf,     # uint16: how often the term occurs there
-        lens,   # float32: terms in each text
-        rare,   # float32: `common_rarity` of each term
-        words=True): # whether words found by jieba were counted
-        self.keys, self.starts, self.rows, self.tf, self.lens, self.rare, self.words = keys, starts, rows, tf, lens, rare, bool(words)
+
+    POWER, K1, B = 1.3, 0.6, 0.5  # of a term's rarity in a question; BM25's own two
+    NAMES = ['keys', 'starts', 'rows', 'tf', 'lens', 'rare', 'words']
+
+    def __init__(
+        self,
+        keys,  # uint64, sorted: one for each term
+        starts,  # int64: where the term's entries begin
+        rows,  # int32: numbers of the texts
+        tf,  # uint16: how often the term occurs there
+        lens,  # float32: terms in each text
+        rare,  # float32: `common_rarity` of each term
+        words=True,
+    ):  # whether words found by jieba were counted
+        self.keys, self.starts, self.rows, self.tf, self.lens, self.rare, self.words = (
+            keys,
+            starts,
+            rows,
+            tf,
+            lens,
+            rare,
+            bool(words),
+        )
         self.n, self.mean = len(lens), max(lens.mean() if len(lens) else 0, 1e-9)
 
     def at(self, term):
         "The slice of a term's entries, None if no text holds it"
         k = term_key(term)
         i = int(self.keys.searchsorted(self.keys.dtype.type(k)))
-        if i < len(self.keys) and int(self.keys[i]) == k: return slice(int(self.starts[i]), int(self.starts[i+1]))
+        if i < len(self.keys) and int(self.keys[i]) == k:
+            return slice(int(self.starts[i]), int(self.starts[i + 1]))
+        return None
 
     def rarity(self, term):
         "BM25's inverse document frequency; of an unknown term the highest there is"
         s = self.at(term)
         d = s.stop - s.start if s else 0
-        return math.log(1 + (max(self.n, 50) - d + .5)/(d + .5))   # among a handful of texts nothing would look rare
+        return math.log(
+            1 + (max(self.n, 50) - d + 0.5) / (d + 0.5)
+        )  # among a handful of texts nothing would look rare
 
     def weights(self, s):
         "BM25's weights of the entries in slice `s`"
         tf, k1, b = self.tf[s].astype('f'), self.K1, self.B
-        return tf/(tf + k1*(1 - b + b*self.lens[self.rows[s]]/self.mean))
+        return tf / (tf + k1 * (1 - b + b * self.lens[self.rows[s]] / self.mean))
 
     def scores(self, question):
         "One score in [0, 1) for each text; higher is better"
         out, best = need('numpy').zeros(self.n, 'f'), 1e-9
-        weight = lambda counts: {w: c*self.rarity(w)**self.POWER for w, c in counts.items()}
+        weight = lambda counts: {w: c * self.rarity(w) ** self.POWER for w, c in counts.items()}
         asked = weight(Counter(terms(question, self.words, question=True)))
         found = {w: s for w in asked if (s := self.at(w))}
-        lost = weight(Counter(terms(_names(question), self.words))) if self.words and len(found) < len(asked) else asked
+        lost = (
+            weight(Counter(terms(_names(question), self.words)))
+            if self.words and len(found) < len(asked)
+            else asked
+        )
         for w, s in found.items():
             best += asked[w]
-            out[self.rows[s]] += asked[w]*self.weights(s)
-        return out/(best + sum(q for w, q in lost.items() if not self.at(w)))
+            out[self.rows[s]] += asked[w] * self.weights(s)
+        return out / (best + sum(q for w, q in lost.items() if not self.at(w)))
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0025
 def _fit(texts, words=True):
@@ -125,7 +179,10 @@ def _fit(texts, words=True):
     for i, t in enumerate(texts):
         counts = Counter(terms(t, words))
         lens.append(sum(counts.values()))
-        for w, c in counts.items(): cols.append(vocab.setdefault(w, len(vocab))); rows.append(i); tfs.append(min(c, 65535))
+        for w, c in counts.items():
+            cols.append(vocab.setdefault(w, len(vocab)))
+            rows.append(i)
+            tfs.append(min(c, 65535))
     of = lambda a, kind: np.frombuffer(a, kind) if len(a) else np.zeros(0, kind)
     keys = np.array([term_key(w) for w in vocab], 'u8')
     order, rank = np.argsort(keys), np.empty(len(keys), 'i8')
@@ -134,23 +191,44 @@ def _fit(texts, words=True):
     by = np.argsort(cols, kind='stable')
     starts = np.r_[0, np.cumsum(np.bincount(cols, minlength=len(keys)))].astype('i8')
     rare = np.array([common_rarity(w) for w in vocab], 'f')
-    return Lexicon(keys[order], starts, of(rows, 'i4')[by], of(tfs, 'u2')[by], of(lens, 'f'), rare[order], words)
+    return Lexicon(
+        keys[order],
+        starts,
+        of(rows, 'i4')[by],
+        of(tfs, 'u2')[by],
+        of(lens, 'f'),
+        rare[order],
+        words,
+    )
+
+
 Lexicon.fit = staticmethod(_fit)
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0031
-def _save(self:Lexicon, path):
+def _save(self: Lexicon, path):
     "Write the arrays to the folder `path`"
     np = need('numpy')
     with writing(path) as tmp:
         tmp.mkdir()
-        for n in Lexicon.NAMES: np.save(tmp/f'{n}.npy', getattr(self, n))
+        for n in Lexicon.NAMES:
+            np.save(tmp / f'{n}.npy', getattr(self, n))
+
+
 def _load(path):
     "The `Lexicon` saved at `path`"
     np, again = need('numpy'), 'build the index again'
-    try: got = {n: np.load(Path(path)/f'{n}.npy', mmap_mode='r' if n != 'words' else None) for n in Lexicon.NAMES}
-    except (OSError, ValueError, EOFError) as e: raise LlamaZhError(f'{path} cannot be read ({str(e)[:80]}): {again}') from None
-    if len(got['starts']) != len(got['keys']) + 1 or int(got['starts'][-1]) != len(got['rows']): raise LlamaZhError(f'{path} is damaged: {again}')
+    try:
+        got = {
+            n: np.load(Path(path) / f'{n}.npy', mmap_mode='r' if n != 'words' else None)
+            for n in Lexicon.NAMES
+        }
+    except (OSError, ValueError, EOFError) as e:
+        raise LlamaZhError(f'{path} cannot be read ({str(e)[:80]}): {again}') from None
+    if len(got['starts']) != len(got['keys']) + 1 or int(got['starts'][-1]) != len(got['rows']):
+        raise LlamaZhError(f'{path} is damaged: {again}')
     return Lexicon(**got)
+
+
 Lexicon.save, Lexicon.load = _save, staticmethod(_load)
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0034
@@ -164,53 +242,103 @@ def _blocks(parts, most=1 << 21):
             s = slice(int(lex.starts[a]), int(lex.starts[b]))
             rows = new[lex.rows[s]]
             stay = rows >= 0
-            counts = np.bincount(np.repeat(np.arange(b - a), np.diff(lex.starts[a:b+1]))[stay], minlength=b - a)
+            counts = np.bincount(
+                np.repeat(np.arange(b - a), np.diff(lex.starts[a : b + 1]))[stay], minlength=b - a
+            )
             some = counts > 0
-            yield lex.keys[a:b][some], lex.rare[a:b][some], counts[some], rows[stay], lex.tf[s][stay]
+            yield (
+                lex.keys[a:b][some],
+                lex.rare[a:b][some],
+                counts[some],
+                rows[stay],
+                lex.tf[s][stay],
+            )
             a = b
+
+
 def _merge(
-    parts, # list of (Lexicon, int array: new number of each text, -1 where it is left out)
+    parts,  # list of (Lexicon, int array: new number of each text, -1 where it is left out)
     path,  # folder to make
 ):
     "Join lexicons on the disk"
     np = need('numpy')
     keys = np.unique(np.concatenate([np.zeros(0, 'u8')] + [k for k, *_ in _blocks(parts)]))
     df, rare = np.zeros(len(keys), 'i8'), np.zeros(len(keys), 'f')
-    for k, r, counts, *_ in _blocks(parts): at = np.searchsorted(keys, k); df[at] += counts; rare[at] = r
-    starts, lens = np.r_[0, np.cumsum(df)].astype('i8'), np.zeros(sum(int((new >= 0).sum()) for _, new in parts), 'f')
-    for lex, new in parts: lens[new[new >= 0]] = lex.lens[new >= 0]
+    for k, r, counts, *_ in _blocks(parts):
+        at = np.searchsorted(keys, k)
+        df[at] += counts
+        rare[at] = r
+    starts, lens = (
+        np.r_[0, np.cumsum(df)].astype('i8'),
+        np.zeros(sum(int((new >= 0).sum()) for _, new in parts), 'f'),
+    )
+    for lex, new in parts:
+        lens[new[new >= 0]] = lex.lens[new >= 0]
     with writing(path) as tmp:
         tmp.mkdir()
-        for n, a in dict(keys=keys, starts=starts, lens=lens, rare=rare, words=np.array(all(p.words for p, _ in parts))).items(): np.save(tmp/f'{n}.npy', a)
-        if not len(keys): np.save(tmp/'rows.npy', np.zeros(0, 'i4')); np.save(tmp/'tf.npy', np.zeros(0, 'u2')); return
-        rows, tf = (np.lib.format.open_memmap(tmp/f'{n}.npy', 'w+', t, (int(starts[-1]),)) for n, t in (('rows', 'i4'), ('tf', 'u2')))
+        for n, a in dict(
+            keys=keys,
+            starts=starts,
+            lens=lens,
+            rare=rare,
+            words=np.array(all(p.words for p, _ in parts)),
+        ).items():
+            np.save(tmp / f'{n}.npy', a)
+        if not len(keys):
+            np.save(tmp / 'rows.npy', np.zeros(0, 'i4'))
+            np.save(tmp / 'tf.npy', np.zeros(0, 'u2'))
+            return
+        rows, tf = (
+            np.lib.format.open_memmap(tmp / f'{n}.npy', 'w+', t, (int(starts[-1]),))
+            for n, t in (('rows', 'i4'), ('tf', 'u2'))
+        )
         to = starts[:-1].copy()
         for k, _, counts, r, f in _blocks(parts):
             at = np.searchsorted(keys, k)
             dest = np.repeat(to[at] - (np.cumsum(counts) - counts), counts) + np.arange(len(r))
             rows[dest], tf[dest] = r, f
             to[at] += counts
+
+
 Lexicon.merge = staticmethod(_merge)
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0041
 class HashedEmbeddings(Embeddings):
     "LangChain embeddings of hashed terms, of length 1"
-    def __init__(self, words=True, # also words found by jieba
-                 dim:int=2048):    # places, a power of 2
+
+    def __init__(
+        self,
+        words=True,  # also words found by jieba
+        dim: int = 2048,
+    ):  # places, a power of 2
         self.words, self.dim = words, dim
+
     def _sum(self, keys, weights, rows, n):
         np = need('numpy')
-        sign = 1 - 2*(keys >> np.uint64(63)).astype('f')
-        cells = rows.astype('i8')*self.dim + (keys % np.uint64(self.dim)).astype('i8')
-        v = np.bincount(cells, weights*sign, n*self.dim).reshape(n, self.dim)
-        return (v/np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9)).astype('f')
+        sign = 1 - 2 * (keys >> np.uint64(63)).astype('f')
+        cells = rows.astype('i8') * self.dim + (keys % np.uint64(self.dim)).astype('i8')
+        v = np.bincount(cells, weights * sign, n * self.dim).reshape(n, self.dim)
+        return (v / np.maximum(np.linalg.norm(v, axis=1, keepdims=True), 1e-9)).astype('f')
+
     def _embed(self, text, question=False):
         np, counts = need('numpy'), Counter(terms(text, self.words, question))
-        weights = np.array([(1 + math.log(c))*common_rarity(w) for w, c in counts.items()])
-        return self._sum(np.array([term_key(w) for w in counts], 'u8'), weights, np.zeros(len(counts), 'i8'), 1)[0].tolist()
-    def embed_documents(self, texts): return [self._embed(t) for t in texts]
-    def embed_query(self, text): return self._embed(text, question=True)
+        weights = np.array([(1 + math.log(c)) * common_rarity(w) for w, c in counts.items()])
+        return self._sum(
+            np.array([term_key(w) for w in counts], 'u8'), weights, np.zeros(len(counts), 'i8'), 1
+        )[0].tolist()
+
+    def embed_documents(self, texts):
+        return [self._embed(t) for t in texts]
+
+    def embed_query(self, text):
+        return self._embed(text, question=True)
+
     def of_lexicon(self, lex):
         "The vectors of all texts of a `Lexicon`, without counting again: float32 (texts, dim)"
         np, df = need('numpy'), need('numpy').diff(lex.starts)
-        return self._sum(np.repeat(lex.keys, df), (1 + np.log(lex.tf.astype('d')))*np.repeat(lex.rare, df), lex.rows, lex.n)
+        return self._sum(
+            np.repeat(lex.keys, df),
+            (1 + np.log(lex.tf.astype('d'))) * np.repeat(lex.rare, df),
+            lex.rows,
+            lex.n,
+        )

@@ -7,9 +7,16 @@ __all__ = ['MAX_TEXT', 'MAX_UNPACKED', 'READERS', 'MAX_MIB', 'find_documents', '
            'load_documents']
 
 # %% ../../nbs/documents/load.ipynb #9d6ea7e0
-import csv, glob, html, io, json, logging, re, zipfile
+import csv
+import glob
+import io
+import json
+import logging
+import re
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, what_is
 from .split import sentences
 from ..text.files import BAD, detect, unwrap, wrap_width
@@ -19,11 +26,29 @@ from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 
 # %% ../../nbs/documents/load.ipynb #9a0758c7
-_BINARY = ('git-LFS', 'zip', 'GGUF', 'gzip', 'PDF', 'pickle', 'picture', 'bzip2', 'xz file', 'safetensors', 'PyTorch', 'SentencePiece', 'zero bytes', 'empty')
+_BINARY = (
+    'git-LFS',
+    'zip',
+    'GGUF',
+    'gzip',
+    'PDF',
+    'pickle',
+    'picture',
+    'bzip2',
+    'xz file',
+    'safetensors',
+    'PyTorch',
+    'SentencePiece',
+    'zero bytes',
+    'empty',
+)
+
+
 def _decode(path, encoding, notes):
     "The text of `path`, line ends and control characters tidied"
     what = what_is(path)
-    if any(k in what for k in _BINARY): raise LlamaZhError(f'{path} is {what}, text was expected')
+    if any(k in what for k in _BINARY):
+        raise LlamaZhError(f'{path} is {what}, text was expected')
     enc, found = detect(path, encoding)
     notes += found
     text = Path(path).read_bytes().decode(enc, 'surrogateescape').removeprefix('\ufeff')
@@ -34,36 +59,81 @@ def _decode(path, encoding, notes):
 def _joined(text, notes):
     "`text`, its lines joined where they were broken at a fixed width"
     lines = text.split('\n')
-    if not (width := wrap_width(lines)): return text
+    if not (width := wrap_width(lines)):
+        return text
     notes.append(f'lines joined that were broken at {width} characters')
     return '\n\n'.join(unwrap(b.split('\n'), width) for b in re.split(r'\n[ \t\u3000]*\n', text))
-def _read_txt(path, encoding, notes): return [(_joined(_decode(path, encoding, notes), notes), {})]
+
+
+def _read_txt(path, encoding, notes):
+    return [(_joined(_decode(path, encoding, notes), notes), {})]
+
+
 def _read_md(path, encoding, notes):
     return [(re.sub(r'\A---\n.*?\n---\n', '', _decode(path, encoding, notes), flags=re.S), {})]
 
 # %% ../../nbs/documents/load.ipynb #c727921a
 class _Visible(HTMLParser):
     "Collects visible text; headings as `#` lines, table cells between bars"
-    _hidden, _block = {'script','style','head','nav','footer','noscript','template','svg'}, {'p','div','br','li','ul','ol','tr','table','section','article','blockquote','pre','dt','dd','main','header'}
+
+    _hidden, _block = (
+        {'script', 'style', 'head', 'nav', 'footer', 'noscript', 'template', 'svg'},
+        {
+            'p',
+            'div',
+            'br',
+            'li',
+            'ul',
+            'ol',
+            'tr',
+            'table',
+            'section',
+            'article',
+            'blockquote',
+            'pre',
+            'dt',
+            'dd',
+            'main',
+            'header',
+        },
+    )
+
     def __init__(self, text):
         super().__init__()
         self.out, self.deep, self.title, self.in_title = [], 0, '', False
-        self.feed(text); self.close()
+        self.feed(text)
+        self.close()
+
     def handle_starttag(self, tag, attrs):
-        if tag in self._hidden: self.deep += 1
-        elif tag == 'body': self.deep = 0    # a head that nobody closed
-        elif tag in self._block: self.out.append('\n')
-        elif re.fullmatch('h[1-6]', tag): self.out.append('\n\n' + '#'*int(tag[1]) + ' ')
-        elif tag in ('td', 'th'): self.out.append('| ')
+        if tag in self._hidden:
+            self.deep += 1
+        elif tag == 'body':
+            self.deep = 0  # a head that nobody closed
+        elif tag in self._block:
+            self.out.append('\n')
+        elif re.fullmatch('h[1-6]', tag):
+            self.out.append('\n\n' + '#' * int(tag[1]) + ' ')
+        elif tag in ('td', 'th'):
+            self.out.append('| ')
         self.in_title = tag == 'title'
+
     def handle_endtag(self, tag):
-        if tag in self._hidden: self.deep = max(0, self.deep-1)
-        elif tag in self._block or re.fullmatch('h[1-6]', tag): self.out.append('\n')
-        elif tag in ('td', 'th'): self.out.append(' ')
-        if tag == 'title': self.in_title = False
+        if tag in self._hidden:
+            self.deep = max(0, self.deep - 1)
+        elif tag in self._block or re.fullmatch('h[1-6]', tag):
+            self.out.append('\n')
+        elif tag in ('td', 'th'):
+            self.out.append(' ')
+        if tag == 'title':
+            self.in_title = False
+
     def handle_data(self, data):
-        if self.in_title: self.title += data.strip()
-        elif not self.deep: self.out.append(re.sub(r'\s+', ' ', data))
+        if self.in_title:
+            self.title += data.strip()
+        elif not self.deep:
+            self.out.append(re.sub(r'\s+', ' ', data))
+
+
 def _read_html(path, encoding, notes):
     page = _Visible(_decode(path, encoding, notes))
     lines = [l.strip() for l in ''.join(page.out).split('\n')]
@@ -71,22 +141,27 @@ def _read_html(path, encoding, notes):
     return [(text, {'title': page.title} if page.title else {})]
 
 # %% ../../nbs/documents/load.ipynb #d0c00005
-MAX_TEXT = 50_000_000          # characters of one PDF
-MAX_UNPACKED = 300 * 2**20     # bytes that a Word file may unpack to
+MAX_TEXT = 50_000_000  # characters of one PDF
+MAX_UNPACKED = 300 * 2**20  # bytes that a Word file may unpack to
 _FOLIO = re.compile(r'[\s\-–—·.]*\d{1,4}[\s\-–—·./]*(?:\d{1,4})?[\s\-–—·]*|第\s*\d+\s*页.{0,12}')
+
+
 def _no_folio(text):
     "The text of a page without a page number at its top or bottom"
     lines = text.strip().split('\n')
     for at in (0, -1):
-        if lines and _FOLIO.fullmatch(lines[at].strip()): lines.pop(at)
+        if lines and _FOLIO.fullmatch(lines[at].strip()):
+            lines.pop(at)
     return '\n'.join(lines)
+
+
 def _across(pages):
     "A sentence that runs over a page's end is moved to the page where it begins"
     for i in range(len(pages) - 1):
-        last, first = pages[i].rstrip(), sentences(pages[i+1])
+        last, first = pages[i].rstrip(), sentences(pages[i + 1])
         if last and first and last[-1] not in '。！？…!?”’」』.：:' and len(first[0]) < 400:
             glue = ' ' if last[-1].isascii() and first[0][:1].isascii() else ''
-            pages[i], pages[i+1] = last + glue + first[0].strip(), ''.join(first[1:])
+            pages[i], pages[i + 1] = last + glue + first[0].strip(), ''.join(first[1:])
     return pages
 
 # %% ../../nbs/documents/load.ipynb #d0c00008
@@ -96,168 +171,325 @@ def _pdf_pages(path):
     logging.getLogger('pypdf').setLevel(logging.CRITICAL)
     try:
         pdf = pypdf.PdfReader(path)
-        if pdf.is_encrypted and not pdf.decrypt(''): raise LlamaZhError(f'{path} is protected by a password: save it without one')
+        if pdf.is_encrypted and not pdf.decrypt(''):
+            raise LlamaZhError(f'{path} is protected by a password: save it without one')
         pages, n = [], 0
         for p in pdf.pages:
-            pages.append(p.extract_text()); n += len(pages[-1])
-            if n > MAX_TEXT: raise LlamaZhError(f'{path} holds more than {MAX_TEXT:,} characters: split it into several files')
+            pages.append(p.extract_text())
+            n += len(pages[-1])
+            if n > MAX_TEXT:
+                raise LlamaZhError(
+                    f'{path} holds more than {MAX_TEXT:,} characters: split it into several files'
+                )
         return pages
-    except (LlamaZhError, OSError): raise
-    except Exception as e: raise LlamaZhError(f'{path} is {what_is(path)} that cannot be read ({type(e).__name__}: {str(e)[:80]}): save it anew') from None
+    except (LlamaZhError, OSError):
+        raise
+    except Exception as e:
+        raise LlamaZhError(
+            f'{path} is {what_is(path)} that cannot be read ({type(e).__name__}: {str(e)[:80]}): save it anew'
+        ) from None
+
+
 def _read_pdf(path, encoding, notes):
     pages = _pdf_pages(path)
-    if pages and not ''.join(pages).strip(): raise LlamaZhError(f'{path} has {len(pages)} page(s) and no text: they are pictures, run text recognition (OCR) over them first')
+    if pages and not ''.join(pages).strip():
+        raise LlamaZhError(
+            f'{path} has {len(pages)} page(s) and no text: they are pictures, run text recognition (OCR) over them first'
+        )
     texts = _across([_joined(_no_folio(BAD.sub('\ufffd', t)), notes) for t in pages])
     return [(t, {'page': n}) for n, t in enumerate(texts, 1)]
 
 # %% ../../nbs/documents/load.ipynb #d0c00012
 def _check_zip(path):
     "Refuse what is no zip, or unpacks to too much"
-    try: sizes = [i.file_size for i in zipfile.ZipFile(path).infolist()]
-    except (zipfile.BadZipFile, ValueError, NotImplementedError): raise LlamaZhError(f'{path} is {what_is(path)}, a Word file (.docx) was expected: open it in a word processor and save it as .docx') from None
-    if sum(sizes) > MAX_UNPACKED: raise LlamaZhError(f'{path} would unpack to {sum(sizes)/2**20:,.0f} MiB, more than {MAX_UNPACKED >> 20:,}: not read')
+    try:
+        sizes = [i.file_size for i in zipfile.ZipFile(path).infolist()]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        raise LlamaZhError(
+            f'{path} is {what_is(path)}, a Word file (.docx) was expected: open it in a word processor and save it as .docx'
+        ) from None
+    if sum(sizes) > MAX_UNPACKED:
+        raise LlamaZhError(
+            f'{path} would unpack to {sum(sizes) / 2**20:,.0f} MiB, more than {MAX_UNPACKED >> 20:,}: not read'
+        )
+
+
 def _level(p):
     "Heading level of a Word paragraph, else 0"
     style = p.style
     while style is not None:
-        m = re.fullmatch(r'(?:heading|标题)\s*([1-6])|(title|标题)', (style.name or '').strip(), re.I)
-        if m: return int(m[1] or 1)
+        m = re.fullmatch(
+            r'(?:heading|标题)\s*([1-6])|(title|标题)', (style.name or '').strip(), re.I
+        )
+        if m:
+            return int(m[1] or 1)
         style = style.base_style
     return 0
+
+
 def _rows(table):
     "The rows of a Word table; a cell that spans several columns is named once"
     for row in table.rows:
         cells = list({id(c._tc): c for c in row.cells}.values())
-        yield '| ' + ' | '.join(re.sub(r'\s+', ' ', c.text).strip().replace('|', '｜') for c in cells) + ' |'
+        yield (
+            '| '
+            + ' | '.join(re.sub(r'\s+', ' ', c.text).strip().replace('|', '｜') for c in cells)
+            + ' |'
+        )
+
+
 def _docx_lines(doc):
     for item in doc.iter_inner_content():
-        if hasattr(item, 'rows'): yield '\n'.join(['', *_rows(item), ''])
-        elif item.text.strip(): yield ('\n' + '#'*_level(item) + ' ' if _level(item) else '') + item.text.strip()
+        if hasattr(item, 'rows'):
+            yield '\n'.join(['', *_rows(item), ''])
+        elif item.text.strip():
+            yield ('\n' + '#' * _level(item) + ' ' if _level(item) else '') + item.text.strip()
+
+
 def _read_docx(path, encoding, notes):
     _check_zip(path)
     docx = need('docx', 'rag')
-    try: text = '\n'.join(_docx_lines(docx.Document(path)))
-    except (LlamaZhError, OSError): raise
-    except Exception as e: raise LlamaZhError(f'{path} is {what_is(path)}, but no readable Word file ({type(e).__name__}: {str(e)[:80]})') from None
+    try:
+        text = '\n'.join(_docx_lines(docx.Document(path)))
+    except (LlamaZhError, OSError):
+        raise
+    except Exception as e:
+        raise LlamaZhError(
+            f'{path} is {what_is(path)}, but no readable Word file ({type(e).__name__}: {str(e)[:80]})'
+        ) from None
     return [(text.strip(), {})]
 
 # %% ../../nbs/documents/load.ipynb #813dae47
 _TEXT = ('text', 'content', 'page_content', '正文', '内容', 'body', 'passage', 'context', 'article')
 _TITLE, _ID = ('title', '标题', '题目', 'name'), ('id', '_id', 'doc_id', '编号')
+
+
 def _row(row):
     "(text, metadata) of a JSON value or table row; empty text where there is none"
-    if isinstance(row, str): return row, {}
-    if not isinstance(row, dict): return '', {}
-    first = lambda keys: next((str(row[k]) for k in keys if isinstance(row.get(k), (str, int)) and str(row[k]).strip()), '')
+    if isinstance(row, str):
+        return row, {}
+    if not isinstance(row, dict):
+        return '', {}
+    first = lambda keys: next(
+        (str(row[k]) for k in keys if isinstance(row.get(k), (str, int)) and str(row[k]).strip()),
+        '',
+    )
     meta = {k: v for k, v in dict(id=first(_ID), title=first(_TITLE)).items() if v}
-    if text := first(_TEXT): return (f"# {meta['title']}\n{text}" if 'title' in meta else text), meta
+    if text := first(_TEXT):
+        return (f'# {meta["title"]}\n{text}' if 'title' in meta else text), meta
     show = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-    return '\n'.join(f'{k}：{show(v)}' for k, v in row.items() if k and v not in (None, '', [], {})), meta
+    return '\n'.join(
+        f'{k}：{show(v)}' for k, v in row.items() if k and v not in (None, '', [], {})
+    ), meta
+
+
 def _read_csv(path, encoding, notes):
     text = _decode(path, encoding, notes)
     csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(io.StringIO(text), delimiter='\t' if '\t' in text.split('\n', 1)[0] else ',')
-    try: return [(t, {**m, 'row': n}) for n, (t, m) in enumerate(map(_row, rows), 1)]
-    except csv.Error as e: raise LlamaZhError(f'{path}, line {rows.line_num}: not a readable table ({e})') from None
+    rows = csv.DictReader(
+        io.StringIO(text), delimiter='\t' if '\t' in text.split('\n', 1)[0] else ','
+    )
+    try:
+        return [(t, {**m, 'row': n}) for n, (t, m) in enumerate(map(_row, rows), 1)]
+    except csv.Error as e:
+        raise LlamaZhError(f'{path}, line {rows.line_num}: not a readable table ({e})') from None
+
+
 def _read_json(path, encoding, notes):
     "JSON lines, or one JSON value; broken lines are counted"
     text, out, bad = _decode(path, encoding, notes), [], []
-    try: whole = json.loads(text)
-    except (json.JSONDecodeError, RecursionError): whole = None
-    if isinstance(whole, (list, dict)): return [(t, {**m, 'row': n}) for n, (t, m) in enumerate(map(_row, whole if isinstance(whole, list) else [whole]), 1)]
+    try:
+        whole = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        whole = None
+    if isinstance(whole, (list, dict)):
+        return [
+            (t, {**m, 'row': n})
+            for n, (t, m) in enumerate(map(_row, whole if isinstance(whole, list) else [whole]), 1)
+        ]
     for n, line in enumerate(text.split('\n'), 1):
-        if not line.strip(): continue
-        try: t, m = _row(json.loads(line))
-        except (json.JSONDecodeError, RecursionError): bad.append(n); continue
-        if t.strip(): out.append((t, {**m, 'row': n}))
-        else: bad.append(n)
-    if bad: notes.append(f"{len(bad)} line(s) without a readable row left out: {', '.join(map(str, bad[:5]))}{' ...' if len(bad) > 5 else ''}")
+        if not line.strip():
+            continue
+        try:
+            t, m = _row(json.loads(line))
+        except (json.JSONDecodeError, RecursionError):
+            bad.append(n)
+            continue
+        if t.strip():
+            out.append((t, {**m, 'row': n}))
+        else:
+            bad.append(n)
+    if bad:
+        notes.append(
+            f'{len(bad)} line(s) without a readable row left out: {", ".join(map(str, bad[:5]))}{" ..." if len(bad) > 5 else ""}'
+        )
     return out
 
 # %% ../../nbs/documents/load.ipynb #76a72119
-READERS = {'.txt': _read_txt, '.md': _read_md, '.markdown': _read_md, '.html': _read_html, '.htm': _read_html, '.pdf': _read_pdf, '.docx': _read_docx,
-           '.csv': _read_csv, '.tsv': _read_csv, '.json': _read_json, '.jsonl': _read_json}
-_ODD = re.compile('[\x00-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]')   # control, direction and half characters
+READERS = {
+    '.txt': _read_txt,
+    '.md': _read_md,
+    '.markdown': _read_md,
+    '.html': _read_html,
+    '.htm': _read_html,
+    '.pdf': _read_pdf,
+    '.docx': _read_docx,
+    '.csv': _read_csv,
+    '.tsv': _read_csv,
+    '.json': _read_json,
+    '.jsonl': _read_json,
+}
+_ODD = re.compile(
+    '[\x00-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]'
+)  # control, direction and half characters
+
+
 def _shown(name):
     "`name` with every character spelled out that cannot be seen or written"
-    return _ODD.sub(lambda m: m[0].encode('unicode_escape', 'surrogatepass').decode(), name.replace('\\', '\\\\') if _ODD.search(name) else name)
+    return _ODD.sub(
+        lambda m: m[0].encode('unicode_escape', 'surrogatepass').decode(),
+        name.replace('\\', '\\\\') if _ODD.search(name) else name,
+    )
+
+
 def _inside(folder):
     "[(path, name, why it is not read or None)] of a folder's files; hidden ones are passed over"
     root = folder.resolve()
     for f in sorted(folder.rglob('*')):
         name = f.relative_to(folder).as_posix()
-        if any(part.startswith('.') for part in Path(name).parts) or f.is_dir(): continue
-        if f.is_symlink() and not f.resolve().is_relative_to(root): yield f, name, 'a link that leads out of the folder'
-        elif f.is_file(): yield f, name, None
-        else: yield f, name, 'no plain file' if not f.is_symlink() else 'a link that leads nowhere'
+        if any(part.startswith('.') for part in Path(name).parts) or f.is_dir():
+            continue
+        if f.is_symlink() and not f.resolve().is_relative_to(root):
+            yield f, name, 'a link that leads out of the folder'
+        elif f.is_file():
+            yield f, name, None
+        else:
+            yield f, name, 'no plain file' if not f.is_symlink() else 'a link that leads nowhere'
 
 # %% ../../nbs/documents/load.ipynb #d0c00021
 def find_documents(
-    sources, # a file, folder or pattern, or a list of them
-)->list: # of (path, name, why it is not read or None)
+    sources,  # a file, folder or pattern, or a list of them
+) -> list:  # of (path, name, why it is not read or None)
     "The files that `sources` mean, each with a name of its own; a source that means nothing is an error"
     found, names = {}, set()
     for s in [sources] if isinstance(sources, (str, Path)) else sources:
         p = Path(s).expanduser()
-        got = list(_inside(p)) if p.is_dir() else [(f, f.name, None) for f in ([p] if p.is_file() else map(Path, sorted(glob.glob(str(p), recursive=True)))) if f.is_file() and (p.is_file() or f.name[0] != '.')]
-        if not got: raise LlamaZhError(f"{s}: {'this folder holds no file' if p.is_dir() else 'no such file or folder, and no file matches it as a pattern'}")
+        got = (
+            list(_inside(p))
+            if p.is_dir()
+            else [
+                (f, f.name, None)
+                for f in (
+                    [p] if p.is_file() else map(Path, sorted(glob.glob(str(p), recursive=True)))
+                )
+                if f.is_file() and (p.is_file() or f.name[0] != '.')
+            ]
+        )
+        if not got:
+            raise LlamaZhError(
+                f'{s}: {"this folder holds no file" if p.is_dir() else "no such file or folder, and no file matches it as a pattern"}'
+            )
         for f, name, why in got:
             key = f.absolute() if why else f.resolve()
-            if key in found: continue
+            if key in found:
+                continue
             name, up = _shown(name), f.absolute().parent
-            while name in names and up.name: name, up = f'{_shown(up.name)}/{name}', up.parent     # two files of one name
-            names.add(name); found[key] = (f, name, why)
+            while name in names and up.name:
+                name, up = f'{_shown(up.name)}/{name}', up.parent  # two files of one name
+            names.add(name)
+            found[key] = (f, name, why)
     return list(found.values())
 
 # %% ../../nbs/documents/load.ipynb #d0c00025
-MAX_MIB = 64   # largest file that is read
+MAX_MIB = 64  # largest file that is read
+
+
 def read_file(
-    path,              # file
-    name:str=None,     # what it is called in the metadata; None: its name
-    encoding:str=None, # known encoding of a text file, else found out
-    max_mib:int=MAX_MIB, # largest file that is read
-)->tuple: # (list of `Document`, list of notes)
+    path,  # file
+    name: str = None,  # what it is called in the metadata; None: its name
+    encoding: str = None,  # known encoding of a text file, else found out
+    max_mib: int = MAX_MIB,  # largest file that is read
+) -> tuple:  # (list of `Document`, list of notes)
     "The documents in one file: pages, rows, or one"
     path, notes = Path(path), []
-    if (mib := path.stat().st_size/2**20) > max_mib: raise LlamaZhError(f'{path} has {mib:,.0f} MiB, more than {max_mib}: split it, or raise max_mib')
+    if (mib := path.stat().st_size / 2**20) > max_mib:
+        raise LlamaZhError(
+            f'{path} has {mib:,.0f} MiB, more than {max_mib}: split it, or raise max_mib'
+        )
     rows = READERS.get(path.suffix.lower(), _unknown)(path, encoding, notes)
-    clean = lambda t: t.encode('utf-8', 'replace').decode()          # JSON can spell halves of a character
-    docs = [Document(clean(t), metadata={'source': name or path.name, **m}) for t, m in rows if t.strip()]
-    if not docs: raise LlamaZhError('holds no text')
+    clean = lambda t: t.encode('utf-8', 'replace').decode()  # JSON can spell halves of a character
+    docs = [
+        Document(clean(t), metadata={'source': name or path.name, **m})
+        for t, m in rows
+        if t.strip()
+    ]
+    if not docs:
+        raise LlamaZhError('holds no text')
     return docs, notes
-def _unknown(path, encoding, notes): raise LlamaZhError(f'no reader for {path.suffix or "a name without suffix"}: convert it to one of {", ".join(READERS)}')
+
+
+def _unknown(path, encoding, notes):
+    raise LlamaZhError(
+        f'no reader for {path.suffix or "a name without suffix"}: convert it to one of {", ".join(READERS)}'
+    )
 
 # %% ../../nbs/documents/load.ipynb #233c27a0
 class DocumentLoader(BaseLoader):
     "Documents of files, folders and patterns; afterwards `skipped` and `notes` say what was not read, and what was odd"
-    def __init__(self, sources, # a path or pattern, or a list of them
-                 encoding:str=None, # known encoding of text files, else found out
-                 max_mib:int=MAX_MIB): # largest file that is read
+
+    def __init__(
+        self,
+        sources,  # a path or pattern, or a list of them
+        encoding: str = None,  # known encoding of text files, else found out
+        max_mib: int = MAX_MIB,
+    ):  # largest file that is read
         self.sources, self.encoding, self.max_mib = sources, encoding, max_mib
+
     def lazy_load(self):
         "Yield one `Document` after another"
         self.files, self.skipped, self.notes = 0, [], []
         for path, name, why in find_documents(self.sources):
-            if why: self.skipped.append((name, why)); continue
-            try: docs, notes = read_file(path, name, self.encoding, self.max_mib)
-            except (LlamaZhError, OSError, UnicodeError, ValueError, MemoryError) as e: self.skipped.append((name, (str(e) or type(e).__name__).replace(str(path), name, 1))); continue
-            self.files += 1; self.notes += [(name, n) for n in notes]
+            if why:
+                self.skipped.append((name, why))
+                continue
+            try:
+                docs, notes = read_file(path, name, self.encoding, self.max_mib)
+            except (LlamaZhError, OSError, UnicodeError, ValueError, MemoryError) as e:
+                self.skipped.append(
+                    (name, (str(e) or type(e).__name__).replace(str(path), name, 1))
+                )
+                continue
+            self.files += 1
+            self.notes += [(name, n) for n in notes]
             yield from docs
 
 # %% ../../nbs/documents/load.ipynb #d5a2992c
 class Documents(list):
     "A list of LangChain documents that remembers what was not read"
-    def __init__(self, docs=(), files=0, skipped=(), notes=()): super().__init__(docs); self.files, self.skipped, self.notes = files, list(skipped), list(notes)
+
+    def __init__(self, docs=(), files=0, skipped=(), notes=()):
+        super().__init__(docs)
+        self.files, self.skipped, self.notes = files, list(skipped), list(notes)
+
     def __repr__(self):
         out = f'{len(self):,} documents from {self.files:,} files, {sum(len(d.page_content) for d in self):,} characters; {len(self.skipped):,} files skipped'
-        return '\n'.join([out] + [f'  skipped {n}: {why}' for n, why in self.skipped[:20]] + [f'  note on {n}: {x}' for n, x in self.notes[:20]])
+        return '\n'.join(
+            [out]
+            + [f'  skipped {n}: {why}' for n, why in self.skipped[:20]]
+            + [f'  note on {n}: {x}' for n, x in self.notes[:20]]
+        )
+
+
 def load_documents(
-    sources,           # a file, folder or pattern, or a list of them
-    encoding:str=None, # known encoding of text files, else found out
-    max_mib:int=MAX_MIB, # largest file that is read
-)->Documents: # a list of LangChain `Document`; `.skipped` holds (file, reason)
+    sources,  # a file, folder or pattern, or a list of them
+    encoding: str = None,  # known encoding of text files, else found out
+    max_mib: int = MAX_MIB,  # largest file that is read
+) -> Documents:  # a list of LangChain `Document`; `.skipped` holds (file, reason)
     "Read `sources`; files that cannot be read are skipped and counted, nothing readable at all is an error"
     loader = DocumentLoader(sources, encoding, max_mib)
     docs = Documents(loader.load(), loader.files, loader.skipped, loader.notes)
-    if not docs: raise LlamaZhError('no document could be read: ' + '; '.join(f'{n}: {why}' for n, why in docs.skipped[:5]))
+    if not docs:
+        raise LlamaZhError(
+            'no document could be read: ' + '; '.join(f'{n}: {why}' for n, why in docs.skipped[:5])
+        )
     return docs

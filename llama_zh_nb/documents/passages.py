@@ -6,97 +6,134 @@
 __all__ = ['Source', 'check_citations', 'Citations', 'defuse', 'shield', 'pack']
 
 # %% ../../nbs/documents/passages.ipynb #e7d3bc03
-from typing import NamedTuple
 import difflib
 import html
 import re
+from typing import NamedTuple
+
 from .retriever import doc_key
 from .split import split_text
 
 # %% ../../nbs/documents/passages.ipynb #4ff83c40
 class Source(NamedTuple):
     "A numbered passage"
-    n:int; name:str; heading:str; score:float; text:str
-    def __repr__(self): return f"[{self.n}] {self.name}{f' / {self.heading}' if self.heading else ''} ({self.score:.2f}) {' '.join(self.text.split())[:80]}"
+
+    n: int
+    name: str
+    heading: str
+    score: float
+    text: str
+
+    def __repr__(self):
+        return f'[{self.n}] {self.name}{f" / {self.heading}" if self.heading else ""} ({self.score:.2f}) {" ".join(self.text.split())[:80]}'
 
 # %% ../../nbs/documents/passages.ipynb #d253a935
 def _common(text, passage, least=2):
     "`passage` as HTML, with what it shares with `text` marked"
     out, at = '', 0
-    for a, b, n in difflib.SequenceMatcher(None, text, passage, autojunk=False).get_matching_blocks():
-        if n >= least: out += html.escape(passage[at:b]) + '<mark>' + html.escape(passage[b:b+n]) + '</mark>'; at = b + n
+    for _a, b, n in difflib.SequenceMatcher(
+        None, text, passage, autojunk=False
+    ).get_matching_blocks():
+        if n >= least:
+            out += (
+                html.escape(passage[at:b]) + '<mark>' + html.escape(passage[b : b + n]) + '</mark>'
+            )
+            at = b + n
     return out + html.escape(passage[at:])
 
 # %% ../../nbs/documents/passages.ipynb #971364f2
 _CITE = re.compile(r'[\[【［]\s*(\d{1,3}(?:\s*[,，、]\s*\d{1,3})*)\s*[\]】］]')
 
 # %% ../../nbs/documents/passages.ipynb #2c7eed0d
-_OPEN = re.compile(r'[\[【［][\d\s,，、]{0,20}$')      # may become a citation
+_OPEN = re.compile(r'[\[【［][\d\s,，、]{0,20}$')  # may become a citation
 
 # %% ../../nbs/documents/passages.ipynb #5bc61670
-def _numbers(text): return [int(n) for m in _CITE.findall(text) for n in re.findall(r'\d+', m)]
+def _numbers(text):
+    return [int(n) for m in _CITE.findall(text) for n in re.findall(r'\d+', m)]
 
 # %% ../../nbs/documents/passages.ipynb #c3323a73
 def check_citations(
-    text:str,
-    known, # numbers of the sources
-)->tuple: # (text, numbers that do not exist)
+    text: str,
+    known,  # numbers of the sources
+) -> tuple:  # (text, numbers that do not exist)
     "`text` with its citations as `[n]`, those of sources that do not exist as `[?]`"
     bad = []
+
     def fix(m):
-        ns = _numbers(m[0]); bad.extend(n for n in ns if n not in known)
-        return ''.join(f'[{n}]' for n in ns if n in known) + '[?]'*any(n not in known for n in ns)
+        ns = _numbers(m[0])
+        bad.extend(n for n in ns if n not in known)
+        return ''.join(f'[{n}]' for n in ns if n in known) + '[?]' * any(n not in known for n in ns)
+
     return _CITE.sub(fix, text), bad
 
 # %% ../../nbs/documents/passages.ipynb #49042f3d
 class Citations:
     "Text in, checked text out"
-    def __init__(self, known): self.known, self.held, self.bad = set(known), '', []
+
+    def __init__(self, known):
+        self.known, self.held, self.bad = set(known), '', []
+
     def push(self, piece):
         "The text that can be shown after `piece`"
         self.held += piece
         m = _OPEN.search(self.held)
         return self._out(m.start() if m else len(self.held))
+
     def _out(self, n):
         text, bad = check_citations(self.held[:n], self.known)
         self.held, self.bad = self.held[n:], self.bad + bad
         return text
-    def end(self): return self._out(len(self.held))
+
+    def end(self):
+        return self._out(len(self.held))
 
 # %% ../../nbs/documents/passages.ipynb #2f1b740c
-_MARKS = re.compile(r'(?i)(?:<(?=/?(?:s|unk|pad|bos|eos|mask)>|[|｜]|/?(?:start|end)_of_turn>|</?SYS>>)|\[(?=/?INST\]|g?MASK\]))')
+_MARKS = re.compile(
+    r'(?i)(?:<(?=/?(?:s|unk|pad|bos|eos|mask)>|[|｜]|/?(?:start|end)_of_turn>|</?SYS>>)|\[(?=/?INST\]|g?MASK\]))'
+)
 
 # %% ../../nbs/documents/passages.ipynb #1d685075
 _FENCE = re.compile(r'[<＜](?=\s*/?\s*资料)')
 
 # %% ../../nbs/documents/passages.ipynb #d603ae1f
 def defuse(
-    text:str,
-)->str:
+    text: str,
+) -> str:
     "`text` with the turn marks and control tokens of usual chat models broken by a space"
     return _MARKS.sub(lambda m: m[0] + ' ', text)
 
 # %% ../../nbs/documents/passages.ipynb #d7fd0250
 def shield(
-    text:str,
-)->str:
+    text: str,
+) -> str:
     "A passage that can neither number itself nor end"
     return _FENCE.sub('〈', _CITE.sub(lambda m: f'〔{m[1]}〕', text))
 
 # %% ../../nbs/documents/passages.ipynb #4987d9eb
 def pack(
-    docs:list,   # documents, best first
-    cost,        # function from a list of str to a list of int, see `token_counter`
-    budget:int,  # tokens
-    extra:int=6, # tokens around a passage: its number and line break
-)->list: # of `Source`
+    docs: list,  # documents, best first
+    cost,  # function from a list of str to a list of int, see `token_counter`
+    budget: int,  # tokens
+    extra: int = 6,  # tokens around a passage: its number and line break
+) -> list:  # of `Source`
     "The passages that fit"
     out, left = [], budget
     for d in docs:
         text = d.page_content
         n = cost([text])[0] + extra
-        if n > left and not out and left >= 10 + extra: text = split_text(text, lambda t: cost([t])[0], left - extra)[0]; n = left
-        if n > left: break
+        if n > left and not out and left >= 10 + extra:
+            text = split_text(text, lambda t: cost([t])[0], left - extra)[0]
+            n = left
+        if n > left:
+            break
         left -= n
-        out.append(Source(len(out) + 1, doc_key(d.metadata), d.metadata.get('heading', ''), d.metadata.get('score', 0.), text))
+        out.append(
+            Source(
+                len(out) + 1,
+                doc_key(d.metadata),
+                d.metadata.get('heading', ''),
+                d.metadata.get('score', 0.0),
+                text,
+            )
+        )
     return out

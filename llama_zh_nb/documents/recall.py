@@ -10,6 +10,7 @@ __all__ = ['DEFAULT_THRESHOLD', 'HASHED_THRESHOLDS', 'is_gold', 'Retrieval', 'ev
 import json
 from pathlib import Path
 from typing import NamedTuple
+
 from ..core.errors import LlamaZhError, need, write_json
 from ..core.machine import progress
 from .retriever import ZhRetriever, doc_key
@@ -17,108 +18,195 @@ from ..evals.measure import has_value, wilson
 
 # %% ../../nbs/documents/recall.ipynb #de6e2f9a
 def is_gold(
-    question:dict, # with "source", or "context" and "answers", or "value" or "answer" (and perhaps "entity")
-    doc,           # chunk
-)->bool:
+    question: dict,  # with "source", or "context" and "answers", or "value" or "answer" (and perhaps "entity")
+    doc,  # chunk
+) -> bool:
     "Does this chunk answer the question?"
-    if question.get('source'): return question['source'] in (doc.metadata.get('source'), doc_key(doc.metadata), doc.metadata.get('id'))
+    if question.get('source'):
+        return question['source'] in (
+            doc.metadata.get('source'),
+            doc_key(doc.metadata),
+            doc.metadata.get('id'),
+        )
     if question.get('context'):
         bare = lambda t: ''.join(t.split())
-        return any(bare(l) in bare(question['context']) for l in doc.page_content.split('\n') if len(bare(l)) > 5) and any(bare(a) in bare(doc.page_content) for a in question['answers'])
-    return has_value(question.get('value') or question.get('answer'), doc.page_content) and (question.get('entity') or '') in doc.page_content
+        return any(
+            bare(l) in bare(question['context'])
+            for l in doc.page_content.split('\n')
+            if len(bare(l)) > 5
+        ) and any(bare(a) in bare(doc.page_content) for a in question['answers'])
+    return (
+        has_value(question.get('value') or question.get('answer'), doc.page_content)
+        and (question.get('entity') or '') in doc.page_content
+    )
+
+
 def _known(questions):
-    if not questions: raise LlamaZhError('retrieval is measured with questions whose passages are known; none were given')
+    if not questions:
+        raise LlamaZhError(
+            'retrieval is measured with questions whose passages are known; none were given'
+        )
     for q in questions:
-        if not any(q.get(k) for k in ('source', 'context', 'value', 'answer')): raise LlamaZhError(f"question {q.get('question', q)!r} has no \"source\", \"context\", \"value\" or \"answer\", so nobody knows which passage is right")
+        if not any(q.get(k) for k in ('source', 'context', 'value', 'answer')):
+            raise LlamaZhError(
+                f'question {q.get("question", q)!r} has no "source", "context", "value" or "answer", so nobody knows which passage is right'
+            )
 
 # %% ../../nbs/documents/recall.ipynb #4eca0053
 class Retrieval:
     "Rank of the right document for each question (0: not among those looked at)"
-    def __init__(self, ranks, questions): self.ranks, self.questions = ranks, questions
-    def r(self, k): return sum(0 < x <= k for x in self.ranks)/max(len(self.ranks), 1)
+
+    def __init__(self, ranks, questions):
+        self.ranks, self.questions = ranks, questions
+
+    def r(self, k):
+        return sum(0 < x <= k for x in self.ranks) / max(len(self.ranks), 1)
+
     @property
-    def mrr(self): return sum(1/x for x in self.ranks if x)/max(len(self.ranks), 1)
-    def to_dict(self): return {'n': len(self.ranks), **{f'r@{k}': round(self.r(k), 4) for k in (1, 5, 10)}, 'mrr': round(self.mrr, 4)}
+    def mrr(self):
+        return sum(1 / x for x in self.ranks if x) / max(len(self.ranks), 1)
+
+    def to_dict(self):
+        return {
+            'n': len(self.ranks),
+            **{f'r@{k}': round(self.r(k), 4) for k in (1, 5, 10)},
+            'mrr': round(self.mrr, 4),
+        }
+
     def intervals(self):
         "95 % intervals: Wilson's for the shares, of 1,000 resamples for the mean reciprocal rank"
         np, n = need('numpy'), len(self.ranks)
-        one = np.array([1/x if x else 0. for x in self.ranks] or [0.])
+        one = np.array([1 / x if x else 0.0 for x in self.ranks] or [0.0])
         means = one[np.random.default_rng(0).integers(0, len(one), (1000, len(one)))].mean(1)
-        return {f'r@{k}': tuple(round(x, 4) for x in wilson(round(self.r(k)*n), n)) for k in (1, 5, 10)} | {'mrr': tuple(np.quantile(means, (.025, .975)).round(4).tolist())}
-    def missed(self, k=1): return [q for q, x in zip(self.questions, self.ranks) if not 0 < x <= k]   # not among the first `k`
-    def __repr__(self): return ', '.join(f'{k} {v}' for k, v in self.to_dict().items())
+        return {
+            f'r@{k}': tuple(round(x, 4) for x in wilson(round(self.r(k) * n), n))
+            for k in (1, 5, 10)
+        } | {'mrr': tuple(np.quantile(means, (0.025, 0.975)).round(4).tolist())}
+
+    def missed(self, k=1):
+        return [
+            q for q, x in zip(self.questions, self.ranks) if not 0 < x <= k
+        ]  # not among the first `k`
+
+    def __repr__(self):
+        return ', '.join(f'{k} {v}' for k, v in self.to_dict().items())
+
     def _repr_markdown_(self):
         ci = self.intervals()
         row = lambda name, v, k: f'| {name} | {v:.3f} | {ci[k][0]:.3f} to {ci[k][1]:.3f} |\n'
-        return f'| {len(self.ranks):,} questions | share | 95 % interval |\n|---|--:|---|\n' + ''.join(row(f'R@{k}', self.r(k), f'r@{k}') for k in (1, 5, 10)) + row('MRR', self.mrr, 'mrr')
+        return (
+            f'| {len(self.ranks):,} questions | share | 95 % interval |\n|---|--:|---|\n'
+            + ''.join(row(f'R@{k}', self.r(k), f'r@{k}') for k in (1, 5, 10))
+            + row('MRR', self.mrr, 'mrr')
+        )
 
 # %% ../../nbs/documents/recall.ipynb #4eca0055
 def eval_retrieval(
-    index:ZhRetriever,
-    questions:list,  # see `is_gold`
-    depth:int=50,    # chunks looked at
-)->Retrieval:
+    index: ZhRetriever,
+    questions: list,  # see `is_gold`
+    depth: int = 50,  # chunks looked at
+) -> Retrieval:
     "Recall at 1, 5, 10 and mean reciprocal rank; several chunks of one document count as one place"
     _known(questions)
     ranks = []
     for q in progress(questions, 'questions'):
         seen, rank = {}, 0
         for d in index.find(q['question'], k=depth):
-            place = seen.setdefault(doc_key(d.metadata) if q.get('source') else d.metadata['chunk'], len(seen) + 1)
-            if is_gold(q, d): rank = place; break
+            place = seen.setdefault(
+                doc_key(d.metadata) if q.get('source') else d.metadata['chunk'], len(seen) + 1
+            )
+            if is_gold(q, d):
+                rank = place
+                break
         ranks.append(rank)
     return Retrieval(ranks, questions)
 
 # %% ../../nbs/documents/recall.ipynb #1dd00081
 def read_questions(
-    path, # JSON lines {"question", "answer" | "value" | "source", ...}, or JSON in SQuAD's form
-)->list: # of dict
+    path,  # JSON lines {"question", "answer" | "value" | "source", ...}, or JSON in SQuAD's form
+) -> list:  # of dict
     "Questions whose passages or answers are known"
     path = Path(path)
-    if not path.is_file(): raise LlamaZhError(f'no such file of questions: {path}')
+    if not path.is_file():
+        raise LlamaZhError(f'no such file of questions: {path}')
     text = path.read_text(encoding='utf-8-sig', errors='replace').strip()
-    try: rows = json.loads(text) if text[:1] in ('{', '[') and '\n{' not in text else [json.loads(l) for l in text.split('\n') if l.strip()]
-    except json.JSONDecodeError as e: raise LlamaZhError(f'{path}: not JSON ({e.msg}, line {e.lineno}): one question in a line, or one JSON value') from None
-    if isinstance(rows, dict): rows = rows.get('data', [rows])
+    try:
+        rows = (
+            json.loads(text)
+            if text[:1] in ('{', '[') and '\n{' not in text
+            else [json.loads(l) for l in text.split('\n') if l.strip()]
+        )
+    except json.JSONDecodeError as e:
+        raise LlamaZhError(
+            f'{path}: not JSON ({e.msg}, line {e.lineno}): one question in a line, or one JSON value'
+        ) from None
+    if isinstance(rows, dict):
+        rows = rows.get('data', [rows])
     if rows and isinstance(rows[0], dict) and 'paragraphs' in rows[0]:
-        rows = [dict(id=q.get('id'), question=q['question'], context=p['context'], answers=[a['text'] for a in q['answers']], answer=q['answers'][0]['text'] if q['answers'] else '')
-                for x in rows for p in x['paragraphs'] for q in p['qas']]
-    if not rows or not all(isinstance(q, dict) and q.get('question') for q in rows): raise LlamaZhError(f'{path} holds no questions: lines with "question" and "answer", "value" or "source", or SQuAD\'s form')
+        rows = [
+            dict(
+                id=q.get('id'),
+                question=q['question'],
+                context=p['context'],
+                answers=[a['text'] for a in q['answers']],
+                answer=q['answers'][0]['text'] if q['answers'] else '',
+            )
+            for x in rows
+            for p in x['paragraphs']
+            for q in p['qas']
+        ]
+    if not rows or not all(isinstance(q, dict) and q.get('question') for q in rows):
+        raise LlamaZhError(
+            f'{path} holds no questions: lines with "question" and "answer", "value" or "source", or SQuAD\'s form'
+        )
     return rows
 
 # %% ../../nbs/documents/recall.ipynb #2d675284
-DEFAULT_THRESHOLD = .35  # between what `pick_threshold` gives on CMRC 2018 (trial) and DRCD (dev), see benchmarks/retrieval.py; measure your own
-HASHED_THRESHOLDS = dict(dense=.19, hybrid=.27)  # the same for vectors that need no model
+DEFAULT_THRESHOLD = 0.35  # between what `pick_threshold` gives on CMRC 2018 (trial) and DRCD (dev), see benchmarks/retrieval.py; measure your own
+HASHED_THRESHOLDS = dict(dense=0.19, hybrid=0.27)  # the same for vectors that need no model
+
+
 class Threshold(NamedTuple):
     "A measured threshold"
-    value:float    # scores from here on are answered
-    answered:float # share of answerable questions that reach it
-    refused:float  # share of unanswerable ones that stay below
-    n:int          # questions
-    def _repr_markdown_(self): return f'Threshold **{self.value:.3f}**: {self.answered:.1%} of {self.n:,} questions are answered, {self.refused:.1%} refused once their passages are hidden.'
-def fits(scores, threshold)->bool: # scores, best first
+
+    value: float  # scores from here on are answered
+    answered: float  # share of answerable questions that reach it
+    refused: float  # share of unanswerable ones that stay below
+    n: int  # questions
+
+    def _repr_markdown_(self):
+        return f'Threshold **{self.value:.3f}**: {self.answered:.1%} of {self.n:,} questions are answered, {self.refused:.1%} refused once their passages are hidden.'
+
+
+def fits(scores, threshold) -> bool:  # scores, best first
     "Whether the best passage answers: it reaches `threshold`, or a quarter of it and stands out, with 2.2 times the next one's score"
-    a, b = ([float(s) for s in scores] + [0., 0.])[:2]
-    return a >= threshold or (b > 0 and a >= threshold/4 and a >= 2.2*b)
+    a, b = ([float(s) for s in scores] + [0.0, 0.0])[:2]
+    return a >= threshold or (b > 0 and a >= threshold / 4 and a >= 2.2 * b)
+
+
 def pick_threshold(
-    index:ZhRetriever,
-    questions:list,   # with known passages, see `is_gold`
-    save=True,        # write it to index.json, for all who open the index, and use it in `index`
-    depth:int=50,     # chunks looked at
-)->Threshold:
+    index: ZhRetriever,
+    questions: list,  # with known passages, see `is_gold`
+    save=True,  # write it to index.json, for all who open the index, and use it in `index`
+    depth: int = 50,  # chunks looked at
+) -> Threshold:
     "The score that best parts answerable from unanswerable questions"
     _known(questions)
     with_, without = [], []
     for q in progress(questions, 'questions'):
         docs = index.find(q['question'], k=depth)
-        score = lambda ds: [d.metadata['score'] for d in ds[:2]] or [0.]
-        with_.append(score(docs)); without.append(score([d for d in docs if not is_gold(q, d)]))
+        score = lambda ds: [d.metadata['score'] for d in ds[:2]] or [0.0]
+        with_.append(score(docs))
+        without.append(score([d for d in docs if not is_gold(q, d)]))
     share = lambda t: (sum(fits(s, t) for s in with_), sum(not fits(s, t) for s in without))
     marks = sorted({s[0] for s in with_ + without})
-    t = max([(a + b)/2 for a, b in zip(marks, marks[1:])] or marks, key=lambda t: sum(share(t)))
-    got = Threshold(round(t, 4), *(x/len(questions) for x in share(t)), len(questions))
+    t = max([(a + b) / 2 for a, b in zip(marks, marks[1:])] or marks, key=lambda t: sum(share(t)))
+    got = Threshold(round(t, 4), *(x / len(questions) for x in share(t)), len(questions))
     if save:
-        index.info = {**index.info, 'thresholds': {**index.info['thresholds'], index.kind: got.value}}
+        index.info = {
+            **index.info,
+            'thresholds': {**index.info['thresholds'], index.kind: got.value},
+        }
         index.threshold = got.value
-        write_json(Path(index.folder)/'index.json', index.info)
+        write_json(Path(index.folder) / 'index.json', index.info)
     return got

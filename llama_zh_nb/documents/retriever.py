@@ -6,10 +6,14 @@
 __all__ = ['SEARCHES', 'fuse', 'doc_key', 'Passages', 'load_reranker', 'ZhRetriever']
 
 # %% ../../nbs/documents/retriever.ipynb #4e7a0005
-import fnmatch, json, mmap, threading
+import fnmatch
+import json
+import mmap
+import threading
 from array import array
 from pathlib import Path
 from typing import Any
+
 from ..core.errors import LlamaZhError, need
 from ..core.machine import pick_device
 from .stores import open_store
@@ -21,136 +25,231 @@ from pydantic import PrivateAttr
 
 # %% ../../nbs/documents/retriever.ipynb #4e7a0013
 def fuse(
-    lists:list, # each a list of ids, best first
-    c:int=60,   # how little the first places stand out
-)->list: # ids, best first
+    lists: list,  # each a list of ids, best first
+    c: int = 60,  # how little the first places stand out
+) -> list:  # ids, best first
     "Reciprocal rank fusion"
     score = {}
     for ids in lists:
-        for place, i in enumerate(ids, 1): score[i] = score.get(i, 0) + 1/(c + place)
+        for place, i in enumerate(ids, 1):
+            score[i] = score.get(i, 0) + 1 / (c + place)
     return sorted(score, key=lambda i: -score[i])
 
 # %% ../../nbs/documents/retriever.ipynb #4e7a0021
-def doc_key(meta): # metadata
+def doc_key(meta):  # metadata
     "The name of the document that a chunk comes from: its file, and its row where there are rows"
-    return f"{meta['source']}:{meta['row']}" if 'row' in meta else meta.get('source', '')
+    return f'{meta["source"]}:{meta["row"]}' if 'row' in meta else meta.get('source', '')
+
+
 class Passages:
     "The chunks in a file of JSON lines, as a list of documents"
+
     def __init__(self, path):
         self.path, self.at, at, self._columns, self._map = Path(path), array('q', [0]), 0, {}, None
         with open(path, 'rb') as f:
-            for line in f: at += len(line); self.at.append(at)
-            if at: self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-    def __len__(self): return len(self.at) - 1
-    def raw(self, i): return self._map[self.at[i]:self.at[i+1]]    # the line of chunk i, as bytes
+            for line in f:
+                at += len(line)
+                self.at.append(at)
+            if at:
+                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self):
+        return len(self.at) - 1
+
+    def raw(self, i):
+        return self._map[self.at[i] : self.at[i + 1]]  # the line of chunk i, as bytes
+
     def __getitem__(self, i):
-        if not -len(self) <= i < len(self): raise IndexError(i)
+        if not -len(self) <= i < len(self):
+            raise IndexError(i)
         row = json.loads(self.raw(i % len(self)))
         return Document(row.pop('text'), metadata=row)
+
     def column(self, key):
         "One metadatum of all chunks, read once"
-        if key not in self._columns: self._columns[key] = [d.metadata.get(key) for d in self]
+        if key not in self._columns:
+            self._columns[key] = [d.metadata.get(key) for d in self]
         return self._columns[key]
-    def __repr__(self): return f'Passages({self.path.name}: {len(self):,})'
+
+    def __repr__(self):
+        return f'Passages({self.path.name}: {len(self):,})'
 
 # %% ../../nbs/documents/retriever.ipynb #4e7a0031
 def load_reranker(
-    name,              # folder or Hub id of a sentence-transformers CrossEncoder, or an object with `predict(pairs)`, which is given back
-    device:str='auto',
-): # an object with `predict(pairs)`
+    name,  # folder or Hub id of a sentence-transformers CrossEncoder, or an object with `predict(pairs)`, which is given back
+    device: str = 'auto',
+):  # an object with `predict(pairs)`
     "A model that judges pairs of question and passage"
-    if hasattr(name, 'predict'): return name
-    if str(name).startswith(('/', './', '../', '~')) and not Path(name).expanduser().is_dir(): raise LlamaZhError(f'the reranker {str(name)!r} was not found: no such folder')
+    if hasattr(name, 'predict'):
+        return name
+    if str(name).startswith(('/', './', '../', '~')) and not Path(name).expanduser().is_dir():
+        raise LlamaZhError(f'the reranker {str(name)!r} was not found: no such folder')
     st, torch = need('sentence_transformers'), need('torch', 'rag')
-    try: model = st.CrossEncoder(str(name), device=pick_device(device), activation_fn=torch.nn.Sigmoid())
-    except Exception as e: raise LlamaZhError(f'the reranker {str(name)!r} was not found here nor fetched from the Hub ({" ".join(str(e).split())[:100]}): check the name and the network') from None
-    if model.num_labels != 1: raise LlamaZhError(f'{name} gives {model.num_labels} numbers for a pair: a reranker gives one')
+    try:
+        model = st.CrossEncoder(
+            str(name), device=pick_device(device), activation_fn=torch.nn.Sigmoid()
+        )
+    except Exception as e:
+        raise LlamaZhError(
+            f'the reranker {str(name)!r} was not found here nor fetched from the Hub ({" ".join(str(e).split())[:100]}): check the name and the network'
+        ) from None
+    if model.num_labels != 1:
+        raise LlamaZhError(
+            f'{name} gives {model.num_labels} numbers for a pair: a reranker gives one'
+        )
     return model
 
 # %% ../../nbs/documents/retriever.ipynb #4e7a0041
 SEARCHES = ('lexical', 'dense', 'hybrid')
 _opening = threading.Lock()
+
+
 class _Ways:
     "The ways of searching: each gives [(Document, score)], best first"
+
     def _lexical(self, question, k, where):
         np, s = need('numpy'), self.lexicon.scores(question)
-        if where: s = s*self._mask(where)
+        if where:
+            s = s * self._mask(where)
         top = np.argsort(-s, kind='stable')[:k]
         return [(self.chunks[int(i)], s[i]) for i in top if s[i] > 0]
 
     def _mask(self, where):
         one = lambda v, b: v in b if isinstance(b, (list, tuple, set)) else v == b
-        return need('numpy').array([all(t) for t in zip(*([one(v, b) for v in self._column(a)] for a, b in where.items()))])
+        return need('numpy').array(
+            [all(t) for t in zip(*([one(v, b) for v in self._column(a)] for a, b in where.items()))]
+        )
 
     def _dense(self, question, k, where):
         with _opening:
-            if self.store is None: self.store = self._open()
-            if self._rows is None: self._rows = {c: i for i, c in enumerate(self._column('chunk'))}
+            if self.store is None:
+                self.store = self._open()
+            if self._rows is None:
+                self._rows = {c: i for i, c in enumerate(self._column('chunk'))}
         row = lambda d: self._rows.get(d.metadata.get('chunk'))
-        return [(d if row(d) is None else self.chunks[row(d)], s) for d, s in self.store.search(question, k, where)]
+        return [
+            (d if row(d) is None else self.chunks[row(d)], s)
+            for d, s in self.store.search(question, k, where)
+        ]
 
-    def _column(self, key): return self.chunks.column(key) if hasattr(self.chunks, 'column') else [d.metadata.get(key) for d in self.chunks]
+    def _column(self, key):
+        return (
+            self.chunks.column(key)
+            if hasattr(self.chunks, 'column')
+            else [d.metadata.get(key) for d in self.chunks]
+        )
 
     def _open(self):
-        if self.info['embedding'] == 'none': raise LlamaZhError(f"{self.folder} was built without vectors: use search='lexical', or build it with an embedding")
-        if self.info['embedding'].startswith('object:') and self.embedding is None: raise LlamaZhError(f"{self.folder} was built with embeddings of class {self.info['embedding'][7:]}: give them to open_index(..., embedding=...)")
-        return open_store(self.info.get('store') or Path(self.folder)/self.info.get('vectors', 'chroma'), self.embedding or self.info['embedding'], self.info.get('collection', 'documents'))
+        if self.info['embedding'] == 'none':
+            raise LlamaZhError(
+                f"{self.folder} was built without vectors: use search='lexical', or build it with an embedding"
+            )
+        if self.info['embedding'].startswith('object:') and self.embedding is None:
+            raise LlamaZhError(
+                f'{self.folder} was built with embeddings of class {self.info["embedding"][7:]}: give them to open_index(..., embedding=...)'
+            )
+        return open_store(
+            self.info.get('store') or Path(self.folder) / self.info.get('vectors', 'chroma'),
+            self.embedding or self.info['embedding'],
+            self.info.get('collection', 'documents'),
+        )
 
     def _hybrid(self, question, k, where):
         n = max(k, self.pool)
-        lists = [{d.metadata['chunk']: (d, float(s)) for d, s in found} for found in (self._lexical(question, n, where), self._dense(question, n, where))]
-        out, low = [], 1.
+        lists = [
+            {d.metadata['chunk']: (d, float(s)) for d, s in found}
+            for found in (self._lexical(question, n, where), self._dense(question, n, where))
+        ]
+        out, low = [], 1.0
         for i in fuse([list(x) for x in lists])[:k]:
-            a, b = (x.get(i, (None, 0.)) for x in lists)
-            low = min(low, (a[1] + b[1])/2)
+            a, b = (x.get(i, (None, 0.0)) for x in lists)
+            low = min(low, (a[1] + b[1]) / 2)
             out.append((a[0] or b[0], low))
         return out
 
     def _again(self, question, pairs):
-        if not pairs: return []
+        if not pairs:
+            return []
         self.rerank = load_reranker(self.rerank)
-        s = [min(max(float(x), 0.), 1.) for x in self.rerank.predict([(question, d.page_content) for d, _ in pairs])]
+        s = [
+            min(max(float(x), 0.0), 1.0)
+            for x in self.rerank.predict([(question, d.page_content) for d, _ in pairs])
+        ]
         return [(pairs[i][0], s[i]) for i in sorted(range(len(s)), key=lambda i: -s[i])]
 
 # %% ../../nbs/documents/retriever.ipynb #4e7a0048
 class ZhRetriever(_Ways, BaseRetriever):
     "Finds chunks of an index folder"
-    folder:Any               # index folder
-    k:int = 4                # chunks given by `invoke`
-    search:str = 'lexical'   # 'lexical' (BM25), 'dense' (vectors) or 'hybrid' (both, fused by rank)
-    threshold:float = 0.     # a best chunk scored below means "nothing fits", unless it stands out: see `recall.fits`
-    info:dict = {}           # what index.json says
-    chunks:Any = None        # list of Document
-    lexicon:Any = None
-    store:Any = None         # opened with the first dense search
-    embedding:Any = None     # LangChain embeddings, where index.json's name does not lead to them
-    rerank:Any = None        # reads the best again: see `load_reranker`
-    pool:int = 50            # chunks that are fused, or read again
-    _rows:Any = PrivateAttr(None)
 
-    def find(self, question:str, k:int=None, where:dict=None, files=None):
+    folder: Any  # index folder
+    k: int = 4  # chunks given by `invoke`
+    search: str = 'lexical'  # 'lexical' (BM25), 'dense' (vectors) or 'hybrid' (both, fused by rank)
+    threshold: float = 0.0  # a best chunk scored below means "nothing fits", unless it stands out: see `recall.fits`
+    info: dict = {}  # what index.json says
+    chunks: Any = None  # list of Document
+    lexicon: Any = None
+    store: Any = None  # opened with the first dense search
+    embedding: Any = None  # LangChain embeddings, where index.json's name does not lead to them
+    rerank: Any = None  # reads the best again: see `load_reranker`
+    pool: int = 50  # chunks that are fused, or read again
+    _rows: Any = PrivateAttr(None)
+
+    def find(self, question: str, k: int = None, where: dict = None, files=None):
         "The `k` best chunks as documents, best first, `score` in their metadata; only those whose metadata equals `where`, or of `files` (names or patterns)"
         k = k or self.k
-        if files is not None: where = {**(where or {}), 'source': self.named(files)}
-        pairs = getattr(self, f'_{self.search}')(question, max(k, self.pool) if self.rerank else k, where)
-        if self.rerank: pairs = self._again(question, pairs)[:k]
-        return [Document(d.page_content, metadata={**d.metadata, 'score': round(float(s), 4)}) for d, s in pairs]
+        if files is not None:
+            where = {**(where or {}), 'source': self.named(files)}
+        pairs = getattr(self, f'_{self.search}')(
+            question, max(k, self.pool) if self.rerank else k, where
+        )
+        if self.rerank:
+            pairs = self._again(question, pairs)[:k]
+        return [
+            Document(d.page_content, metadata={**d.metadata, 'score': round(float(s), 4)})
+            for d, s in pairs
+        ]
 
     @property
-    def kind(self): return self.search + ('+rerank' if self.rerank else '')     # scores of different kinds have thresholds of their own
+    def kind(self):
+        return self.search + (
+            '+rerank' if self.rerank else ''
+        )  # scores of different kinds have thresholds of their own
+
     def named(self, files):
         "The index's files that `files` means"
         files = [files] if isinstance(files, str) else list(files)
-        got = [n for n in self.info.get('files', []) if any(n == f or fnmatch.fnmatchcase(n, f) for f in files)]
-        if not got: raise LlamaZhError(f"no file of the index is called {', '.join(map(repr, files))}; there are {', '.join(self.info.get('files', [])[:8])}")
+        got = [
+            n
+            for n in self.info.get('files', [])
+            if any(n == f or fnmatch.fnmatchcase(n, f) for f in files)
+        ]
+        if not got:
+            raise LlamaZhError(
+                f'no file of the index is called {", ".join(map(repr, files))}; there are {", ".join(self.info.get("files", [])[:8])}'
+            )
         return got
 
-    def _get_relevant_documents(self, query, *, run_manager=None, k=None, where=None, files=None): return self.find(query, k, where, files)
-    def __len__(self): return len(self.chunks)
-    def __bool__(self): return True
-    def __str__(self): return repr(self)    # pydantic would print every chunk
+    def _get_relevant_documents(self, query, *, run_manager=None, k=None, where=None, files=None):
+        return self.find(query, k, where, files)
+
+    def __len__(self):
+        return len(self.chunks)
+
+    def __bool__(self):
+        return True
+
+    def __str__(self):
+        return repr(self)  # pydantic would print every chunk
+
     def __repr__(self):
         skipped = ''.join(f'\n  skipped {n}: {why}' for n, why in self.info.get('skipped', [])[:20])
         last = self.info.get('update') or {}
-        news = f"; last update: {last['read']:,} files read, {last['kept']:,} kept, {last['gone']:,} gone" if last.get('kept') or last.get('gone') else ''
-        return f"ZhRetriever({Path(self.folder).name}: {self.info['chunks']:,} chunks of {self.info['documents']:,} documents, {self.search}{' and reranked' if self.rerank else ''}, k={self.k}, threshold {self.threshold}{news})" + skipped
+        news = (
+            f'; last update: {last["read"]:,} files read, {last["kept"]:,} kept, {last["gone"]:,} gone'
+            if last.get('kept') or last.get('gone')
+            else ''
+        )
+        return (
+            f'ZhRetriever({Path(self.folder).name}: {self.info["chunks"]:,} chunks of {self.info["documents"]:,} documents, {self.search}{" and reranked" if self.rerank else ""}, k={self.k}, threshold {self.threshold}{news})'
+            + skipped
+        )

@@ -7,8 +7,11 @@ __all__ = ['bare', 'segments', 'common_run', 'exact', 'f1', 'Questions', 'read_q
            'judge_retrieval', 'evaluate_answers', 'rag_eval']
 
 # %% ../../nbs/documents/scoring.ipynb #4775dbb9
-import json, random, re
+import json
+import random
+import re
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, what_is, write_json
 from .assistant import Assistant
 from .conversation import open_assistant
@@ -18,187 +21,360 @@ from .recall import eval_retrieval
 from ..evals.measure import has_value, wilson
 
 # %% ../../nbs/documents/scoring.ipynb #3de8716b
-_PUNCT = set('-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』')       # the official list: no comma, no …, no Latin full stop
+_PUNCT = set(
+    '-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』'
+)  # the official list: no comma, no …, no Latin full stop
 _WORD = re.compile(r"[\u4e00-\u9fa5]|[^\W\u4e00-\u9fa5]+(?:[.,'][^\W\u4e00-\u9fa5]+)*|[^\w\s]")
-def bare(text:str)->str:
+
+
+def bare(text: str) -> str:
     "`text` in small letters, without the punctuation that does not count"
     return ''.join(c for c in str(text).lower().strip() if c not in _PUNCT)
-def segments(text:str)->list:
+
+
+def segments(text: str) -> list:
     "Characters of Chinese, words of the rest"
     return _WORD.findall(bare(text))
-def common_run(a:list, b:list)->int:
+
+
+def common_run(a: list, b: list) -> int:
     "Length of the longest run that both hold"
-    best, row = 0, [0]*(len(b) + 1)
+    best, row = 0, [0] * (len(b) + 1)
     for x in a:
         row = [0] + [row[j] + 1 if x == y else 0 for j, y in enumerate(b)]
         best = max(best, max(row))
     return best
 
 # %% ../../nbs/documents/scoring.ipynb #9cb69439
-def exact(answers:list, said:str)->bool:
+def exact(answers: list, said: str) -> bool:
     "Whether `said` is one of `answers`, but for punctuation and case"
     return bare(said) in {bare(a) for a in answers}
-def f1(answers:list, said:str)->float:
+
+
+def f1(answers: list, said: str) -> float:
     "The best F1 of `said` against `answers`"
-    out, s = 0., segments(said)
+    out, s = 0.0, segments(said)
     for a in map(segments, answers):
-        if n := common_run(a, s): out = max(out, 2*n/(len(a) + len(s)))      # 2PR/(P+R) with P = n/len(s), R = n/len(a)
+        if n := common_run(a, s):
+            out = max(out, 2 * n / (len(a) + len(s)))  # 2PR/(P+R) with P = n/len(s), R = n/len(a)
     return out
 
 # %% ../../nbs/documents/scoring.ipynb #4fc58e45
 class Questions(list):
     "Dicts with question, answers, and where known source (the id of a passage); `paragraphs` of the file; `bad` rows left out"
-    def __init__(self, rows=(), paragraphs=None, bad=()): super().__init__(rows); self.paragraphs, self.bad = paragraphs or {}, list(bad)
-    def __repr__(self): return f"{len(self):,} questions" + (f' about {len(self.paragraphs):,} paragraphs' if self.paragraphs else '') + (f'; {len(self.bad)} rows left out: {self.bad[:3]}' if self.bad else '')
+
+    def __init__(self, rows=(), paragraphs=None, bad=()):
+        super().__init__(rows)
+        self.paragraphs, self.bad = paragraphs or {}, list(bad)
+
+    def __repr__(self):
+        return (
+            f'{len(self):,} questions'
+            + (f' about {len(self.paragraphs):,} paragraphs' if self.paragraphs else '')
+            + (f'; {len(self.bad)} rows left out: {self.bad[:3]}' if self.bad else '')
+        )
+
+
 def _texts(a):
     "Answers as a list of str, however they are written"
-    if isinstance(a, dict): a = a.get('text', [])
+    if isinstance(a, dict):
+        a = a.get('text', [])
     a = a if isinstance(a, list) else [a]
-    return list(dict.fromkeys(t for x in a if (t := str(x.get('text', '') if isinstance(x, dict) else x if x is not None else '').strip())))
+    return list(
+        dict.fromkeys(
+            t
+            for x in a
+            if (
+                t := str(
+                    x.get('text', '') if isinstance(x, dict) else x if x is not None else ''
+                ).strip()
+            )
+        )
+    )
+
+
 def _item(row):
     "A row as a question; None if it is none"
-    if not isinstance(row, dict): return None
+    if not isinstance(row, dict):
+        return None
     first = lambda *keys: next((row[k] for k in keys if row.get(k)), None)
-    q, a = first('question', 'query', 'query_text', '问题'), _texts(first('answers', 'answer', '答案', 'output'))
+    q, a = (
+        first('question', 'query', 'query_text', '问题'),
+        _texts(first('answers', 'answer', '答案', 'output')),
+    )
     a += [v for v in _texts(row.get('value')) if v not in a]
-    if not isinstance(q, str) or not q.strip() or not a: return None
-    return {**{k: row[k] for k in ('id', 'kind', 'entity', 'relation', 'source', 'value') if row.get(k)}, 'question': q.strip(), 'answers': a}
+    if not isinstance(q, str) or not q.strip() or not a:
+        return None
+    return {
+        **{
+            k: row[k] for k in ('id', 'kind', 'entity', 'relation', 'source', 'value') if row.get(k)
+        },
+        'question': q.strip(),
+        'answers': a,
+    }
 
 # %% ../../nbs/documents/scoring.ipynb #8b8f028c
 def _paragraphs(whole):
     "(id, text, rows) of each paragraph in SQuAD's layout or CMRC 2018's first one"
     for i, art in enumerate(whole['data'] if isinstance(whole, dict) else whole):
-        if 'context_text' in art: yield str(art.get('context_id') or f'p{i}'), art['context_text'], art.get('qas', []); continue
-        for j, p in enumerate(art.get('paragraphs', [])): yield str(p.get('id') or f'p{i}-{j}'), p['context'], p.get('qas', [])
+        if 'context_text' in art:
+            yield str(art.get('context_id') or f'p{i}'), art['context_text'], art.get('qas', [])
+            continue
+        for j, p in enumerate(art.get('paragraphs', [])):
+            yield str(p.get('id') or f'p{i}-{j}'), p['context'], p.get('qas', [])
+
+
 def read_questions(
-    path, # .json in SQuAD's layout or a list, or .jsonl
-)->Questions:
+    path,  # .json in SQuAD's layout or a list, or .jsonl
+) -> Questions:
     "Questions and their answers; rows without them are counted and left out"
     path = Path(path)
-    if not path.is_file(): raise LlamaZhError(f"{path}: {'a folder, expected a file of questions' if path.is_dir() else 'no such file'}")
+    if not path.is_file():
+        raise LlamaZhError(
+            f'{path}: {"a folder, expected a file of questions" if path.is_dir() else "no such file"}'
+        )
     text, rows, bad, paras = path.read_text(encoding='utf-8-sig', errors='replace'), [], [], {}
+
     def take(n, row, **more):
         item = _item(row)
-        if item: rows.append({**item, **more})
-        else: bad.append(n)
-    try: whole = json.loads(text)
-    except (json.JSONDecodeError, RecursionError): whole = None
+        if item:
+            rows.append({**item, **more})
+        else:
+            bad.append(n)
+
     try:
-        if isinstance(whole, dict) and 'data' in whole or isinstance(whole, list) and whole and isinstance(whole[0], dict) and 'context_text' in whole[0]:
+        whole = json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        whole = None
+    try:
+        if (
+            isinstance(whole, dict)
+            and 'data' in whole
+            or isinstance(whole, list)
+            and whole
+            and isinstance(whole[0], dict)
+            and 'context_text' in whole[0]
+        ):
             for key, context, qas in _paragraphs(whole):
                 paras[key] = context
-                for q in qas: take(q.get('id') or q.get('query_id') or key, q, source=key)
-        elif isinstance(whole, list): [take(n, row) for n, row in enumerate(whole, 1)]
+                for q in qas:
+                    take(q.get('id') or q.get('query_id') or key, q, source=key)
+        elif isinstance(whole, list):
+            [take(n, row) for n, row in enumerate(whole, 1)]
         else:
             for n, line in enumerate(text.split('\n'), 1):
                 if line.strip():
-                    try: take(n, json.loads(line))
-                    except (json.JSONDecodeError, RecursionError): bad.append(n)
-    except (KeyError, TypeError, AttributeError) as e: raise LlamaZhError(f"{path}: looks like SQuAD's layout, but a paragraph or question in it is not as expected ({type(e).__name__}: {e})") from None
-    if not rows: raise LlamaZhError(f'{path} ({what_is(path)}) holds no question with an answer: expected SQuAD\'s layout, or JSON lines with "question" and "answer"')
+                    try:
+                        take(n, json.loads(line))
+                    except (json.JSONDecodeError, RecursionError):
+                        bad.append(n)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise LlamaZhError(
+            f"{path}: looks like SQuAD's layout, but a paragraph or question in it is not as expected ({type(e).__name__}: {e})"
+        ) from None
+    if not rows:
+        raise LlamaZhError(
+            f'{path} ({what_is(path)}) holds no question with an answer: expected SQuAD\'s layout, or JSON lines with "question" and "answer"'
+        )
     return Questions(rows, paras, bad)
 
 # %% ../../nbs/documents/scoring.ipynb #ab78f04c
 def bootstrap(
-    values:list,
-    times:int=1000, seed:int=0,
-)->tuple: # (low, high), 95 %
+    values: list,
+    times: int = 1000,
+    seed: int = 0,
+) -> tuple:  # (low, high), 95 %
     "Interval of the mean of `values`"
-    if not values: return 0., 1.
+    if not values:
+        return 0.0, 1.0
     rng, n = random.Random(seed), len(values)
-    means = sorted(sum(rng.choices(values, k=n))/n for _ in range(times))
-    return means[int(.025*times)], means[int(.975*times) - 1]
+    means = sorted(sum(rng.choices(values, k=n)) / n for _ in range(times))
+    return means[int(0.025 * times)], means[int(0.975 * times) - 1]
 
 # %% ../../nbs/documents/scoring.ipynb #609ed674
 class RagEval:
     "Figures of retrieval and of answers, and every row they were counted from"
-    def __init__(self, rows, retrieval, settings): self.rows, self.retrieval, self.settings = rows, retrieval, settings
+
+    def __init__(self, rows, retrieval, settings):
+        self.rows, self.retrieval, self.settings = rows, retrieval, settings
+
     def to_dict(self, rows=False):
         n, said = len(self.rows), [r for r in self.rows if 'answer' in r]
         out = dict(n=n, settings=self.settings, retrieval=self.retrieval)
         if said:
             em, f = sum(r['exact'] for r in said), [r['f1'] for r in said]
-            out |= dict(exact=dict(right=em, share=round(em/n, 4), interval=[round(x, 4) for x in wilson(em, n)]), f1=dict(mean=round(sum(f)/n, 4), interval=[round(x, 4) for x in bootstrap(f)]),
-                        named=dict(right=sum(r['named'] for r in said), interval=[round(x, 4) for x in wilson(sum(r['named'] for r in said), n)]), refused=sum(r['refused'] for r in said), invented_citations=sum(len(r['invented']) for r in said))
+            out |= dict(
+                exact=dict(
+                    right=em, share=round(em / n, 4), interval=[round(x, 4) for x in wilson(em, n)]
+                ),
+                f1=dict(mean=round(sum(f) / n, 4), interval=[round(x, 4) for x in bootstrap(f)]),
+                named=dict(
+                    right=sum(r['named'] for r in said),
+                    interval=[round(x, 4) for x in wilson(sum(r['named'] for r in said), n)],
+                ),
+                refused=sum(r['refused'] for r in said),
+                invented_citations=sum(len(r['invented']) for r in said),
+            )
         return out | (dict(rows=self.rows) if rows else {})
-    def save(self, path): return write_json(path, self.to_dict(rows=True))
+
+    def save(self, path):
+        return write_json(path, self.to_dict(rows=True))
 
     def _lines(self):
         d, pct = self.to_dict(), lambda lo, hi: f'{lo:.1%} to {hi:.1%}'
-        for k, v in (self.retrieval.get('recall') or {}).items(): yield f'retrieval R@{k}', f"{v['share']:.1%}", pct(*v['interval'])
-        if 'mrr' in self.retrieval: yield 'retrieval MRR', f"{self.retrieval['mrr']:.3f}", '{:.3f} to {:.3f}'.format(*self.retrieval['mrr_interval'])
-        if 'exact' not in d: return
-        yield 'exact match', f"{d['exact']['share']:.1%}", pct(*d['exact']['interval'])
-        yield 'F1', f"{d['f1']['mean']:.1%}", pct(*d['f1']['interval'])
-        yield 'right answer named', f"{d['named']['right']/d['n']:.1%}", pct(*d['named']['interval'])
-        yield 'refused', f"{d['refused']}", ''
-        if self.settings.get('prompt') == 'cited': yield 'citations of no passage', f"{d['invented_citations']}", ''
-    def __repr__(self): return '\n'.join([f'{len(self.rows):,} questions'] + [f'{a:24} {b:>6}  {c}' for a, b, c in self._lines()] + [x for x in [self.retrieval.get('note')] if x])
+        for k, v in (self.retrieval.get('recall') or {}).items():
+            yield f'retrieval R@{k}', f'{v["share"]:.1%}', pct(*v['interval'])
+        if 'mrr' in self.retrieval:
+            yield (
+                'retrieval MRR',
+                f'{self.retrieval["mrr"]:.3f}',
+                '{:.3f} to {:.3f}'.format(*self.retrieval['mrr_interval']),
+            )
+        if 'exact' not in d:
+            return
+        yield 'exact match', f'{d["exact"]["share"]:.1%}', pct(*d['exact']['interval'])
+        yield 'F1', f'{d["f1"]["mean"]:.1%}', pct(*d['f1']['interval'])
+        yield (
+            'right answer named',
+            f'{d["named"]["right"] / d["n"]:.1%}',
+            pct(*d['named']['interval']),
+        )
+        yield 'refused', f'{d["refused"]}', ''
+        if self.settings.get('prompt') == 'cited':
+            yield 'citations of no passage', f'{d["invented_citations"]}', ''
+
+    def __repr__(self):
+        return '\n'.join(
+            [f'{len(self.rows):,} questions']
+            + [f'{a:24} {b:>6}  {c}' for a, b, c in self._lines()]
+            + [x for x in [self.retrieval.get('note')] if x]
+        )
+
     def _repr_markdown_(self):
-        return f'| {len(self.rows):,} questions | | 95 % interval |\n|---|--:|---|\n' + '\n'.join(f'| {a} | {b} | {c} |' for a, b, c in self._lines()) + (f"\n\n{self.retrieval['note']}" if 'note' in self.retrieval else '')
+        return (
+            f'| {len(self.rows):,} questions | | 95 % interval |\n|---|--:|---|\n'
+            + '\n'.join(f'| {a} | {b} | {c} |' for a, b, c in self._lines())
+            + (f'\n\n{self.retrieval["note"]}' if 'note' in self.retrieval else '')
+        )
 
 # %% ../../nbs/documents/scoring.ipynb #cfa55ec5
 def _gold(q, names, paragraphs):
     "The question as `eval_retrieval` wants it"
-    if q.get('source') in names: return q
+    if q.get('source') in names:
+        return q
     rest = {k: v for k, v in q.items() if k != 'source'}
-    if text := paragraphs.get(q.get('source')): return dict(rest, context=text)
+    if text := paragraphs.get(q.get('source')):
+        return dict(rest, context=text)
     return dict(rest, value=q.get('value') or min(q['answers'], key=len))
-def judge_retrieval(index, questions, paragraphs=None)->dict:
+
+
+def judge_retrieval(index, questions, paragraphs=None) -> dict:
     "Recall at 1, 5 and 10 and mean reciprocal rank, with intervals"
-    names = {d.metadata.get(k) for d in getattr(index, 'chunks', None) or [] for k in ('source', 'id')} - {None}
+    names = {
+        d.metadata.get(k) for d in getattr(index, 'chunks', None) or [] for k in ('source', 'id')
+    } - {None}
     gold = [_gold(q, names, paragraphs or {}) for q in questions]
-    note = dict(note='The questions name no passages of this index, so one counts as right if it holds the shortest answer.') if any('source' not in g and 'context' not in g for g in gold) else {}
+    note = (
+        dict(
+            note='The questions name no passages of this index, so one counts as right if it holds the shortest answer.'
+        )
+        if any('source' not in g and 'context' not in g for g in gold)
+        else {}
+    )
     e = eval_retrieval(index, gold)
     ci = e.intervals()
-    return dict(recall={str(k): dict(share=round(e.r(k), 4), interval=ci[f'r@{k}']) for k in (1, 5, 10)}, mrr=round(e.mrr, 4), mrr_interval=ci['mrr'], **note)
+    return dict(
+        recall={str(k): dict(share=round(e.r(k), 4), interval=ci[f'r@{k}']) for k in (1, 5, 10)},
+        mrr=round(e.mrr, 4),
+        mrr_interval=ci['mrr'],
+        **note,
+    )
 
 # %% ../../nbs/documents/scoring.ipynb #8252373f
 def evaluate_answers(
-    bot:Assistant,
-    questions:list, # see `read_questions`
-    batch:int=16,   # questions at a time
-    paragraphs:dict=None, # {id: text} of the passages that the questions name; None: those read with the questions
-)->RagEval:
+    bot: Assistant,
+    questions: list,  # see `read_questions`
+    batch: int = 16,  # questions at a time
+    paragraphs: dict = None,  # {id: text} of the passages that the questions name; None: those read with the questions
+) -> RagEval:
     "Retrieval and answers on the same questions"
-    if not questions: raise LlamaZhError('no questions were given')
+    if not questions:
+        raise LlamaZhError('no questions were given')
     rows = [dict(q) for q in questions]
-    for row, a in zip(rows, bot.ask_all([q['question'] for q in questions], batch) if bot.llm else ()):
-        row |= dict(answer=a.text, exact=exact(row['answers'], a.text), f1=round(f1(row['answers'], a.text), 4), named=any(has_value(x, a.text) for x in row['answers']), refused=a.refused,
-                    invented=a.invented, prompt=a.prompt, steps=a.steps, sources=[dict(n=s.n, name=s.name, heading=s.heading, score=s.score) for s in a.sources])
+    for row, a in zip(
+        rows, bot.ask_all([q['question'] for q in questions], batch) if bot.llm else ()
+    ):
+        row |= dict(
+            answer=a.text,
+            exact=exact(row['answers'], a.text),
+            f1=round(f1(row['answers'], a.text), 4),
+            named=any(has_value(x, a.text) for x in row['answers']),
+            refused=a.refused,
+            invented=a.invented,
+            prompt=a.prompt,
+            steps=a.steps,
+            sources=[dict(n=s.n, name=s.name, heading=s.heading, score=s.score) for s in a.sources],
+        )
     name = getattr(bot.llm, 'model_name', None) or getattr(bot.llm, '_model_name', None)
-    settings = dict(model=name, strategy=bot.strategy, prompt='cited' if bot.numbered else bot.prompt.template, k=bot.k, threshold=bot.threshold, max_new_tokens=getattr(bot.llm, 'max_new_tokens', None) or getattr(bot.llm, 'max_tokens', None))
-    return RagEval(rows, judge_retrieval(bot.index, questions, getattr(questions, 'paragraphs', {}) if paragraphs is None else paragraphs), settings)
+    settings = dict(
+        model=name,
+        strategy=bot.strategy,
+        prompt='cited' if bot.numbered else bot.prompt.template,
+        k=bot.k,
+        threshold=bot.threshold,
+        max_new_tokens=getattr(bot.llm, 'max_new_tokens', None)
+        or getattr(bot.llm, 'max_tokens', None),
+    )
+    return RagEval(
+        rows,
+        judge_retrieval(
+            bot.index,
+            questions,
+            getattr(questions, 'paragraphs', {}) if paragraphs is None else paragraphs,
+        ),
+        settings,
+    )
 
 # %% ../../nbs/documents/scoring.ipynb #ba73ec52
 def rag_eval(
-    index,                   # index folder; for a SQuAD file that brings its paragraphs it is made if it is not there
-    questions:str=None,      # SQuAD's layout (CMRC 2018, DRCD) or JSON lines with question and answer
-    model:str=None,          # model folder; neither this nor `llm`: only retrieval
-    llm:str=None,            # address of an OpenAI-compatible server, in place of a folder
-    llm_model:str=None,      # name of its model; None: the only one it has
-    k:int=3,                 # passages, at least 1
-    strategy:str='stuff',    # how they are read: stuff, refine, map_reduce
-    prompt:str=None,         # plain or cited; None: plain for a folder, cited for a server
-    threshold:float=None,    # a best score below it is refused; None: what the index holds
-    max_new_tokens:int=64,   # longest answer
-    limit:int=None,          # so many of the questions, evenly spread
-    chunk_tokens:int=256,    # of an index that is made here
-    batch:int=16,            # questions at a time
-    out:str=None,            # a .json to write: figures, prompts, answers
-    search:str=None,         # lexical, dense or hybrid; None: as the index was made
-    rerank:str=None,         # a cross-encoder that sorts the passages: folder or Hub id
-)->RagEval:
+    index,  # index folder; for a SQuAD file that brings its paragraphs it is made if it is not there
+    questions: str = None,  # SQuAD's layout (CMRC 2018, DRCD) or JSON lines with question and answer
+    model: str = None,  # model folder; neither this nor `llm`: only retrieval
+    llm: str = None,  # address of an OpenAI-compatible server, in place of a folder
+    llm_model: str = None,  # name of its model; None: the only one it has
+    k: int = 3,  # passages, at least 1
+    strategy: str = 'stuff',  # how they are read: stuff, refine, map_reduce
+    prompt: str = None,  # plain or cited; None: plain for a folder, cited for a server
+    threshold: float = None,  # a best score below it is refused; None: what the index holds
+    max_new_tokens: int = 64,  # longest answer
+    limit: int = None,  # so many of the questions, evenly spread
+    chunk_tokens: int = 256,  # of an index that is made here
+    batch: int = 16,  # questions at a time
+    out: str = None,  # a .json to write: figures, prompts, answers
+    search: str = None,  # lexical, dense or hybrid; None: as the index was made
+    rerank: str = None,  # a cross-encoder that sorts the passages: folder or Hub id
+) -> RagEval:
     "Exact match and F1 of answers, and recall of their passages, with intervals"
-    if not questions: raise LlamaZhError('name a file of questions (--questions FILE)')
-    if limit is not None and limit < 1 or batch < 1: raise LlamaZhError(f'limit is {limit}, batch {batch}: expected 1 or more')
-    if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()): raise LlamaZhError(f'{out} cannot be written: name a file in a folder that exists')
+    if not questions:
+        raise LlamaZhError('name a file of questions (--questions FILE)')
+    if limit is not None and limit < 1 or batch < 1:
+        raise LlamaZhError(f'limit is {limit}, batch {batch}: expected 1 or more')
+    if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
+        raise LlamaZhError(f'{out} cannot be written: name a file in a folder that exists')
     qs = read_questions(questions)
     if not Path(index).exists() and qs.paragraphs:
-        build_index([Document(t, metadata={'source': k}) for k, t in qs.paragraphs.items()], index, tokenizer=model, chunk_tokens=chunk_tokens)
-    bot = open_assistant(index, model, llm, llm_model, k, strategy, prompt, threshold, max_new_tokens, search, rerank)
+        build_index(
+            [Document(t, metadata={'source': k}) for k, t in qs.paragraphs.items()],
+            index,
+            tokenizer=model,
+            chunk_tokens=chunk_tokens,
+        )
+    bot = open_assistant(
+        index, model, llm, llm_model, k, strategy, prompt, threshold, max_new_tokens, search, rerank
+    )
     n = min(limit or len(qs), len(qs))
-    e = evaluate_answers(bot, [qs[i*len(qs)//n] for i in range(n)], batch, qs.paragraphs)
+    e = evaluate_answers(bot, [qs[i * len(qs) // n] for i in range(n)], batch, qs.paragraphs)
     e.settings |= dict(questions=Path(questions).name, limit=limit, left_out=len(qs.bad))
-    if out: e.save(out)
+    if out:
+        e.save(out)
     return e

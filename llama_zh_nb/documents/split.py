@@ -6,59 +6,86 @@
 __all__ = ['sentences', 'Unit', 'units', 'token_counter', 'Chunk', 'chunks', 'split_text', 'ZhTextSplitter', 'Chunks']
 
 # %% ../../nbs/documents/split.ipynb #5b1a0006
-import html, re, warnings
+import html
+import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
+
 from ..core.errors import LlamaZhError, need
 from ..evals.measure import encode_texts
 
 # %% ../../nbs/documents/split.ipynb #5b1a0007
-need('langchain_core', 'rag'); need('langchain_text_splitters', 'rag')   # say which extra brings them, if they are missing
+need('langchain_core', 'rag')
+need('langchain_text_splitters', 'rag')  # say which extra brings them, if they are missing
 from langchain_core.documents import Document
 from langchain_text_splitters import TextSplitter
 
 # %% ../../nbs/documents/split.ipynb #19f058a3
 _CLOSE = '”’」』）)】》〉\\]'
-_END = re.compile(rf'(?:(?:[。！？…]+|[!?]+(?=[\s{_CLOSE}"\u3400-\u9fff]|$)|(?<=[a-z)])\.(?=\s+["“A-Z\u3400-\u9fff]))[{_CLOSE}]*)+')
+_END = re.compile(
+    rf'(?:(?:[。！？…]+|[!?]+(?=[\s{_CLOSE}"\u3400-\u9fff]|$)|(?<=[a-z)])\.(?=\s+["“A-Z\u3400-\u9fff]))[{_CLOSE}]*)+'
+)
+
+
 def sentences(
-    text:str,
-)->list: # of str; joined they are `text`
+    text: str,
+) -> list:  # of str; joined they are `text`
     "Cut `text` after each sentence; closing quotes and white space stay with the sentence before"
     out, a = [], 0
     for m in _END.finditer(text):
         b = m.end()
-        if text[b:b+1] == '"' and text[a:b].count('"') % 2: b += 1       # a straight quote that closes
-        if text[b:b+1] in tuple('，、；：,;:'): continue                    # “走吧！”，he said: goes on
-        while text[b:b+1].isspace(): b += 1
-        out.append(text[a:b]); a = b
+        if text[b : b + 1] == '"' and text[a:b].count('"') % 2:
+            b += 1  # a straight quote that closes
+        if text[b : b + 1] in tuple('，、；：,;:'):
+            continue  # “走吧！”，he said: goes on
+        while text[b : b + 1].isspace():
+            b += 1
+        out.append(text[a:b])
+        a = b
     return out + ([text[a:]] if a < len(text) else [])
 
 # %% ../../nbs/documents/split.ipynb #42c5e07d
-_HEAD = re.compile(r'(#{1,6})\s+\S.*|[ \u3000]*第[一二三四五六七八九十百千零〇\d]+([卷编篇部章回节])(?:[ \u3000].{0,28}|.{0,12})?')
+_HEAD = re.compile(
+    r'(#{1,6})\s+\S.*|[ \u3000]*第[一二三四五六七八九十百千零〇\d]+([卷编篇部章回节])(?:[ \u3000].{0,28}|.{0,12})?'
+)
 _LEVEL = dict.fromkeys('卷编篇部', 1) | dict.fromkeys('章回', 2) | {'节': 3}
+
+
 class Unit(NamedTuple):
     "A part of a text that is cut only if it alone exceeds the budget"
+
     text: str
-    start: int    # offset in the text
+    start: int  # offset in the text
     heads: tuple  # heading lines above it, outermost first
+
+
 def _heading(line):
     "The level of a heading line, else None"
     m = _HEAD.fullmatch(line.rstrip())
-    if not m or line.rstrip()[-1] in '。！？；，': return None
+    if not m or line.rstrip()[-1] in '。！？；，':
+        return None
     return len(m[1]) if m[1] else _LEVEL[m[2]]
+
+
 def units(
-    text:str,
-)->list: # of `Unit`
+    text: str,
+) -> list:  # of `Unit`
     "The sentences and uncuttable lines of `text`, with the headings above them"
     out, stack, at, code, bare = [], [], 0, False, False
     for line in text.splitlines(keepends=True):
         fence, level = line.lstrip().startswith(('```', '~~~')), None if code else _heading(line)
         if level:
-            if bare and level <= stack[-1][0]: out.append(Unit('', at, tuple(h for _, h in stack)))      # a heading with nothing under it
+            if bare and level <= stack[-1][0]:
+                out.append(
+                    Unit('', at, tuple(h for _, h in stack))
+                )  # a heading with nothing under it
             stack, bare = [s for s in stack if s[0] < level] + [(level, line.strip())], True
         elif line.strip():
             parts = [line] if code or fence or line.lstrip()[:1] == '|' else sentences(line)
-            for p in parts: out.append(Unit(p, at, tuple(h for _, h in stack))); at += len(p)
+            for p in parts:
+                out.append(Unit(p, at, tuple(h for _, h in stack)))
+                at += len(p)
             at, bare = at - len(line), False
         code ^= fence
         at += len(line)
@@ -66,16 +93,21 @@ def units(
 
 # %% ../../nbs/documents/split.ipynb #9eb92659
 def token_counter(
-    tokenizer=None, # a Hugging Face tokenizer, a model folder, a function from str to int, or None for characters
-): # function from a list of str to a list of int
+    tokenizer=None,  # a Hugging Face tokenizer, a model folder, a function from str to int, or None for characters
+):  # function from a list of str to a list of int
     "How much texts cost"
-    if tokenizer is None: return lambda texts: [len(t) for t in texts]
+    if tokenizer is None:
+        return lambda texts: [len(t) for t in texts]
     if isinstance(tokenizer, (str, Path)):
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')     # of packages that are imported for the first time
-            if not Path(tokenizer).is_dir(): raise LlamaZhError(f'{tokenizer} is no folder with a tokenizer: give a model or tokenizer folder')
+            warnings.simplefilter('ignore')  # of packages that are imported for the first time
+            if not Path(tokenizer).is_dir():
+                raise LlamaZhError(
+                    f'{tokenizer} is no folder with a tokenizer: give a model or tokenizer folder'
+                )
             tokenizer = need('transformers', 'train').AutoTokenizer.from_pretrained(tokenizer)
-    if not hasattr(tokenizer, 'convert_tokens_to_ids'): return lambda texts: [tokenizer(t) for t in texts]
+    if not hasattr(tokenizer, 'convert_tokens_to_ids'):
+        return lambda texts: [tokenizer(t) for t in texts]
     encode = encode_texts
     return lambda texts: [len(i) for i in encode(tokenizer, list(texts))]
 
@@ -84,104 +116,168 @@ def _cut(text, count, budget):
     "Pieces of `text` within `budget`, cut at the best mark in the second half of each"
     while text:
         lo, hi = 1, len(text)
-        if count([text])[0] <= budget: lo = hi
-        while lo < hi:                                    # the longest beginning within the budget
-            mid = (lo + hi + 1)//2
-            lo, hi = (mid, hi) if count([text[:mid]])[0] <= budget else (lo, mid-1)
+        if count([text])[0] <= budget:
+            lo = hi
+        while lo < hi:  # the longest beginning within the budget
+            mid = (lo + hi + 1) // 2
+            lo, hi = (mid, hi) if count([text[:mid]])[0] <= budget else (lo, mid - 1)
         at = lo
         if lo < len(text):
             for marks in ('\n', '；;', '，、：,:', ' \u3000'):
-                if (m := max(text.rfind(c, lo//2, lo) for c in marks)) >= 0: at = m + 1; break
+                if (m := max(text.rfind(c, lo // 2, lo) for c in marks)) >= 0:
+                    at = m + 1
+                    break
             else:
                 word = re.search(r'[0-9A-Za-z.]+$', text[:lo])
-                if word and word.start() > lo//2 and re.match(r'[0-9A-Za-z]', text[lo]): at = word.start()
+                if word and word.start() > lo // 2 and re.match(r'[0-9A-Za-z]', text[lo]):
+                    at = word.start()
         yield text[:at]
         text = text[at:]
 
 # %% ../../nbs/documents/split.ipynb #1a031faf
 class Chunk(NamedTuple):
     "A chunk of a text"
-    text: str     # headings and body
-    start: int    # where its body begins in the text
+
+    text: str  # headings and body
+    start: int  # where its body begins in the text
     heading: str  # its headings in one line, '' without
-    cost: int     # tokens
+    cost: int  # tokens
+
+
 def _prefix(heads, count, budget):
     "The headings in front of a chunk; only the inner ones where all would take more than half the budget"
     heads = list(heads)
-    while heads and count(['\n'.join(heads) + '\n'])[0] > budget//2: heads.pop(0)
+    while heads and count(['\n'.join(heads) + '\n'])[0] > budget // 2:
+        heads.pop(0)
     return '\n'.join(heads) + '\n' if heads else ''
+
+
 def _section(us, count, budget, overlap):
     "Lists of (piece, offset) within `budget`"
     pieces = []
     for u, c in zip(us, count([u.text for u in us])):
         at = u.start
-        for p in [u.text] if c <= budget else _cut(u.text, count, budget): pieces.append((p, at)); at += len(p)
+        for p in [u.text] if c <= budget else _cut(u.text, count, budget):
+            pieces.append((p, at))
+            at += len(p)
     costs, cur, n = count([p for p, _ in pieces]), [], 0
     for piece, c in zip(pieces, costs):
         if cur and n + c > budget:
             yield [p for p, _ in cur]
-            while cur and (sum(k for _, k in cur) > overlap or sum(k for _, k in cur) + c > budget): cur.pop(0)
+            while cur and (sum(k for _, k in cur) > overlap or sum(k for _, k in cur) + c > budget):
+                cur.pop(0)
             n = sum(k for _, k in cur)
-        cur.append((piece, c)); n += c
+        cur.append((piece, c))
+        n += c
     yield [p for p, _ in cur]
 
 # %% ../../nbs/documents/split.ipynb #b957e05d
 def chunks(
-    text:str,
-    tokenizer=None,       # see `token_counter`
-    chunk_tokens:int=256, # the most a chunk may cost, headings included
-    overlap:int=0,        # tokens of whole sentences that a chunk repeats of the one before
-): # yields `Chunk`
+    text: str,
+    tokenizer=None,  # see `token_counter`
+    chunk_tokens: int = 256,  # the most a chunk may cost, headings included
+    overlap: int = 0,  # tokens of whole sentences that a chunk repeats of the one before
+):  # yields `Chunk`
     "Cut `text` at sentence ends within a budget; headings travel along"
-    if chunk_tokens < 8 or not 0 <= overlap <= chunk_tokens//2: raise LlamaZhError(f'chunk_tokens={chunk_tokens}, overlap={overlap}: at least 8 tokens, and an overlap of at most half of them')
+    if chunk_tokens < 8 or not 0 <= overlap <= chunk_tokens // 2:
+        raise LlamaZhError(
+            f'chunk_tokens={chunk_tokens}, overlap={overlap}: at least 8 tokens, and an overlap of at most half of them'
+        )
     count, us, i = token_counter(tokenizer), units(text), 0
     while i < len(us):
         j = i
-        while j < len(us) and us[j].heads == us[i].heads: j += 1
+        while j < len(us) and us[j].heads == us[i].heads:
+            j += 1
         prefix = _prefix(us[i].heads, count, chunk_tokens)
         room = chunk_tokens - (count([prefix])[0] if prefix else 0)
         for ps in _section(us[i:j], count, room, overlap):
-            if body := ((prefix + ''.join(p for p, _ in ps)).strip() if prefix else ''.join(p for p, _ in ps).strip()):
-                yield Chunk(body, ps[0][1], ' / '.join(h.lstrip('# \u3000') for h in us[i].heads), count([body])[0])
+            if body := (
+                (prefix + ''.join(p for p, _ in ps)).strip()
+                if prefix
+                else ''.join(p for p, _ in ps).strip()
+            ):
+                yield Chunk(
+                    body,
+                    ps[0][1],
+                    ' / '.join(h.lstrip('# \u3000') for h in us[i].heads),
+                    count([body])[0],
+                )
         i = j
+
+
 def split_text(
-    text:str,
-    tokenizer=None,       # see `token_counter`
-    chunk_tokens:int=256, # the most a chunk may cost, headings included
-    overlap:int=0,        # tokens of whole sentences that a chunk repeats of the one before
-)->list: # of str
+    text: str,
+    tokenizer=None,  # see `token_counter`
+    chunk_tokens: int = 256,  # the most a chunk may cost, headings included
+    overlap: int = 0,  # tokens of whole sentences that a chunk repeats of the one before
+) -> list:  # of str
     "The texts of `chunks`"
     return [c.text for c in chunks(text, tokenizer, chunk_tokens, overlap)]
 
 # %% ../../nbs/documents/split.ipynb #563e5945
 class ZhTextSplitter(TextSplitter):
     "LangChain splitter around `chunks`"
-    def __init__(self, tokenizer=None, # see `token_counter`
-                 chunk_tokens:int=256, overlap:int=0):
-        if not 0 <= overlap < chunk_tokens: raise LlamaZhError(f'chunks of {chunk_tokens} tokens with an overlap of {overlap}: a chunk needs 1 token or more, and the overlap must be shorter')
+
+    def __init__(
+        self,
+        tokenizer=None,  # see `token_counter`
+        chunk_tokens: int = 256,
+        overlap: int = 0,
+    ):
+        if not 0 <= overlap < chunk_tokens:
+            raise LlamaZhError(
+                f'chunks of {chunk_tokens} tokens with an overlap of {overlap}: a chunk needs 1 token or more, and the overlap must be shorter'
+            )
         super().__init__(chunk_size=chunk_tokens, chunk_overlap=overlap)
-        self.tokenizer, self.chunk_tokens, self.overlap = token_counter(tokenizer), chunk_tokens, overlap
+        self.tokenizer, self.chunk_tokens, self.overlap = (
+            token_counter(tokenizer),
+            chunk_tokens,
+            overlap,
+        )
+
     def chunks(self, text):
         "Yield each `Chunk` of `text`"
         return chunks(text, _Counted(self.tokenizer), self.chunk_tokens, self.overlap)
-    def split_text(self, text): return [c.text for c in self.chunks(text)]
+
+    def split_text(self, text):
+        return [c.text for c in self.chunks(text)]
+
     def create_documents(self, texts, metadatas=None):
         "A `Document` for each chunk, with `start`, `heading` and `tokens` in its metadata"
         out = []
-        for text, meta in zip(texts, metadatas or [{}]*len(texts)):
-            out += [Document(c.text, metadata={**meta, 'start': c.start, 'heading': c.heading, 'tokens': c.cost}) for c in self.chunks(text)]
+        for text, meta in zip(texts, metadatas or [{}] * len(texts)):
+            out += [
+                Document(
+                    c.text,
+                    metadata={**meta, 'start': c.start, 'heading': c.heading, 'tokens': c.cost},
+                )
+                for c in self.chunks(text)
+            ]
         return out
-    def _repr_html_(self): return f'<code>ZhTextSplitter({self.chunk_tokens} tokens, overlap {self.overlap})</code>'
+
+    def _repr_html_(self):
+        return f'<code>ZhTextSplitter({self.chunk_tokens} tokens, overlap {self.overlap})</code>'
+
+
 class _Counted:
     "A counter made once, passed where a tokenizer is expected"
-    def __init__(self, count): self.count = count
-    def __call__(self, text): return self.count([text])[0]
+
+    def __init__(self, count):
+        self.count = count
+
+    def __call__(self, text):
+        return self.count([text])[0]
 
 # %% ../../nbs/documents/split.ipynb #102795e1
 class Chunks(list):
     "Chunks side by side in colour, for looking at"
-    def __init__(self, texts): super().__init__(getattr(t, 'page_content', t) for t in texts)
+
+    def __init__(self, texts):
+        super().__init__(getattr(t, 'page_content', t) for t in texts)
+
     def _repr_html_(self):
         css = 'color:#111;padding:.3em .6em;margin:.2em 0;border-left:.4em solid {};background:{};white-space:pre-wrap'
         looks = [css.format(*c) for c in (('#4477aa', '#eef3f8'), ('#cc6677', '#faf0f2'))]
-        return ''.join(f'<div style="{looks[i%2]}">{html.escape(t)}</div>' for i, t in enumerate(self))
+        return ''.join(
+            f'<div style="{looks[i % 2]}">{html.escape(t)}</div>' for i, t in enumerate(self)
+        )

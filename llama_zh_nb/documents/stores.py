@@ -6,70 +6,126 @@
 __all__ = ['get_embeddings', 'embedding_name', 'Vectors', 'ChromaVectors', 'MilvusVectors', 'split_store', 'open_store']
 
 # %% ../../nbs/documents/stores.ipynb #570e0005
-import contextlib, json, os, re, warnings
+import contextlib
+import json
+import os
+import re
+import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
+
 from ..core.errors import LlamaZhError, need
 from ..core.machine import pick_device
 from .lexicon import HashedEmbeddings
 
 # %% ../../nbs/documents/stores.ipynb #570e0006
-from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 
 # %% ../../nbs/documents/stores.ipynb #570e0013
 def get_embeddings(
-    name='lexical',    # 'lexical', a sentence-transformers model (folder or Hub id), or LangChain embeddings, which are given back
-    device:str='auto', # for a model
-    words=True,        # for 'lexical': also words found by jieba
-)->Embeddings:
+    name='lexical',  # 'lexical', a sentence-transformers model (folder or Hub id), or LangChain embeddings, which are given back
+    device: str = 'auto',  # for a model
+    words=True,  # for 'lexical': also words found by jieba
+) -> Embeddings:
     "The embeddings called `name`"
-    if hasattr(name, 'embed_query'): return name
-    if name == 'lexical': return HashedEmbeddings(words)
-    if str(name).startswith(('/', './', '../', '~')) and not Path(name).expanduser().is_dir(): raise LlamaZhError(f"the embedding model {str(name)!r} was not found: no such folder")
+    if hasattr(name, 'embed_query'):
+        return name
+    if name == 'lexical':
+        return HashedEmbeddings(words)
+    if str(name).startswith(('/', './', '../', '~')) and not Path(name).expanduser().is_dir():
+        raise LlamaZhError(f'the embedding model {str(name)!r} was not found: no such folder')
     pick, hf = pick_device, need('langchain_huggingface', 'rag')
-    try: return hf.HuggingFaceEmbeddings(model_name=str(name), model_kwargs={'device': pick(device)}, encode_kwargs={'normalize_embeddings': True})
-    except ImportError: raise LlamaZhError(f"embedding={str(name)!r} needs the package 'sentence-transformers': run  pip install sentence-transformers") from None
-    except Exception as e: raise LlamaZhError(f"the embedding model {str(name)!r} was not found here nor fetched from the Hub ({str(e)[:100]}): check the name and the network, or use 'lexical'") from None
+    try:
+        return hf.HuggingFaceEmbeddings(
+            model_name=str(name),
+            model_kwargs={'device': pick(device)},
+            encode_kwargs={'normalize_embeddings': True},
+        )
+    except ImportError:
+        raise LlamaZhError(
+            f"embedding={str(name)!r} needs the package 'sentence-transformers': run  pip install sentence-transformers"
+        ) from None
+    except Exception as e:
+        raise LlamaZhError(
+            f"the embedding model {str(name)!r} was not found here nor fetched from the Hub ({str(e)[:100]}): check the name and the network, or use 'lexical'"
+        ) from None
+
+
 def embedding_name(embedding):
     "How an embedding is named in index.json"
-    if hasattr(embedding, 'embed_query'): return f'object:{type(embedding).__name__}'      # must be given again
-    return str(Path(embedding).expanduser().absolute()) if Path(embedding).expanduser().is_dir() else str(embedding)
+    if hasattr(embedding, 'embed_query'):
+        return f'object:{type(embedding).__name__}'  # must be given again
+    return (
+        str(Path(embedding).expanduser().absolute())
+        if Path(embedding).expanduser().is_dir()
+        else str(embedding)
+    )
 
 # %% ../../nbs/documents/stores.ipynb #570e0021
 class Vectors:
     "Texts with vectors in a LangChain vector store"
+
     batch = 500
+
     def __init__(self, lc, client, embeddings, where):
         self.lc, self.client, self.embeddings, self.where = lc, client, embeddings, where
+
     def add(self, ids, texts, metas, vectors=None):
         "Add or replace texts; their `vectors` are computed where not given"
         for i in range(0, len(ids), self.batch):
             s = slice(i, i + self.batch)
             v = self.embeddings.embed_documents(texts[s]) if vectors is None else vectors[s]
-            self._try(self._put, ids[s], texts[s], [{k: x for k, x in m.items() if isinstance(x, (str, int, float, bool))} for m in metas[s]], v)
+            self._try(
+                self._put,
+                ids[s],
+                texts[s],
+                [
+                    {k: x for k, x in m.items() if isinstance(x, (str, int, float, bool))}
+                    for m in metas[s]
+                ],
+                v,
+            )
+
     def delete(self, ids):
         "Delete by id; what is not there is no fault"
-        for i in range(0, len(ids), 5000): self._try(self._drop, ids[i:i+5000])
+        for i in range(0, len(ids), 5000):
+            self._try(self._drop, ids[i : i + 5000])
+
     def search(self, question, k=4, where=None):
         "[(Document, similarity)], the nearest first; `where` names metadata: {'source': 'a.md'}, or a list of allowed values"
-        if not k or where and any(v == [] for v in where.values()): return []
+        if not k or where and any(v == [] for v in where.values()):
+            return []
         got = self._try(self._near, self.embeddings.embed_query(question), k, where or {})
-        return sorted(((d, min(max(float(s), 0.), 1.)) for d, s in got), key=lambda p: -p[1])
+        return sorted(((d, min(max(float(s), 0.0), 1.0)) for d, s in got), key=lambda p: -p[1])
+
     def _try(self, f, *args):
-        try: return f(*args)
-        except LlamaZhError: raise
+        try:
+            return f(*args)
+        except LlamaZhError:
+            raise
         except Exception as e:
             say = ' '.join(str(e).split())[:200]
-            if 'dimension' in say.lower(): raise LlamaZhError(f'the store {self.where} holds vectors of another embedding ({say}): name another collection, or build the index again') from None
-            raise LlamaZhError(f'the store {self.where} failed ({type(e).__name__}: {say}): is it running, and is the address right?') from None
+            if 'dimension' in say.lower():
+                raise LlamaZhError(
+                    f'the store {self.where} holds vectors of another embedding ({say}): name another collection, or build the index again'
+                ) from None
+            raise LlamaZhError(
+                f'the store {self.where} failed ({type(e).__name__}: {say}): is it running, and is the address right?'
+            ) from None
+
     @contextlib.contextmanager
     def closing(self):
         "Closed at the end of a `with` block"
-        try: yield self
-        finally: self.close()
-    def __len__(self): return self._try(self._count)
-    def __repr__(self): return f'{type(self).__name__}({self.where}: {len(self):,} texts)'
+        try:
+            yield self
+        finally:
+            self.close()
+
+    def __len__(self):
+        return self._try(self._count)
+
+    def __repr__(self):
+        return f'{type(self).__name__}({self.where}: {len(self):,} texts)'
 
 # %% ../../nbs/documents/stores.ipynb #570e0023
 def _quiet(module, extra='rag'):
@@ -77,59 +133,159 @@ def _quiet(module, extra='rag'):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return need(module, extra)
+
+
 class ChromaVectors(Vectors):
     "Vectors in Chroma"
-    def _put(self, ids, texts, metas, vectors): self.lc._collection.upsert(ids, [list(map(float, v)) for v in vectors] if isinstance(vectors, list) else vectors, metas, texts)
-    def _drop(self, ids): self.lc._collection.delete(ids)
-    def _count(self): return self.lc._collection.count()
-    def have(self, ids): return set(self._try(lambda: self.lc._collection.get(ids=list(ids), include=[])['ids'])) if ids else set()
+
+    def _put(self, ids, texts, metas, vectors):
+        self.lc._collection.upsert(
+            ids,
+            [list(map(float, v)) for v in vectors] if isinstance(vectors, list) else vectors,
+            metas,
+            texts,
+        )
+
+    def _drop(self, ids):
+        self.lc._collection.delete(ids)
+
+    def _count(self):
+        return self.lc._collection.count()
+
+    def have(self, ids):
+        return (
+            set(self._try(lambda: self.lc._collection.get(ids=list(ids), include=[])['ids']))
+            if ids
+            else set()
+        )
+
     def _near(self, vector, k, where):
-        tests = [{a: {'$in': list(b)} if isinstance(b, (list, tuple, set)) else b} for a, b in where.items()]
-        found = self.lc.similarity_search_by_vector_with_relevance_scores(vector, k=min(k, max(self._count(), 1)), filter=({'$and': tests} if len(tests) > 1 else tests[0]) if tests else None)
+        tests = [
+            {a: {'$in': list(b)} if isinstance(b, (list, tuple, set)) else b}
+            for a, b in where.items()
+        ]
+        found = self.lc.similarity_search_by_vector_with_relevance_scores(
+            vector,
+            k=min(k, max(self._count(), 1)),
+            filter=({'$and': tests} if len(tests) > 1 else tests[0]) if tests else None,
+        )
         return [(d, 1 - x) for d, x in found]
-    def close(self): self.client.close()
+
+    def close(self):
+        self.client.close()
+
+
 def _chroma(where, embeddings, name):
     chromadb, lc = _quiet('chromadb'), _quiet('langchain_chroma')
     settings, url = chromadb.Settings(anonymized_telemetry=False), urlsplit(str(where))
     try:
-        if url.scheme not in ('http', 'https'): client = chromadb.PersistentClient(str(where), settings=settings)
+        if url.scheme not in ('http', 'https'):
+            client = chromadb.PersistentClient(str(where), settings=settings)
         else:
             token = os.environ.get('LLAMA_ZH_STORE_TOKEN')
-            client = chromadb.HttpClient(url.hostname, url.port or (443 if url.scheme == 'https' else 8000), ssl=url.scheme == 'https', headers={'Authorization': f'Bearer {token}'} if token else None, settings=settings)
-        store = lc.Chroma(name, embedding_function=embeddings, client=client, collection_configuration={'hnsw': {'space': 'cosine'}})
+            client = chromadb.HttpClient(
+                url.hostname,
+                url.port or (443 if url.scheme == 'https' else 8000),
+                ssl=url.scheme == 'https',
+                headers={'Authorization': f'Bearer {token}'} if token else None,
+                settings=settings,
+            )
+        store = lc.Chroma(
+            name,
+            embedding_function=embeddings,
+            client=client,
+            collection_configuration={'hnsw': {'space': 'cosine'}},
+        )
     except Exception as e:
-        if url.scheme in ('http', 'https'): raise LlamaZhError(f'no Chroma server answers at {where} ({str(e)[:100]}): start one with  chroma run --host {url.hostname} --port {url.port or 8000} --path FOLDER  or leave store out') from None
-        raise LlamaZhError(f'{where} is no readable Chroma folder ({str(e)[:100]}): build the index again') from None
+        if url.scheme in ('http', 'https'):
+            raise LlamaZhError(
+                f'no Chroma server answers at {where} ({str(e)[:100]}): start one with  chroma run --host {url.hostname} --port {url.port or 8000} --path FOLDER  or leave store out'
+            ) from None
+        raise LlamaZhError(
+            f'{where} is no readable Chroma folder ({str(e)[:100]}): build the index again'
+        ) from None
     return ChromaVectors(store, client, embeddings, where)
 
 # %% ../../nbs/documents/stores.ipynb #570e0031
 class MilvusVectors(Vectors):
     "Vectors in Milvus"
+
     @property
-    def _name(self): return self.lc.collection_name
-    def _there(self): return self.client.has_collection(self._name)
+    def _name(self):
+        return self.lc.collection_name
+
+    def _there(self):
+        return self.client.has_collection(self._name)
+
     def _put(self, ids, texts, metas, vectors):
         self._drop(ids)
         self.lc.add_embeddings(texts, [list(map(float, v)) for v in vectors], metas, ids=ids)
-    def _drop(self, ids): ids and self._there() and self.client.delete(self._name, ids=list(ids))
-    def _count(self): return self.client.query(self._name, filter='', output_fields=['count(*)'])[0]['count(*)'] if self._there() else 0
-    def have(self, ids): return {x['pk'] for x in self._try(lambda: self.client.get(self._name, ids=list(ids), output_fields=['pk']))} if ids and self._there() else set()
+
+    def _drop(self, ids):
+        ids and self._there() and self.client.delete(self._name, ids=list(ids))
+
+    def _count(self):
+        return (
+            self.client.query(self._name, filter='', output_fields=['count(*)'])[0]['count(*)']
+            if self._there()
+            else 0
+        )
+
+    def have(self, ids):
+        return (
+            {
+                x['pk']
+                for x in self._try(
+                    lambda: self.client.get(self._name, ids=list(ids), output_fields=['pk'])
+                )
+            }
+            if ids and self._there()
+            else set()
+        )
+
     def _near(self, vector, k, where):
-        if not self._there(): return []
-        tests = [f"{a} in {json.dumps(list(b), ensure_ascii=False)}" if isinstance(b, (list, tuple, set)) else f'{a} == {json.dumps(b, ensure_ascii=False)}' for a, b in where.items()]
-        if bad := [a for a in where if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', a)]: raise LlamaZhError(f'{bad[0]!r} is no name of metadata that Milvus can filter by')
+        if not self._there():
+            return []
+        tests = [
+            f'{a} in {json.dumps(list(b), ensure_ascii=False)}'
+            if isinstance(b, (list, tuple, set))
+            else f'{a} == {json.dumps(b, ensure_ascii=False)}'
+            for a, b in where.items()
+        ]
+        if bad := [a for a in where if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', a)]:
+            raise LlamaZhError(f'{bad[0]!r} is no name of metadata that Milvus can filter by')
         return self.lc.similarity_search_with_score_by_vector(vector, k=k, expr=' and '.join(tests))
-    def close(self): self.client.close()
+
+    def close(self):
+        self.client.close()
+
+
 def _milvus(where, embeddings, name):
     lc, url = _quiet('langchain_milvus', 'milvus'), urlsplit(str(where))
     uri = f'http://{url.netloc}' if url.netloc else url.path
     if not url.netloc:
         _quiet('milvus_lite', 'milvus')
         Path(uri).parent.mkdir(parents=True, exist_ok=True)
-    args = dict(uri=uri) | ({'token': os.environ['LLAMA_ZH_STORE_TOKEN']} if os.environ.get('LLAMA_ZH_STORE_TOKEN') else {})
+    args = dict(uri=uri) | (
+        {'token': os.environ['LLAMA_ZH_STORE_TOKEN']}
+        if os.environ.get('LLAMA_ZH_STORE_TOKEN')
+        else {}
+    )
     index = dict(metric_type='COSINE', index_type='AUTOINDEX' if url.netloc else 'FLAT')
-    try: store = lc.Milvus(embeddings, collection_name=re.sub('[^A-Za-z0-9_]', '_', name), connection_args=args, index_params=index, auto_id=False, enable_dynamic_field=True, consistency_level='Strong')
-    except Exception as e: raise LlamaZhError(f'no Milvus answers at {where} ({" ".join(str(e).split())[:100]}): is it running, and is the address right?') from None
+    try:
+        store = lc.Milvus(
+            embeddings,
+            collection_name=re.sub('[^A-Za-z0-9_]', '_', name),
+            connection_args=args,
+            index_params=index,
+            auto_id=False,
+            enable_dynamic_field=True,
+            consistency_level='Strong',
+        )
+    except Exception as e:
+        raise LlamaZhError(
+            f'no Milvus answers at {where} ({" ".join(str(e).split())[:100]}): is it running, and is the address right?'
+        ) from None
     return MilvusVectors(store, store.client, embeddings, where)
 
 # %% ../../nbs/documents/stores.ipynb #570e0033
@@ -137,20 +293,36 @@ def split_store(where):
     "(address of the store, collection or None): 'http://host:port/name' -> ('http://host:port', 'name')"
     url, s = urlsplit(str(where)), str(where)
     if url.scheme in ('http', 'https') or url.scheme == 'milvus' and url.netloc:
-        try: ok = bool(url.hostname) and (url.port or True)
-        except ValueError: ok = False
-        if not ok: raise LlamaZhError(f'{where!r} is no address of a store: http://host:port, milvus://host:port or milvus:///file.db')
+        try:
+            ok = bool(url.hostname) and (url.port or True)
+        except ValueError:
+            ok = False
+        if not ok:
+            raise LlamaZhError(
+                f'{where!r} is no address of a store: http://host:port, milvus://host:port or milvus:///file.db'
+            )
         name = url.path.strip('/')
-        if name and not re.fullmatch('[A-Za-z0-9][A-Za-z0-9._-]{1,60}[A-Za-z0-9]', name): raise LlamaZhError(f'{name!r} is no name for a collection: 3 to 62 Latin letters, digits, points and dashes')
+        if name and not re.fullmatch('[A-Za-z0-9][A-Za-z0-9._-]{1,60}[A-Za-z0-9]', name):
+            raise LlamaZhError(
+                f'{name!r} is no name for a collection: 3 to 62 Latin letters, digits, points and dashes'
+            )
         return f'{url.scheme}://{url.netloc}', name or None
-    if url.scheme == 'milvus' and url.path.strip('/'): return s, None
-    if '://' in s or url.scheme == 'milvus': raise LlamaZhError(f'{where!r} is no address of a store: http://host:port, milvus://host:port or milvus:///file.db')
+    if url.scheme == 'milvus' and url.path.strip('/'):
+        return s, None
+    if '://' in s or url.scheme == 'milvus':
+        raise LlamaZhError(
+            f'{where!r} is no address of a store: http://host:port, milvus://host:port or milvus:///file.db'
+        )
     return s, None
+
+
 def open_store(
-    where,             # folder, 'http://host:port', 'milvus://host:port', 'milvus:///file.db'
-    embedding='lexical', # see `get_embeddings`
+    where,  # folder, 'http://host:port', 'milvus://host:port', 'milvus:///file.db'
+    embedding='lexical',  # see `get_embeddings`
     name='documents',  # collection, where the address names none
-)->Vectors:
+) -> Vectors:
     "Open a store, or make it"
     address, given = split_store(where)
-    return (_milvus if address.startswith('milvus:') else _chroma)(address, get_embeddings(embedding), given or name)
+    return (_milvus if address.startswith('milvus:') else _chroma)(
+        address, get_embeddings(embedding), given or name
+    )

@@ -6,9 +6,11 @@
 __all__ = ['strides', 'Strided', 'strided', 'BitsTable', 'mostly_chinese', 'compare_bits']
 
 # %% ../../nbs/evals/bits.ipynb #197d5122
-import html, math
+import html
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+
 from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, need, write_json
 from ..core.machine import progress
@@ -16,13 +18,16 @@ from .measure import Bits, _batch, _nats, encode_texts
 
 # %% ../../nbs/evals/bits.ipynb #c3762453
 def strides(
-    n:int,      # tokens of a document, without BOS
-    window:int, # the longest input, with BOS
-    stride:int, # tokens counted in each window after the first
-): # yields (start, end, first): tokens start:end go in, first:end are counted
+    n: int,  # tokens of a document, without BOS
+    window: int,  # the longest input, with BOS
+    stride: int,  # tokens counted in each window after the first
+):  # yields (start, end, first): tokens start:end go in, first:end are counted
     "Cut a document so that each token is counted exactly once, with at least `window - stride - 1` tokens before it where there are so many"
     room = window - 1
-    if room < 2 or not 1 <= stride <= room: raise LlamaZhError(f'window {window}, stride {stride}: a window has 3 tokens or more, a stride lies between 1 and window - 1')
+    if room < 2 or not 1 <= stride <= room:
+        raise LlamaZhError(
+            f'window {window}, stride {stride}: a window has 3 tokens or more, a stride lies between 1 and window - 1'
+        )
     end = min(n, room)
     yield 0, end, 0
     while end < n:
@@ -33,95 +38,209 @@ def strides(
 @dataclass(repr=False)
 class Strided(Bits):
     "`Bits` with the costs of each document, so that the figures have intervals"
-    docs:list = field(default_factory=list)   # (nats, characters, bytes) of each document
-    window:int = 0
-    stride:int = 0
+
+    docs: list = field(default_factory=list)  # (nats, characters, bytes) of each document
+    window: int = 0
+    stride: int = 0
+
     def interval(self, unit='chars'):
         "95 % interval of bits per character (`unit='bytes'`: per byte): a ratio estimated from its documents"
         k, n = (1 if unit == 'chars' else 2), len(self.docs)
         value, total = (self.bpc if unit == 'chars' else self.bpb), sum(d[k] for d in self.docs)
-        if n < 2: return None
-        var = sum((d[0]/math.log(2) - value*d[k])**2 for d in self.docs)*n/(n - 1)
-        return value - 1.96*math.sqrt(var)/total, value + 1.96*math.sqrt(var)/total
-    def to_dict(self): return dict(super().to_dict(), documents=len(self.docs), docs=self.docs, window=self.window, stride=self.stride, bpc_interval=self.interval(), bpb_interval=self.interval('bytes'))
+        if n < 2:
+            return None
+        var = sum((d[0] / math.log(2) - value * d[k]) ** 2 for d in self.docs) * n / (n - 1)
+        return value - 1.96 * math.sqrt(var) / total, value + 1.96 * math.sqrt(var) / total
+
+    def to_dict(self):
+        return dict(
+            super().to_dict(),
+            documents=len(self.docs),
+            docs=self.docs,
+            window=self.window,
+            stride=self.stride,
+            bpc_interval=self.interval(),
+            bpb_interval=self.interval('bytes'),
+        )
 
 # %% ../../nbs/evals/bits.ipynb #e4b748b8
 def strided(
-    model, tokenizer,
-    texts,            # str or list of str; each is a document of its own
-    window:int=None,  # longest input with BOS; None: the model's reach, at most 2,048
-    stride:int=None,  # None: half the window
-    batch:int=None,   # windows in a forward pass
-)->Strided:
+    model,
+    tokenizer,
+    texts,  # str or list of str; each is a document of its own
+    window: int = None,  # longest input with BOS; None: the model's reach, at most 2,048
+    stride: int = None,  # None: half the window
+    batch: int = None,  # windows in a forward pass
+) -> Strided:
     "Bits of `texts` in strided windows that never cross a document's border"
-    torch, texts = need('torch', 'train'), [t for t in ([texts] if isinstance(texts, str) else texts) if t]
-    if not texts: raise LlamaZhError('no text to measure on: every text was empty')
+    torch, texts = (
+        need('torch', 'train'),
+        [t for t in ([texts] if isinstance(texts, str) else texts) if t],
+    )
+    if not texts:
+        raise LlamaZhError('no text to measure on: every text was empty')
     window = window or min(getattr(model.config, 'max_position_embeddings', None) or 2048, 2048)
-    stride, bos = stride or max(1, (window - 1)//2), tokenizer.bos_token_id
-    if (reach := getattr(model.config, 'max_position_embeddings', None)) and window > reach: raise LlamaZhError(f'window {window:,}: the model reaches {reach:,} tokens')
+    stride, bos = stride or max(1, (window - 1) // 2), tokenizer.bos_token_id
+    if (reach := getattr(model.config, 'max_position_embeddings', None)) and window > reach:
+        raise LlamaZhError(f'window {window:,}: the model reaches {reach:,} tokens')
     ids = encode_texts(tokenizer, texts)
-    rows = sorted(((d, ([bos] + list(x[s:e]), f - s)) for d,x in enumerate(ids) for s,e,f in strides(len(x), window, stride)), key=lambda r: len(r[1][0]))
-    nats, batch = [0.]*len(texts), batch or _batch(model, 8, 32)
+    rows = sorted(
+        (
+            (d, ([bos] + list(x[s:e]), f - s))
+            for d, x in enumerate(ids)
+            for s, e, f in strides(len(x), window, stride)
+        ),
+        key=lambda r: len(r[1][0]),
+    )
+    nats, batch = [0.0] * len(texts), batch or _batch(model, 8, 32)
     with torch.inference_mode():
         for i in progress(range(0, len(rows), batch), 'bits'):
-            for (d, _), v in zip(rows[i:i+batch], _nats(model, [x for _,x in rows[i:i+batch]], bos)): nats[d] += v
-    if not all(map(math.isfinite, nats)): raise LlamaZhError('the model gives NaN or infinite probabilities: its weights are damaged, or float16 overflowed (use bfloat16 or float32)')
-    docs = [(v, len(t), len(t.encode('utf-8', 'surrogatepass'))) for v,t in zip(nats, texts)]
-    return Strided(math.fsum(nats), sum(d[1] for d in docs), sum(d[2] for d in docs), sum(map(len, ids)), docs, window, stride)
+            for (d, _), v in zip(
+                rows[i : i + batch], _nats(model, [x for _, x in rows[i : i + batch]], bos)
+            ):
+                nats[d] += v
+    if not all(map(math.isfinite, nats)):
+        raise LlamaZhError(
+            'the model gives NaN or infinite probabilities: its weights are damaged, or float16 overflowed (use bfloat16 or float32)'
+        )
+    docs = [(v, len(t), len(t.encode('utf-8', 'surrogatepass'))) for v, t in zip(nats, texts)]
+    return Strided(
+        math.fsum(nats),
+        sum(d[1] for d in docs),
+        sum(d[2] for d in docs),
+        sum(map(len, ids)),
+        docs,
+        window,
+        stride,
+    )
 
 # %% ../../nbs/evals/bits.ipynb #04a3848b
 class BitsTable:
     "`rows` of model, text, and what `Strided.to_dict` holds; `base` is the first model"
-    def __init__(self, rows): self.rows = rows
+
+    def __init__(self, rows):
+        self.rows = rows
+
     models = property(lambda self: list(dict.fromkeys(r['model'] for r in self.rows)))
     texts = property(lambda self: list(dict.fromkeys(r['text'] for r in self.rows)))
-    def get(self, model, text): return next((r for r in self.rows if r['model'] == model and r['text'] == text), None)
+
+    def get(self, model, text):
+        return next((r for r in self.rows if r['model'] == model and r['text'] == text), None)
+
     def change(self, model, text, of=None):
         "Relative change of the unit's bits against model `of` (None: the first); above 0 is worse"
         a, b = self.get(of or self.models[0], text), self.get(model, text)
-        return b[b['unit']]/a[a['unit']] - 1 if a and b else None
+        return b[b['unit']] / a[a['unit']] - 1 if a and b else None
+
     def difference(self, model, text, of=None):
         "(relative change, low, high): paired over the documents, so that easy and hard ones cancel"
         a, b = self.get(of or self.models[0], text), self.get(model, text)
-        size = [d[1 if a['unit'] == 'bpc' else 2] for d in a['docs']]; n, total = len(size), sum(size)
-        gap = [(y[0] - x[0])/math.log(2) for x,y in zip(a['docs'], b['docs'])]
-        mean = sum(gap)/total
-        half = 1.96*math.sqrt(sum((g - mean*z)**2 for g,z in zip(gap, size))*n/max(n - 1, 1))/total if n > 1 else math.inf
-        return tuple(v/a[a['unit']] for v in (mean, mean - half, mean + half))
-    def lines(self): return [dict(task=f"{r['text']}, bits per {'character' if r['unit'] == 'bpc' else 'byte'}", metric=r['unit'], model=r['model'], value=r[r['unit']], lo=(r[r['unit'] + '_interval'] or [None]*2)[0],
-                                  hi=(r[r['unit'] + '_interval'] or [None]*2)[1], n=r['documents'], chance=None, lang='zh' if r['unit'] == 'bpc' else 'en', lower=True) for r in self.rows]
-    def to_dict(self): return dict(rows=self.rows)
-    def save(self, path): return write_json(path, self.to_dict())
+        size = [d[1 if a['unit'] == 'bpc' else 2] for d in a['docs']]
+        n, total = len(size), sum(size)
+        gap = [(y[0] - x[0]) / math.log(2) for x, y in zip(a['docs'], b['docs'])]
+        mean = sum(gap) / total
+        half = (
+            1.96
+            * math.sqrt(sum((g - mean * z) ** 2 for g, z in zip(gap, size)) * n / max(n - 1, 1))
+            / total
+            if n > 1
+            else math.inf
+        )
+        return tuple(v / a[a['unit']] for v in (mean, mean - half, mean + half))
+
+    def lines(self):
+        return [
+            dict(
+                task=f'{r["text"]}, bits per {"character" if r["unit"] == "bpc" else "byte"}',
+                metric=r['unit'],
+                model=r['model'],
+                value=r[r['unit']],
+                lo=(r[r['unit'] + '_interval'] or [None] * 2)[0],
+                hi=(r[r['unit'] + '_interval'] or [None] * 2)[1],
+                n=r['documents'],
+                chance=None,
+                lang='zh' if r['unit'] == 'bpc' else 'en',
+                lower=True,
+            )
+            for r in self.rows
+        ]
+
+    def to_dict(self):
+        return dict(rows=self.rows)
+
+    def save(self, path):
+        return write_json(path, self.to_dict())
+
     def _cells(self, m, t):
         x = self.get(m, t)
-        if not x: return ['–']*4
+        if not x:
+            return ['–'] * 4
         iv, (c, lo, hi) = x[x['unit'] + '_interval'], self.difference(m, t)
-        return [f"{x[x['unit']]:.3f}" + (f' ± {iv[1] - x[x["unit"]]:.3f}' if iv else ''), '' if m == self.models[0] else f'{c:+.1%} ({lo:+.1%} to {hi:+.1%})', f"{x['ppl']:,.2f}", f"{x['chars']/max(x['tokens'], 1):.2f}"]
-    def __repr__(self): return '\n'.join(f'{m:<12} {t:<4} ' + '  '.join(self._cells(m, t)) for m in self.models for t in self.texts)
+        return [
+            f'{x[x["unit"]]:.3f}' + (f' ± {iv[1] - x[x["unit"]]:.3f}' if iv else ''),
+            '' if m == self.models[0] else f'{c:+.1%} ({lo:+.1%} to {hi:+.1%})',
+            f'{x["ppl"]:,.2f}',
+            f'{x["chars"] / max(x["tokens"], 1):.2f}',
+        ]
+
+    def __repr__(self):
+        return '\n'.join(
+            f'{m:<12} {t:<4} ' + '  '.join(self._cells(m, t))
+            for m in self.models
+            for t in self.texts
+        )
+
     def _repr_html_(self):
-        unit = lambda t: 'bits per character' if next(r['unit'] for r in self.rows if r['text'] == t) == 'bpc' else 'bits per byte'
-        head = ''.join(f'<th>{html.escape(t)}: {unit(t)}</th><th>change</th><th>perplexity</th><th>characters per token</th>' for t in self.texts)
-        body = ''.join(f'<tr><td>{html.escape(m)}</td>' + ''.join(f'<td>{c}</td>' for t in self.texts for c in self._cells(m, t)) + '</tr>' for m in self.models)
+        unit = lambda t: (
+            'bits per character'
+            if next(r['unit'] for r in self.rows if r['text'] == t) == 'bpc'
+            else 'bits per byte'
+        )
+        head = ''.join(
+            f'<th>{html.escape(t)}: {unit(t)}</th><th>change</th><th>perplexity</th><th>characters per token</th>'
+            for t in self.texts
+        )
+        body = ''.join(
+            f'<tr><td>{html.escape(m)}</td>'
+            + ''.join(f'<td>{c}</td>' for t in self.texts for c in self._cells(m, t))
+            + '</tr>'
+            for m in self.models
+        )
         return f'<table><tr><th></th>{head}</tr>{body}</table><p>Lower is better; ± is half a 95 % interval over documents, wide where documents differ; the interval of a change is paired and narrower. Perplexity is per token: not comparable between vocabularies, bits are.</p>'
 
 # %% ../../nbs/evals/bits.ipynb #e2227bd5
 def mostly_chinese(
-    texts:list, # of str
-)->bool:
+    texts: list,  # of str
+) -> bool:
     "More than a fifth of the letters are Chinese"
     s = ''.join(c for t in texts[:50] for c in t[:1000] if not c.isspace())
-    return sum('\u3400' <= c <= '\u9fff' for c in s) > len(s)/5
+    return sum('\u3400' <= c <= '\u9fff' for c in s) > len(s) / 5
+
+
 def compare_bits(
-    models,           # folders, or {name: folder or (model, tokenizer)}
-    texts,            # {name: texts}; Chinese is counted by character, other text by byte
-    window:int=None, stride:int=None, batch:int=None, device='auto', dtype=None,
-)->BitsTable:
+    models,  # folders, or {name: folder or (model, tokenizer)}
+    texts,  # {name: texts}; Chinese is counted by character, other text by byte
+    window: int = None,
+    stride: int = None,
+    batch: int = None,
+    device='auto',
+    dtype=None,
+) -> BitsTable:
     "The same texts through several models, with their own vocabularies"
     models = models if isinstance(models, dict) else {Path(m).resolve().name: m for m in models}
-    texts = {k: v for k,v in texts.items() if v}
-    if not models or not texts: raise LlamaZhError('nothing to compare: at least one model and one text are needed')
+    texts = {k: v for k, v in texts.items() if v}
+    if not models or not texts:
+        raise LlamaZhError('nothing to compare: at least one model and one text are needed')
     rows = []
     for name, m in models.items():
         model, tok = m if isinstance(m, tuple) else load(m, device, dtype)
-        rows += [dict(model=name, text=k, unit='bpc' if mostly_chinese(v) else 'bpb', **strided(model, tok, v, window, stride, batch).to_dict()) for k,v in texts.items()]
+        rows += [
+            dict(
+                model=name,
+                text=k,
+                unit='bpc' if mostly_chinese(v) else 'bpb',
+                **strided(model, tok, v, window, stride, batch).to_dict(),
+            )
+            for k, v in texts.items()
+        ]
     return BitsTable(rows)

@@ -7,9 +7,14 @@ __all__ = ['SPELLINGS', 'FORMS', 'WAYS', 'BLANK', 'letter_ids', 'prompt_text', '
            'option_logprobs', 'Result', 'evaluate']
 
 # %% ../../nbs/evals/choice.ipynb #56f47365
-import hashlib, html, json, math, re
+import hashlib
+import html
+import json
+import math
+import re
 from itertools import accumulate
 from pathlib import Path
+
 from ..checkpoint.folder import fingerprint, load, tokenizer_hash
 from ..core.errors import LlamaZhError, need, read_json, write_json
 from ..core.machine import progress
@@ -19,293 +24,581 @@ from ..text.templates import encode_chats, find_template, get_template
 
 # %% ../../nbs/evals/choice.ipynb #b2be6e94
 SPELLINGS = ('both', 'bare', 'space')
+
+
 def letter_ids(
     tokenizer,
-    n:int=4,            # letters
-    spelling:str='both', # 'both', 'bare' (`A`) or 'space' (`▁A`)
-)->list: # one row of ids for each spelling
+    n: int = 4,  # letters
+    spelling: str = 'both',  # 'both', 'bare' (`A`) or 'space' (`▁A`)
+) -> list:  # one row of ids for each spelling
     "The pieces that spell the letters"
-    if spelling not in SPELLINGS: raise LlamaZhError(f'unknown spelling {spelling!r}: use {", ".join(SPELLINGS)}')
+    if spelling not in SPELLINGS:
+        raise LlamaZhError(f'unknown spelling {spelling!r}: use {", ".join(SPELLINGS)}')
     nl = encode_texts(tokenizer, ['\n'])[0]
+
     def one(prefix, l):
         ids = encode_texts(tokenizer, [f'\n{prefix}{l}'])[0]
-        return ids[len(nl)] if ids[:len(nl)] == nl and len(ids) == len(nl) + 1 else None
-    rows = {k: [one(p, l) for l in LETTERS[:n]] for k,p in (('bare', ''), ('space', ' ')) if spelling in ('both', k)}
+        return ids[len(nl)] if ids[: len(nl)] == nl and len(ids) == len(nl) + 1 else None
+
+    rows = {
+        k: [one(p, l) for l in LETTERS[:n]]
+        for k, p in (('bare', ''), ('space', ' '))
+        if spelling in ('both', k)
+    }
     rows = [v for v in rows.values() if None not in v]
-    if not rows: raise LlamaZhError(f'the letters {LETTERS[:n]} are not single pieces of this tokenizer (spelling {spelling}): use by="text", which compares whole options')
+    if not rows:
+        raise LlamaZhError(
+            f'the letters {LETTERS[:n]} are not single pieces of this tokenizer (spelling {spelling}): use by="text", which compares whole options'
+        )
     return rows
 
 # %% ../../nbs/evals/choice.ipynb #a4f26d81
 FORMS, WAYS, BLANK = ('base', 'chat'), ('letter', 'text'), re.compile('_{2,}|＿{2,}')
+
+
 def prompt_text(
-    task:Task, q,       # a task and one of its questions
-    examples=(),        # Questions shown with their answers
-    by:str='letter',    # see `evaluate`
-)->tuple: # (what is common to the subject, what is not)
+    task: Task,
+    q,  # a task and one of its questions
+    examples=(),  # Questions shown with their answers
+    by: str = 'letter',  # see `evaluate`
+) -> tuple:  # (what is common to the subject, what is not)
     "The prompt of a question, cut where the question begins"
     style = STYLES[task.style]
-    if by == 'letter': return task.intro(q.subject) + ''.join(ask_text(style, e, True) for e in examples), ask_text(style, q)
+    if by == 'letter':
+        return task.intro(q.subject) + ''.join(
+            ask_text(style, e, True) for e in examples
+        ), ask_text(style, q)
     head = ''.join(fill_text(task, e, e.options[e.answer]) + '\n\n' for e in examples)
     return head, fill_text(task, q, None)
+
+
 def fill_text(task, q, option):
     "The question with `option` in its blank, or behind it; None: what stands before the option"
     passage = q.passage + '\n' if q.passage else ''
     if m := BLANK.search(q.question):
-        before, after = passage + q.question[:m.start()], q.question[m.end():]
+        before, after = passage + q.question[: m.start()], q.question[m.end() :]
         return before if option is None else before + option + after
     ask = passage + q.question + ('\n答案：' if task.lang == 'zh' else '\nAnswer: ')
     return ask if option is None else ask + option
 
 # %% ../../nbs/evals/choice.ipynb #8d147cfd
 def common(
-    rows:list, # of lists of ids
-)->int:
+    rows: list,  # of lists of ids
+) -> int:
     "How many ids all rows share at their beginning"
     a, b = min(rows), max(rows)
-    return next((i for i,(x,y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 def _encode(tok, texts, form, template, system, answers=None):
     "Ids of prompts: plain text after BOS, or a user message (with `answers` behind it) in the template"
-    if form == 'base': return [[tok.bos_token_id] + ids for ids in encode_texts(tok, [t + (a or '') for t,a in zip(texts, answers or [None]*len(texts))])]
+    if form == 'base':
+        return [
+            [tok.bos_token_id] + ids
+            for ids in encode_texts(
+                tok, [t + (a or '') for t, a in zip(texts, answers or [None] * len(texts))]
+            )
+        ]
     users = [[dict(role='user', content=t)] for t in texts]
-    if answers is None: return [e.ids for e in encode_chats(template, tok, users, True, system)]
-    chats = [u + [dict(role='assistant', content=a)] for u,a in zip(users, answers)]
-    return [e.ids[:max(i for i,m in enumerate(e.mask) if m)] for e in encode_chats(template, tok, chats, False, system)]   # without EOS
+    if answers is None:
+        return [e.ids for e in encode_chats(template, tok, users, True, system)]
+    chats = [u + [dict(role='assistant', content=a)] for u, a in zip(users, answers)]
+    return [
+        e.ids[: max(i for i, m in enumerate(e.mask) if m)]
+        for e in encode_chats(template, tok, chats, False, system)
+    ]  # without EOS
+
+
 def _cut(ids, max_len):
     "The middle out of what is too long"
-    return ids if len(ids) <= max_len else ids[:max_len//2] + ids[len(ids) - (max_len - max_len//2):]
+    return (
+        ids
+        if len(ids) <= max_len
+        else ids[: max_len // 2] + ids[len(ids) - (max_len - max_len // 2) :]
+    )
 
 # %% ../../nbs/evals/choice.ipynb #4dc56c03
 def _read(model, ids):
     "Keys and values of a beginning, one pair a layer"
     torch = need('torch', 'train')
-    out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1)
+    out = model(
+        input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1
+    )
     return [kv[:2] for kv in out.past_key_values]
+
+
 def _forest(model, kv, P, segments, keep):
     "Log-probabilities at the places `keep` of a row of `segments` (ids, parent): each sees the beginning, its parent and itself"
     torch, dev = need('torch', 'train'), model.device
-    size = [len(ids) for ids,_ in segments]
+    size = [len(ids) for ids, _ in segments]
     own = torch.repeat_interleave(torch.arange(len(size)), torch.tensor(size))
-    parent = torch.tensor([-1 if p is None else p for _,p in segments])
+    parent = torch.tensor([-1 if p is None else p for _, p in segments])
     at = torch.cat([torch.arange(n) for n in size])
-    depth = torch.tensor([0 if p is None else size[p] for _,p in segments])
-    sees = ((own[:,None] == own[None]) & (at[:,None] >= at[None])) | (parent[own][:,None] == own[None])
+    depth = torch.tensor([0 if p is None else size[p] for _, p in segments])
+    sees = ((own[:, None] == own[None]) & (at[:, None] >= at[None])) | (
+        parent[own][:, None] == own[None]
+    )
     sees = torch.cat([torch.ones(len(own), P, dtype=torch.bool), sees], 1).to(dev)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    mask = torch.zeros(sees.shape, dtype=dtype, device=dev).masked_fill_(~sees, torch.finfo(dtype).min)[None,None]
-    x = torch.tensor([[i for ids,_ in segments for i in ids]], device=dev)
+    mask = torch.zeros(sees.shape, dtype=dtype, device=dev).masked_fill_(
+        ~sees, torch.finfo(dtype).min
+    )[None, None]
+    x = torch.tensor([[i for ids, _ in segments for i in ids]], device=dev)
     cache = need('transformers', 'train').DynamicCache(kv) if kv else None
-    out = model(input_ids=x, attention_mask=mask, position_ids=(P + depth[own] + at)[None].to(dev), past_key_values=cache, use_cache=bool(kv), logits_to_keep=torch.tensor(keep, device=dev))
+    out = model(
+        input_ids=x,
+        attention_mask=mask,
+        position_ids=(P + depth[own] + at)[None].to(dev),
+        past_key_values=cache,
+        use_cache=bool(kv),
+        logits_to_keep=torch.tensor(keep, device=dev),
+    )
     return out.logits[0].float().log_softmax(-1)
+
+
 def _batches(sizes, budget):
     "Places in rows of at most `budget` tokens, or one that is longer, those of like length together"
     out, room = [], 0
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
-        if sizes[i] > room: out.append([]); room = budget
-        out[-1].append(i); room -= sizes[i]
+        if sizes[i] > room:
+            out.append([])
+            room = budget
+        out[-1].append(i)
+        room -= sizes[i]
     return out
-def _budget(model, budget): return budget or (384 if sum(p.numel() for p in model.parameters()) < 2e8 else 2048)
+
+
+def _budget(model, budget):
+    return budget or (384 if sum(p.numel() for p in model.parameters()) < 2e8 else 2048)
+
+
 def next_logits(
     model,
-    prompts:list,       # lists of ids
-    keep:list,          # ids whose log-probabilities are wanted
-    budget:int=None,    # tokens of a row behind the shared beginning; None: 384, and 2,048 for large models
-): # yields (place in `prompts`, [log-probability, ...])
+    prompts: list,  # lists of ids
+    keep: list,  # ids whose log-probabilities are wanted
+    budget: int = None,  # tokens of a row behind the shared beginning; None: 384, and 2,048 for large models
+):  # yields (place in `prompts`, [log-probability, ...])
     "What comes after each prompt, their common beginning read once"
     P = min(common(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
     kv = _read(model, prompts[0][:P]) if P else None
     for idx in _batches([len(p) - P for p in prompts], _budget(model, budget)):
         ends = list(accumulate(len(prompts[i]) - P for i in idx))
         lp = _forest(model, kv, P, [(prompts[i][P:], None) for i in idx], [e - 1 for e in ends])
-        yield from zip(idx, lp[:,keep].tolist())
+        yield from zip(idx, lp[:, keep].tolist())
 
 # %% ../../nbs/evals/choice.ipynb #eecc1a7e
 def option_logprobs(
     model,
-    texts:list,        # for each question a list of ids for each option: the whole text
-    budget:int=None,   # see `next_logits`
-): # yields (place in `texts`, [log-probability from the first token that differs, ...])
+    texts: list,  # for each question a list of ids for each option: the whole text
+    budget: int = None,  # see `next_logits`
+):  # yields (place in `texts`, [log-probability from the first token that differs, ...])
     "How likely each option makes its text; question and subject are read once"
-    stems = [t[0][:min(common(t), min(map(len, t)) - 1)] for t in texts]
-    ends = [[x[len(s):] for x in t] for s,t in zip(stems, texts)]
+    stems = [t[0][: min(common(t), min(map(len, t)) - 1)] for t in texts]
+    ends = [[x[len(s) :] for x in t] for s, t in zip(stems, texts)]
     P = min(common(stems), min(map(len, stems)) - 1) if len(stems) > 1 else 0
     kv = _read(model, stems[0][:P]) if P else None
-    for idx in _batches([len(s) - P + sum(len(e) - 1 for e in es) for s,es in zip(stems, ends)], _budget(model, budget)):
+    for idx in _batches(
+        [len(s) - P + sum(len(e) - 1 for e in es) for s, es in zip(stems, ends)],
+        _budget(model, budget),
+    ):
         yield from _one_row(model, kv, P, idx, stems, ends)
+
+
 def _one_row(model, kv, P, idx, stems, ends):
     "The scores of the options of some questions"
-    segments, jobs, n = [], [], 0            # a job: the places that predict an option's tokens, and the tokens
+    segments, jobs, n = (
+        [],
+        [],
+        0,
+    )  # a job: the places that predict an option's tokens, and the tokens
     for i in idx:
         me, last = len(segments), n + len(stems[i]) - P - 1
-        segments.append((stems[i][P:], None)); n = last + 1
+        segments.append((stems[i][P:], None))
+        n = last + 1
         for e in ends[i]:
-            if len(e) > 1: segments.append((e[:-1], me))
-            jobs.append(([last, *range(n, n + len(e) - 1)], e)); n += len(e) - 1
-    places = sorted({p for ps,_ in jobs for p in ps}); row = {p: k for k,p in enumerate(places)}
+            if len(e) > 1:
+                segments.append((e[:-1], me))
+            jobs.append(([last, *range(n, n + len(e) - 1)], e))
+            n += len(e) - 1
+    places = sorted({p for ps, _ in jobs for p in ps})
+    row = {p: k for k, p in enumerate(places)}
     lp = _forest(model, kv, P, segments, places)
-    scores = iter([lp[[row[p] for p in ps], e].double().sum().item() for ps,e in jobs])
+    scores = iter([lp[[row[p] for p in ps], e].double().sum().item() for ps, e in jobs])
     return [(i, [next(scores) for _ in ends[i]]) for i in idx]
 
 # %% ../../nbs/evals/choice.ipynb #33143bb8
 class Result:
     "A measured task: `settings`, `rows`, `heads` (the common beginnings of the prompts), `seconds`"
-    def __init__(self, settings, rows, heads=None, seconds=0.): self.settings, self.rows, self.heads, self.seconds = settings, rows, heads or {}, seconds
+
+    def __init__(self, settings, rows, heads=None, seconds=0.0):
+        self.settings, self.rows, self.heads, self.seconds = settings, rows, heads or {}, seconds
+
     task = property(lambda self: self.settings['task'])
     model = property(lambda self: self.settings['model'])
-    name = property(lambda self: f"{self.task}, {self.settings['shots']}-shot, {self.settings['form']}, by {self.settings['by']}")
+    name = property(
+        lambda self: (
+            f'{self.task}, {self.settings["shots"]}-shot, {self.settings["form"]}, by {self.settings["by"]}'
+        )
+    )
+
     @staticmethod
     def _count(rows):
         k, n = sum(x['right'] for x in rows), len(rows)
         lo, hi = wilson(k, n)
-        return dict(right=k, n=n, share=round(k/max(n, 1), 4), lo=round(lo, 4), hi=round(hi, 4))
-    def by(self, key='subject')->dict: # key: 'subject' or 'group'
+        return dict(right=k, n=n, share=round(k / max(n, 1), 4), lo=round(lo, 4), hi=round(hi, 4))
+
+    def by(self, key='subject') -> dict:  # key: 'subject' or 'group'
         "{subject or group: {'right','n','share','lo','hi'}}"
         out = {}
         for x in self.rows:
-            for k in ([x['subject']] if key == 'subject' else x.get('groups') or []): out.setdefault(k, []).append(x)
-        return {k: self._count(v) for k,v in out.items()}
+            for k in [x['subject']] if key == 'subject' else x.get('groups') or []:
+                out.setdefault(k, []).append(x)
+        return {k: self._count(v) for k, v in out.items()}
+
     @property
-    def micro(self): return self._count(self.rows)
+    def micro(self):
+        return self._count(self.rows)
+
     @property
     def macro(self):
         "Mean over subjects; its interval from the subjects' variances (Agresti and Coull's shares, so that none is 0)"
         s = list(self.by().values())
-        m = sum(c['right']/c['n'] for c in s)/max(len(s), 1)
-        p = [((c['right'] + 2)/(c['n'] + 4), c['n'] + 4) for c in s]
-        w = 1.96*math.sqrt(sum(a*(1 - a)/n for a,n in p))/max(len(s), 1)
-        return dict(share=round(m, 4), lo=round(max(m - w, 0), 4), hi=round(min(m + w, 1), 4), n=len(s))
+        m = sum(c['right'] / c['n'] for c in s) / max(len(s), 1)
+        p = [((c['right'] + 2) / (c['n'] + 4), c['n'] + 4) for c in s]
+        w = 1.96 * math.sqrt(sum(a * (1 - a) / n for a, n in p)) / max(len(s), 1)
+        return dict(
+            share=round(m, 4), lo=round(max(m - w, 0), 4), hi=round(min(m + w, 1), 4), n=len(s)
+        )
+
     def line(self):
         "What a comparison needs"
         c = self.micro
-        return dict(task=self.name, metric='accuracy', model=self.model, value=c['share'], lo=c['lo'], hi=c['hi'], n=c['n'], macro=self.macro['share'], chance=self.settings.get('chance'), lang=self.settings.get('lang'))
-    def to_dict(self): return dict(settings=self.settings, micro=self.micro, macro=self.macro, subjects=self.by(), groups=self.by('group'), seconds=round(self.seconds, 2), heads=self.heads, rows=self.rows)
-    def save(self, path): return write_json(path, self.to_dict())
+        return dict(
+            task=self.name,
+            metric='accuracy',
+            model=self.model,
+            value=c['share'],
+            lo=c['lo'],
+            hi=c['hi'],
+            n=c['n'],
+            macro=self.macro['share'],
+            chance=self.settings.get('chance'),
+            lang=self.settings.get('lang'),
+        )
+
+    def to_dict(self):
+        return dict(
+            settings=self.settings,
+            micro=self.micro,
+            macro=self.macro,
+            subjects=self.by(),
+            groups=self.by('group'),
+            seconds=round(self.seconds, 2),
+            heads=self.heads,
+            rows=self.rows,
+        )
+
+    def save(self, path):
+        return write_json(path, self.to_dict())
+
     @classmethod
-    def load(cls, path): d = read_json(path); return cls(d['settings'], d['rows'], d['heads'], d.get('seconds', 0.))
+    def load(cls, path):
+        d = read_json(path)
+        return cls(d['settings'], d['rows'], d['heads'], d.get('seconds', 0.0))
+
     def _table(self):
-        out = [(k, c) for key in ('subject', 'group') for k,c in self.by(key).items() if key == 'group' or len(self.by()) > 1]
-        return out + [('all questions (micro)', self.micro), ('mean of subjects (macro)', self.macro)]
-    def __repr__(self): return f"{self.model}: {self.name}\n" + '\n'.join(f"  {k:<26} {c['share']:6.1%}  ({c['lo']:.1%} to {c['hi']:.1%}, {c['n']})" for k,c in self._table())
+        out = [
+            (k, c)
+            for key in ('subject', 'group')
+            for k, c in self.by(key).items()
+            if key == 'group' or len(self.by()) > 1
+        ]
+        return out + [
+            ('all questions (micro)', self.micro),
+            ('mean of subjects (macro)', self.macro),
+        ]
+
+    def __repr__(self):
+        return f'{self.model}: {self.name}\n' + '\n'.join(
+            f'  {k:<26} {c["share"]:6.1%}  ({c["lo"]:.1%} to {c["hi"]:.1%}, {c["n"]})'
+            for k, c in self._table()
+        )
+
     def _repr_html_(self):
-        rows = ''.join(f"<tr><td>{html.escape(k)}</td><td>{c['share']:.1%}</td><td>{c['lo']:.1%} to {c['hi']:.1%}</td><td>{c['n']:,}</td></tr>" for k,c in self._table())
-        notes = [f'guessing brings {self.settings["chance"]:.0%}'] + [f'{self.settings[k]} {what}' for k,what in (('cut', 'prompts lost their middle'), ('fewer', 'had fewer examples')) if self.settings.get(k)]
-        return f"<p><b>{html.escape(self.model)}</b>: {html.escape(self.name)}; {'; '.join(notes)}</p><table><tr><th></th><th>right</th><th>95 % interval</th><th>n</th></tr>{rows}</table>"
+        rows = ''.join(
+            f'<tr><td>{html.escape(k)}</td><td>{c["share"]:.1%}</td><td>{c["lo"]:.1%} to {c["hi"]:.1%}</td><td>{c["n"]:,}</td></tr>'
+            for k, c in self._table()
+        )
+        notes = [f'guessing brings {self.settings["chance"]:.0%}'] + [
+            f'{self.settings[k]} {what}'
+            for k, what in (('cut', 'prompts lost their middle'), ('fewer', 'had fewer examples'))
+            if self.settings.get(k)
+        ]
+        return f'<p><b>{html.escape(self.model)}</b>: {html.escape(self.name)}; {"; ".join(notes)}</p><table><tr><th></th><th>right</th><th>95 % interval</th><th>n</th></tr>{rows}</table>'
 
 # %% ../../nbs/evals/choice.ipynb #06f2db8c
 class _Log:
     "Finished rows in a file, one JSON line each; a torn last line is dropped"
+
     def __init__(self, path, key):
         self.path, self.rows = path, {}
-        if not path: return
-        try: path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise LlamaZhError(f'cannot make the folder {path.parent} ({e.strerror}): choose another for the results') from None
+        if not path:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise LlamaZhError(
+                f'cannot make the folder {path.parent} ({e.strerror}): choose another for the results'
+            ) from None
         lines = path.read_text(encoding='utf-8').split('\n') if path.is_file() else []
         good = []
-        for l in lines[:-1]:      # the last one has no newline: torn, or empty
-            try: good.append(json.loads(l))
-            except ValueError: break
-        if good and good[0] == key: self.rows = {x['id']: x for x in good[1:]}
-        path.write_text(''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in [key, *self.rows.values()]), encoding='utf-8')
+        for l in lines[:-1]:  # the last one has no newline: torn, or empty
+            try:
+                good.append(json.loads(l))
+            except ValueError:
+                break
+        if good and good[0] == key:
+            self.rows = {x['id']: x for x in good[1:]}
+        path.write_text(
+            ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in [key, *self.rows.values()]),
+            encoding='utf-8',
+        )
+
     def add(self, row):
         self.rows[row['id']] = row
         if self.path:
-            with open(self.path, 'a', encoding='utf-8') as f: f.write(json.dumps(row, ensure_ascii=False) + '\n')
+            with open(self.path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(row, ensure_ascii=False) + '\n')
 
 # %% ../../nbs/evals/choice.ipynb #ddcfb133
 def _prompts(tok, task, qs, shots, by, form, template, system, max_len):
     "(questions' prompts as ids, examples used, whether cut): as many examples as fit for every question"
     examples, out = task.shots.get(qs[0].subject, [])[:shots], []
     if by == 'text':
-        full = lambda k: [[prompt_text(task, q, examples[:k], by)[0] + fill_text(task, q, o) for o in q.options] for q in qs]
-        if form == 'chat': enc = lambda k: [_encode(tok, [''.join(prompt_text(task, q, examples[:k], by))]*len(q.options), form, template, system, list(q.options)) for q in qs]
-        else: enc = lambda k: [_encode(tok, ts, form, template, system) for ts in full(k)]
+        full = lambda k: [
+            [prompt_text(task, q, examples[:k], by)[0] + fill_text(task, q, o) for o in q.options]
+            for q in qs
+        ]
+        if form == 'chat':
+            enc = lambda k: [
+                _encode(
+                    tok,
+                    [''.join(prompt_text(task, q, examples[:k], by))] * len(q.options),
+                    form,
+                    template,
+                    system,
+                    list(q.options),
+                )
+                for q in qs
+            ]
+        else:
+            enc = lambda k: [_encode(tok, ts, form, template, system) for ts in full(k)]
         size = lambda x: max(map(len, x))
     else:
-        enc = lambda k: _encode(tok, [''.join(prompt_text(task, q, examples[:k], by)) for q in qs], form, template, system)
+        enc = lambda k: _encode(
+            tok,
+            [''.join(prompt_text(task, q, examples[:k], by)) for q in qs],
+            form,
+            template,
+            system,
+        )
         size = len
-    ids = enc(len(examples)); used = [len(examples)]*len(qs)
+    ids = enc(len(examples))
+    used = [len(examples)] * len(qs)
     for k in reversed(range(len(examples))):
-        if all(size(x) <= max_len for x in ids): break
+        if all(size(x) <= max_len for x in ids):
+            break
         fewer = enc(k)
         for i in range(len(qs)):
-            if size(ids[i]) > max_len: ids[i], used[i] = fewer[i], k
+            if size(ids[i]) > max_len:
+                ids[i], used[i] = fewer[i], k
     cut = [size(x) > max_len for x in ids]
-    return [([_cut(y, max_len) for y in x] if by == 'text' else _cut(x, max_len)) for x in ids], used, cut
+    return (
+        [([_cut(y, max_len) for y in x] if by == 'text' else _cut(x, max_len)) for x in ids],
+        used,
+        cut,
+    )
+
+
 def _choose(model, task, qs, ids, spell, by, budget):
     "Yield (place, scores of the options)"
     if by == 'text':
-        for i,s in option_logprobs(model, ids, budget): yield i, [x/max(len(o), 1) for x,o in zip(s, qs[i].options)]
+        for i, s in option_logprobs(model, ids, budget):
+            yield i, [x / max(len(o), 1) for x, o in zip(s, qs[i].options)]
         return
     most = max(len(q.options) for q in qs)
     flat = [i for row in spell(most) for i in row]
-    for i,lp in next_logits(model, ids, flat, budget):
-        if any(map(math.isnan, lp)): yield i, [math.nan]; continue
-        rows, n = [lp[k:k+most] for k in range(0, len(lp), most)], len(qs[i].options)
-        yield i, [math.log(sum(math.exp(r[j] - max(lp)) for r in rows)) + max(lp) if max(lp) > -math.inf else -math.inf for j in range(n)]
+    for i, lp in next_logits(model, ids, flat, budget):
+        if any(map(math.isnan, lp)):
+            yield i, [math.nan]
+            continue
+        rows, n = [lp[k : k + most] for k in range(0, len(lp), most)], len(qs[i].options)
+        yield (
+            i,
+            [
+                math.log(sum(math.exp(r[j] - max(lp)) for r in rows)) + max(lp)
+                if max(lp) > -math.inf
+                else -math.inf
+                for j in range(n)
+            ],
+        )
 
 # %% ../../nbs/evals/choice.ipynb #8aec4523
 def _model_key(model, tok, folder):
-    if folder: pass; return [fingerprint(folder), tokenizer_hash(folder)]
-    return [hashlib.sha256(b''.join(p.detach().flatten()[:64].float().cpu().numpy().tobytes() for p in model.parameters())).hexdigest(), len(tok)]
+    if folder:
+        pass
+        return [fingerprint(folder), tokenizer_hash(folder)]
+    return [
+        hashlib.sha256(
+            b''.join(
+                p.detach().flatten()[:64].float().cpu().numpy().tobytes()
+                for p in model.parameters()
+            )
+        ).hexdigest(),
+        len(tok),
+    ]
+
+
 def evaluate(
-    model,             # Hugging Face folder, or (model, tokenizer)
-    task,              # Task, or what `read_task` reads
-    shots:int=0,       # examples in front of each question
-    form:str='base',   # 'base': plain text; 'chat': a user message in the template
-    by:str='letter',   # 'letter': the logits of A, B, C, D; 'text': the options' own log-probability per character
-    template=None,     # for chat: name or Template; None: the folder's own, else alpaca2
-    system=None,       # for chat: system text; True: the template's own
-    spelling:str='both', # of the letters, see `letter_ids`
-    out=None,          # folder for results; None: keep nothing
-    limit:int=None,    # questions of each subject at most
-    name:str=None,     # of the model; None: the folder's
-    max_len:int=None,  # longest prompt; None: the model's reach, at most 4,096
-    budget:int=None,   # tokens of a row, see `next_logits`
-    split:str=None, device='auto', dtype=None, resume:bool=True,
-)->Result:
+    model,  # Hugging Face folder, or (model, tokenizer)
+    task,  # Task, or what `read_task` reads
+    shots: int = 0,  # examples in front of each question
+    form: str = 'base',  # 'base': plain text; 'chat': a user message in the template
+    by: str = 'letter',  # 'letter': the logits of A, B, C, D; 'text': the options' own log-probability per character
+    template=None,  # for chat: name or Template; None: the folder's own, else alpaca2
+    system=None,  # for chat: system text; True: the template's own
+    spelling: str = 'both',  # of the letters, see `letter_ids`
+    out=None,  # folder for results; None: keep nothing
+    limit: int = None,  # questions of each subject at most
+    name: str = None,  # of the model; None: the folder's
+    max_len: int = None,  # longest prompt; None: the model's reach, at most 4,096
+    budget: int = None,  # tokens of a row, see `next_logits`
+    split: str = None,
+    device='auto',
+    dtype=None,
+    resume: bool = True,
+) -> Result:
     "Ask every question of `task` and keep the evidence"
-    if form not in FORMS or by not in WAYS: raise LlamaZhError(f'form is one of {FORMS}, by one of {WAYS}; got {form!r} and {by!r}')
-    if shots < 0 or (limit is not None and limit < 1) or (budget is not None and budget < 1): raise LlamaZhError(f'shots {shots}, limit {limit}, budget {budget}: shots is 0 or more, the others 1 or more')
+    if form not in FORMS or by not in WAYS:
+        raise LlamaZhError(f'form is one of {FORMS}, by one of {WAYS}; got {form!r} and {by!r}')
+    if shots < 0 or (limit is not None and limit < 1) or (budget is not None and budget < 1):
+        raise LlamaZhError(
+            f'shots {shots}, limit {limit}, budget {budget}: shots is 0 or more, the others 1 or more'
+        )
     task, folder = read_task(task, split), None if isinstance(model, tuple) else Path(model)
     if shots and (none := [s for s in task.subjects if len(task.shots.get(s, [])) < shots]):
-        raise LlamaZhError(f'{task.name}: {shots} examples were asked for, {none[0]} has {len(task.shots.get(none[0], []))}: put them into dev/, or use --shots 0')
+        raise LlamaZhError(
+            f'{task.name}: {shots} examples were asked for, {none[0]} has {len(task.shots.get(none[0], []))}: put them into dev/, or use --shots 0'
+        )
     model, tok = load(folder, device, dtype) if folder else model
-    if tok.bos_token_id is None: raise LlamaZhError('the tokenizer has no BOS token, with which every prompt begins')
+    if tok.bos_token_id is None:
+        raise LlamaZhError('the tokenizer has no BOS token, with which every prompt begins')
     template = get_template(template or find_template(tok) or 'alpaca2') if form == 'chat' else None
     spell = lambda n: letter_ids(tok, n, spelling)
-    if by == 'letter': spell(max(len(q.options) for v in task.subjects.values() for q in v))
+    if by == 'letter':
+        spell(max(len(q.options) for v in task.subjects.values() for q in v))
     reach = getattr(model.config, 'max_position_embeddings', None) or 4096
     max_len = min(max_len or 4096, reach)
-    if max_len < 16: raise LlamaZhError(f'max_len {max_len}: at least 16 tokens are needed')
+    if max_len < 16:
+        raise LlamaZhError(f'max_len {max_len}: at least 16 tokens are needed')
     name = name or (folder.resolve().name if folder else 'model')
-    settings = dict(model=name, task=task.name, lang=task.lang, source=task.source, shots=shots, form=form, by=by, template=template.name if template else None, system=system, style=task.style, max_len=max_len, limit=limit, chance=task.chance,
-                    spelling=[tok.convert_ids_to_tokens(r) for r in spell(4)] if by == 'letter' else None,
-                    extraction='likeliest letter, probabilities of its spellings added' if by == 'letter' else 'highest log-probability per character of the option')
+    settings = dict(
+        model=name,
+        task=task.name,
+        lang=task.lang,
+        source=task.source,
+        shots=shots,
+        form=form,
+        by=by,
+        template=template.name if template else None,
+        system=system,
+        style=task.style,
+        max_len=max_len,
+        limit=limit,
+        chance=task.chance,
+        spelling=[tok.convert_ids_to_tokens(r) for r in spell(4)] if by == 'letter' else None,
+        extraction='likeliest letter, probabilities of its spellings added'
+        if by == 'letter'
+        else 'highest log-probability per character of the option',
+    )
     key = dict(settings, source=None, questions=task.digest, weights=_model_key(model, tok, folder))
-    stem = f"{name}--{task.name}-{shots}shot-{form}-{by}-{hashlib.sha256(json.dumps(key, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:8]}"
-    final = Path(out)/f'{stem}.json' if out else None
-    if final and resume and final.is_file(): return Result.load(final)
-    return _ask_all(model, tok, task, settings, _Log(Path(out)/f'{stem}.rows.jsonl' if out else None, key), final, template, spell, budget)
+    stem = f'{name}--{task.name}-{shots}shot-{form}-{by}-{hashlib.sha256(json.dumps(key, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:8]}'
+    final = Path(out) / f'{stem}.json' if out else None
+    if final and resume and final.is_file():
+        return Result.load(final)
+    return _ask_all(
+        model,
+        tok,
+        task,
+        settings,
+        _Log(Path(out) / f'{stem}.rows.jsonl' if out else None, key),
+        final,
+        template,
+        spell,
+        budget,
+    )
 
 # %% ../../nbs/evals/choice.ipynb #7e7ebdc6
 def _ask_all(model, tok, task, settings, log, final, template, spell, budget):
     import time
+
     torch, heads, t0, s = need('torch', 'train'), {}, time.time(), settings
     with torch.inference_mode():
-        for subject, qs in progress(task.subjects.items(), f"{s['model']}: {task.name}"):
-            qs = qs[:s['limit']] if s['limit'] else qs
-            heads[subject] = prompt_text(task, qs[0], task.shots.get(subject, [])[:s['shots']], s['by'])[0]
+        for subject, qs in progress(task.subjects.items(), f'{s["model"]}: {task.name}'):
+            qs = qs[: s['limit']] if s['limit'] else qs
+            heads[subject] = prompt_text(
+                task, qs[0], task.shots.get(subject, [])[: s['shots']], s['by']
+            )[0]
             todo = [q for q in qs if q.id not in log.rows]
-            if not todo: continue
-            ids, used, cut = _prompts(tok, task, todo, s['shots'], s['by'], s['form'], template, s['system'], s['max_len'])
+            if not todo:
+                continue
+            ids, used, cut = _prompts(
+                tok, task, todo, s['shots'], s['by'], s['form'], template, s['system'], s['max_len']
+            )
             for k in sorted(set(used)):
-                part = [i for i,u in enumerate(used) if u == k]
-                for j,scores in _choose(model, task, [todo[i] for i in part], [ids[i] for i in part], spell, s['by'], budget):
+                part = [i for i, u in enumerate(used) if u == k]
+                for j, scores in _choose(
+                    model,
+                    task,
+                    [todo[i] for i in part],
+                    [ids[i] for i in part],
+                    spell,
+                    s['by'],
+                    budget,
+                ):
                     q = todo[part[j]]
-                    if any(math.isnan(x) for x in scores): raise LlamaZhError(f'the model gives NaN on {q.id}: its weights are damaged, or float16 overflowed (use bfloat16 or float32)')
+                    if any(math.isnan(x) for x in scores):
+                        raise LlamaZhError(
+                            f'the model gives NaN on {q.id}: its weights are damaged, or float16 overflowed (use bfloat16 or float32)'
+                        )
                     choice = max(range(len(scores)), key=lambda i: scores[i])
-                    log.add(dict(id=q.id, subject=subject, groups=task.groups.get(subject, []), prompt=prompt_text(task, q, (), s['by'])[1], options=list(q.options), scores=[round(x, 5) for x in scores],
-                                 choice=LETTERS[choice], answer=LETTERS[q.answer], right=choice == q.answer, shots=k, cut=cut[part[j]]))
-    rows = [log.rows[q.id] for qs in task.subjects.values() for q in (qs[:s['limit']] if s['limit'] else qs)]
-    result = Result(dict(s, cut=sum(x['cut'] for x in rows), fewer=sum(x['shots'] < s['shots'] for x in rows)), rows, heads, time.time() - t0)
-    if final: result.save(final); log.path.unlink()
+                    log.add(
+                        dict(
+                            id=q.id,
+                            subject=subject,
+                            groups=task.groups.get(subject, []),
+                            prompt=prompt_text(task, q, (), s['by'])[1],
+                            options=list(q.options),
+                            scores=[round(x, 5) for x in scores],
+                            choice=LETTERS[choice],
+                            answer=LETTERS[q.answer],
+                            right=choice == q.answer,
+                            shots=k,
+                            cut=cut[part[j]],
+                        )
+                    )
+    rows = [
+        log.rows[q.id]
+        for qs in task.subjects.values()
+        for q in (qs[: s['limit']] if s['limit'] else qs)
+    ]
+    result = Result(
+        dict(s, cut=sum(x['cut'] for x in rows), fewer=sum(x['shots'] < s['shots'] for x in rows)),
+        rows,
+        heads,
+        time.time() - t0,
+    )
+    if final:
+        result.save(final)
+        log.path.unlink()
     return result

@@ -6,93 +6,153 @@
 __all__ = ['units', 'run_hashes', 'Contamination', 'contamination']
 
 # %% ../../nbs/evals/contamination.ipynb #712026f9
-import bisect, html, re, unicodedata
+import bisect
+import html
+import re
+import unicodedata
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, write_json
 from ..core.machine import progress
 from .tasks import read_task
 from ..text.files import read_texts
 
 # %% ../../nbs/evals/contamination.ipynb #cd8047be
-_UNIT = re.compile(r'[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+')
+_UNIT = re.compile(
+    r'[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]|[^\W_\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+'
+)
+
+
 def units(
-    text:str,
-)->list: # of str
+    text: str,
+) -> list:  # of str
     "Chinese characters, words and numbers; width, case, spaces and punctuation do not matter"
     return _UNIT.findall(unicodedata.normalize('NFKC', text).lower())
 
 # %% ../../nbs/evals/contamination.ipynb #7cc7da07
-_BASE = 0x9E3779B97F4A7C15     # odd, 64 bits: the golden ratio
-def _numbers(us, np): return np.fromiter((hash(u) & 0xFFFFFFFFFFFFFFFF for u in us), np.uint64, len(us))
+_BASE = 0x9E3779B97F4A7C15  # odd, 64 bits: the golden ratio
+
+
+def _numbers(us, np):
+    return np.fromiter((hash(u) & 0xFFFFFFFFFFFFFFFF for u in us), np.uint64, len(us))
+
+
 def run_hashes(
-    us:list, # from `units`
-    n:int,   # length of a run
-): # numpy uint64, one for each run
+    us: list,  # from `units`
+    n: int,  # length of a run
+):  # numpy uint64, one for each run
     "A number for every run of `n` units"
     np = need('numpy')
-    if len(us) < n: return np.zeros(0, np.uint64)
+    if len(us) < n:
+        return np.zeros(0, np.uint64)
     x, out = _numbers(us, np), np.zeros(len(us) - n + 1, np.uint64)
-    for j in range(n): out = out*np.uint64(_BASE) + (x[j:j+len(out)] ^ (x[j:j+len(out)] >> np.uint64(29)))
+    for j in range(n):
+        out = out * np.uint64(_BASE) + (
+            x[j : j + len(out)] ^ (x[j : j + len(out)] >> np.uint64(29))
+        )
     return out
 
 # %% ../../nbs/evals/contamination.ipynb #607620f0
 class Contamination:
     "`rows` of id, subject, status ('found', 'clean', 'too short'), share of its runs found, where and an example"
-    def __init__(self, task, rows, settings): self.task, self.rows, self.settings = task, rows, settings
-    def count(self, status): return sum(r['status'] == status for r in self.rows)
+
+    def __init__(self, task, rows, settings):
+        self.task, self.rows, self.settings = task, rows, settings
+
+    def count(self, status):
+        return sum(r['status'] == status for r in self.rows)
+
     @property
-    def found(self): return {r['id'] for r in self.rows if r['status'] == 'found'}
+    def found(self):
+        return {r['id'] for r in self.rows if r['status'] == 'found'}
+
     def beside(self, result):
         "{'all', 'found', 'not found'}: the score of a `Result` on each part"
         known = {r['id'] for r in self.rows}
-        if miss := [x['id'] for x in result.rows if x['id'] not in known]: raise LlamaZhError(f'the result holds {miss[0]}, which was not checked: check the same task')
-        parts = {'all': result.rows, 'found': [x for x in result.rows if x['id'] in self.found], 'not found': [x for x in result.rows if x['id'] not in self.found]}
-        return {k: result._count(v) for k,v in parts.items()}
-    def to_dict(self): return dict(task=self.task, **self.settings, found=self.count('found'), clean=self.count('clean'), short=self.count('too short'), rows=[r for r in self.rows if r['status'] == 'found'])
-    def save(self, path): return write_json(path, self.to_dict())
-    def __repr__(self): return f"{self.task}: {self.count('found')} of {len(self.rows)} questions found in {self.settings['documents']:,} documents, {self.count('too short')} too short to say (runs of {self.settings['n']})"
+        if miss := [x['id'] for x in result.rows if x['id'] not in known]:
+            raise LlamaZhError(
+                f'the result holds {miss[0]}, which was not checked: check the same task'
+            )
+        parts = {
+            'all': result.rows,
+            'found': [x for x in result.rows if x['id'] in self.found],
+            'not found': [x for x in result.rows if x['id'] not in self.found],
+        }
+        return {k: result._count(v) for k, v in parts.items()}
+
+    def to_dict(self):
+        return dict(
+            task=self.task,
+            **self.settings,
+            found=self.count('found'),
+            clean=self.count('clean'),
+            short=self.count('too short'),
+            rows=[r for r in self.rows if r['status'] == 'found'],
+        )
+
+    def save(self, path):
+        return write_json(path, self.to_dict())
+
+    def __repr__(self):
+        return f'{self.task}: {self.count("found")} of {len(self.rows)} questions found in {self.settings["documents"]:,} documents, {self.count("too short")} too short to say (runs of {self.settings["n"]})'
+
     def _repr_html_(self):
-        body = ''.join(f"<tr><td>{html.escape(r['id'])}</td><td>{r['share']:.0%}</td><td>{html.escape(str(r['where']))}</td><td>{html.escape(r['example'])}</td></tr>" for r in self.rows if r['status'] == 'found')
+        body = ''.join(
+            f'<tr><td>{html.escape(r["id"])}</td><td>{r["share"]:.0%}</td><td>{html.escape(str(r["where"]))}</td><td>{html.escape(r["example"])}</td></tr>'
+            for r in self.rows
+            if r['status'] == 'found'
+        )
         head = '<tr><th>question</th><th>of its runs</th><th>document</th><th>for example</th></tr>'
-        return f'<p>{html.escape(repr(self))}</p>' + (f'<table>{head}{body}</table>' if body else '')
+        return f'<p>{html.escape(repr(self))}</p>' + (
+            f'<table>{head}{body}</table>' if body else ''
+        )
+
+
 def _fields(q, n, shortest):
     "{length of run: [runs]} of a question: passage and question in runs of `n`, or the whole with its answer"
     parts = [units(p) for p in (q.passage, q.question) if p]
-    runs = [tuple(u[i:i+n]) for u in parts for i in range(len(u) - n + 1)]
-    if runs: return {n: runs}
+    runs = [tuple(u[i : i + n]) for u in parts for i in range(len(u) - n + 1)]
+    if runs:
+        return {n: runs}
     whole = units(re.sub('_{2,}', lambda m: q.options[q.answer], q.question, count=1))
-    if len(whole) < shortest: whole = units(q.question + q.options[q.answer])
+    if len(whole) < shortest:
+        whole = units(q.question + q.options[q.answer])
     return {len(whole): [tuple(whole)]} if len(whole) >= shortest else {}
 
 # %% ../../nbs/evals/contamination.ipynb #aa851473
 def contamination(
-    task,             # Task, or what `read_task` reads
-    corpus,           # a corpus folder or file, or an iterable of texts and of `Path`s
-    n:int=13,         # units in a run
-    shortest:int=8,   # a question without a run of `n` is looked for as a whole if it has so many units
-)->Contamination:
+    task,  # Task, or what `read_task` reads
+    corpus,  # a corpus folder or file, or an iterable of texts and of `Path`s
+    n: int = 13,  # units in a run
+    shortest: int = 8,  # a question without a run of `n` is looked for as a whole if it has so many units
+) -> Contamination:
     "Which questions of `task` occur in `corpus`; the corpus is read once and not kept"
     np, task = need('numpy'), read_task(task)
-    if n < 2 or shortest < 2: raise LlamaZhError(f'n {n}, shortest {shortest}: at least 2 each')
+    if n < 2 or shortest < 2:
+        raise LlamaZhError(f'n {n}, shortest {shortest}: at least 2 each')
     qs = [q for v in task.subjects.values() for q in v]
     runs = {q.id: _fields(q, n, shortest) for q in qs}
-    wanted = {}                                       # {length: {number: run}}
+    wanted = {}  # {length: {number: run}}
     for f in runs.values():
-        for k,rs in f.items():
-            for r in rs: wanted.setdefault(k, {})[int(run_hashes(list(r), k)[0])] = r
-    keys = {k: np.sort(np.fromiter(d, np.uint64, len(d))) for k,d in wanted.items()}
+        for k, rs in f.items():
+            for r in rs:
+                wanted.setdefault(k, {})[int(run_hashes(list(r), k)[0])] = r
+    keys = {k: np.sort(np.fromiter(d, np.uint64, len(d))) for k, d in wanted.items()}
     hits, docs = {}, 0
-    for first,starts,us in _chunks(_texts(corpus)):
+    for first, starts, us in _chunks(_texts(corpus)):
         docs = first + len(starts) - 1
-        for k,sorted_keys in keys.items():
+        for k, sorted_keys in keys.items():
             h = run_hashes(us, k)
-            if not len(h): continue
+            if not len(h):
+                continue
             at = np.minimum(np.searchsorted(sorted_keys, h), len(sorted_keys) - 1)
             for i in np.flatnonzero(sorted_keys[at] == h).tolist():
                 r = wanted[k][int(h[i])]
-                if tuple(us[i:i+k]) == r: hits.setdefault(r, first + bisect.bisect(starts, i) - 1)
+                if tuple(us[i : i + k]) == r:
+                    hits.setdefault(r, first + bisect.bisect(starts, i) - 1)
     rows = [_verdict(q, runs[q.id], hits) for q in qs]
-    if not docs: raise LlamaZhError('the corpus holds no text: nothing can be said')
+    if not docs:
+        raise LlamaZhError('the corpus holds no text: nothing can be said')
     return Contamination(task.name, rows, dict(n=n, shortest=shortest, documents=docs))
 
 # %% ../../nbs/evals/contamination.ipynb #e488f8af
@@ -100,15 +160,33 @@ def _chunks(texts, size=200_000):
     "(number of the first document, starts, units) of many documents at a time, a sign that no text has between them"
     first, starts, us = 1, [], []
     for t in progress(texts, 'corpus'):
-        starts.append(len(us)); us += units(t); us.append('\0')
-        if len(us) >= size: yield first, starts, us; first, starts, us = first + len(starts), [], []
-    if starts: yield first, starts, us
+        starts.append(len(us))
+        us += units(t)
+        us.append('\0')
+        if len(us) >= size:
+            yield first, starts, us
+            first, starts, us = first + len(starts), [], []
+    if starts:
+        yield first, starts, us
+
+
 def _verdict(q, f, hits):
     rs = [r for v in f.values() for r in v]
     got = [r for r in rs if r in hits]
     join = lambda r: ''.join(u if u[0] > '\u3400' else f' {u} ' for u in r).strip()
-    return dict(id=q.id, subject=q.subject, status='found' if got else 'clean' if rs else 'too short', share=len(got)/max(len(rs), 1), where=f'no. {hits[got[0]]}' if got else '', example=join(got[0]) if got else '')
+    return dict(
+        id=q.id,
+        subject=q.subject,
+        status='found' if got else 'clean' if rs else 'too short',
+        share=len(got) / max(len(rs), 1),
+        where=f'no. {hits[got[0]]}' if got else '',
+        example=join(got[0]) if got else '',
+    )
+
+
 def _texts(corpus):
     for c in [Path(corpus)] if isinstance(corpus, (str, Path)) else corpus:
-        if isinstance(c, Path): yield from read_texts(c)
-        else: yield c
+        if isinstance(c, Path):
+            yield from read_texts(c)
+        else:
+            yield c

@@ -6,8 +6,11 @@
 __all__ = ['to_lm_eval', 'lm_eval_run']
 
 # %% ../../nbs/evals/harness.ipynb #ba7b783c
-import json, logging, re
+import json
+import logging
+import re
 from pathlib import Path
+
 from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, need, writing
 from .choice import Result
@@ -15,59 +18,167 @@ from .tasks import LETTERS, STYLES, ask_text, read_task
 
 # %% ../../nbs/evals/harness.ipynb #ef034e8c
 def _lm_rows(task, qs):
-    return [dict(id=q.id, prompt=ask_text(STYLES[task.style], q), letters=list(LETTERS[:len(q.options)]), gold=q.answer) for q in qs]
+    return [
+        dict(
+            id=q.id,
+            prompt=ask_text(STYLES[task.style], q),
+            letters=list(LETTERS[: len(q.options)]),
+            gold=q.answer,
+        )
+        for q in qs
+    ]
+
+
 def _lm_yaml(task, subject, files, tag):
     style = STYLES[task.style]
-    return dict(task=f'{tag}_{subject}', tag=tag, dataset_path='json', dataset_kwargs=dict(data_files=files), test_split='test', output_type='multiple_choice',
-                description=task.intro(subject), doc_to_text='{{prompt}}', doc_to_choice='{{letters}}', doc_to_target='{{gold}}',
-                target_delimiter=style.space, fewshot_delimiter=style.gap, metric_list=[dict(metric='acc', aggregation='mean', higher_is_better=True)],
-                metadata=dict(version=1.0), **(dict(fewshot_split='dev', fewshot_config=dict(sampler='first_n')) if 'dev' in files else {}))
+    return dict(
+        task=f'{tag}_{subject}',
+        tag=tag,
+        dataset_path='json',
+        dataset_kwargs=dict(data_files=files),
+        test_split='test',
+        output_type='multiple_choice',
+        description=task.intro(subject),
+        doc_to_text='{{prompt}}',
+        doc_to_choice='{{letters}}',
+        doc_to_target='{{gold}}',
+        target_delimiter=style.space,
+        fewshot_delimiter=style.gap,
+        metric_list=[dict(metric='acc', aggregation='mean', higher_is_better=True)],
+        metadata=dict(version=1.0),
+        **(
+            dict(fewshot_split='dev', fewshot_config=dict(sampler='first_n'))
+            if 'dev' in files
+            else {}
+        ),
+    )
+
+
 def to_lm_eval(
-    task,          # Task, or what `read_task` reads
-    out,           # folder to make
-)->list: # names of the tasks, one for each subject
+    task,  # Task, or what `read_task` reads
+    out,  # folder to make
+) -> list:  # names of the tasks, one for each subject
     "Write `task` as task files for lm-eval, with the same prompts and examples"
     import yaml
+
     task, out = read_task(task), Path(out).absolute()
     tag = 'zh_nb_' + re.sub(r'\W+', '_', task.name)
     with writing(out) as tmp:
         tmp.mkdir(parents=True)
-        for s,qs in task.subjects.items():
+        for s, qs in task.subjects.items():
             files = {}
             for split, part in (('test', qs), ('dev', task.shots.get(s, []))):
-                if not part: continue
-                (tmp/f'{s}_{split}.jsonl').write_text(''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in _lm_rows(task, part)), encoding='utf-8')
-                files[split] = str(out/f'{s}_{split}.jsonl')
-            (tmp/f'{tag}_{s}.yaml').write_text(yaml.safe_dump(_lm_yaml(task, s, files, tag), allow_unicode=True, sort_keys=False), encoding='utf-8')
+                if not part:
+                    continue
+                (tmp / f'{s}_{split}.jsonl').write_text(
+                    ''.join(json.dumps(x, ensure_ascii=False) + '\n' for x in _lm_rows(task, part)),
+                    encoding='utf-8',
+                )
+                files[split] = str(out / f'{s}_{split}.jsonl')
+            (tmp / f'{tag}_{s}.yaml').write_text(
+                yaml.safe_dump(_lm_yaml(task, s, files, tag), allow_unicode=True, sort_keys=False),
+                encoding='utf-8',
+            )
     return [f'{tag}_{s}' for s in task.subjects]
 
 # %% ../../nbs/evals/harness.ipynb #cda149bf
 def _as_result(out, name, task, shots, form):
     rows = []
-    for t,samples in sorted(out['samples'].items()):
+    for t, samples in sorted(out['samples'].items()):
         for s in samples:
             scores = [float(x[0]) for x in s['filtered_resps']]
-            best, gold = max(range(len(scores)), key=lambda i: scores[i]), int(s['target']) if str(s['target']).isdigit() else -1
-            if gold < 0: raise LlamaZhError(f'{t} is not a multiple-choice task: `lm_eval_run` reads only those; use lm-eval itself')
-            rows.append(dict(id=f"{t}-{s['doc_id']}", subject=t, groups=[], prompt=s['arguments'][0][0] if isinstance(s['arguments'], (list, tuple)) else next(iter(s['arguments'].values()))['arg_0'], options=[], scores=scores,
-                             choice=LETTERS[best], answer=LETTERS[gold], right=best == gold, shots=shots, cut=False))
+            best, gold = (
+                max(range(len(scores)), key=lambda i: scores[i]),
+                int(s['target']) if str(s['target']).isdigit() else -1,
+            )
+            if gold < 0:
+                raise LlamaZhError(
+                    f'{t} is not a multiple-choice task: `lm_eval_run` reads only those; use lm-eval itself'
+                )
+            rows.append(
+                dict(
+                    id=f'{t}-{s["doc_id"]}',
+                    subject=t,
+                    groups=[],
+                    prompt=s['arguments'][0][0]
+                    if isinstance(s['arguments'], (list, tuple))
+                    else next(iter(s['arguments'].values()))['arg_0'],
+                    options=[],
+                    scores=scores,
+                    choice=LETTERS[best],
+                    answer=LETTERS[gold],
+                    right=best == gold,
+                    shots=shots,
+                    cut=False,
+                )
+            )
     n = [len(x['scores']) for x in rows]
-    return Result(dict(model=name, task=task, lang='zh', source='lm-eval', shots=shots, form=form, by='lm-eval', chance=sum(1/k for k in n)/max(len(n), 1), extraction='highest log-probability of a choice'), rows)
+    return Result(
+        dict(
+            model=name,
+            task=task,
+            lang='zh',
+            source='lm-eval',
+            shots=shots,
+            form=form,
+            by='lm-eval',
+            chance=sum(1 / k for k in n) / max(len(n), 1),
+            extraction='highest log-probability of a choice',
+        ),
+        rows,
+    )
+
+
 def lm_eval_run(
-    model,           # Hugging Face folder, or (model, tokenizer)
-    tasks,           # names of lm-eval's tasks, or of those that `to_lm_eval` wrote
-    include=None,    # folder of task files
-    shots:int=0, limit:int=None, batch:int=8, chat:bool=False, # `chat`: the folder's chat template
-    name:str=None, device='auto', dtype=None,
-)->Result:
+    model,  # Hugging Face folder, or (model, tokenizer)
+    tasks,  # names of lm-eval's tasks, or of those that `to_lm_eval` wrote
+    include=None,  # folder of task files
+    shots: int = 0,
+    limit: int = None,
+    batch: int = 8,
+    chat: bool = False,  # `chat`: the folder's chat template
+    name: str = None,
+    device='auto',
+    dtype=None,
+) -> Result:
     "Multiple-choice tasks through lm-eval"
-    need('lm_eval', 'eval'); logging.getLogger('lm_eval').setLevel(logging.ERROR)
-    hf, tm, ev = (need(f'lm_eval.{m}', 'eval') for m in ('models.huggingface', 'tasks', 'evaluator'))
-    folder, tasks = (None if isinstance(model, tuple) else Path(model)), [tasks] if isinstance(tasks, str) else list(tasks)
+    need('lm_eval', 'eval')
+    logging.getLogger('lm_eval').setLevel(logging.ERROR)
+    hf, tm, ev = (
+        need(f'lm_eval.{m}', 'eval') for m in ('models.huggingface', 'tasks', 'evaluator')
+    )
+    folder, tasks = (
+        (None if isinstance(model, tuple) else Path(model)),
+        [tasks] if isinstance(tasks, str) else list(tasks),
+    )
     model, tok = load(folder, device, dtype) if folder else model
     manager = tm.TaskManager(include_path=str(include) if include else None)
-    if unknown := [t for t in tasks if not manager.match_tasks([t])]: raise LlamaZhError(f'lm-eval has no task {unknown[0]!r}: see  lm_eval --tasks list' + (f', and {include}' if include else ''))
-    try: out = ev.simple_evaluate(hf.HFLM(pretrained=model, tokenizer=tok, batch_size=batch, add_bos_token=True), tasks=tasks, num_fewshot=shots, limit=limit, task_manager=manager, bootstrap_iters=0, apply_chat_template=chat, verbosity='ERROR')
-    except LlamaZhError: raise
-    except Exception as e: raise LlamaZhError(f'lm-eval could not run {", ".join(tasks)}: {type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ""}. Its own tasks need the Hub; for local files write them with to_lm_eval') from None
-    return _as_result(out, name or (folder.resolve().name if folder else 'model'), ', '.join(tasks), shots, 'chat' if chat else 'base')
+    if unknown := [t for t in tasks if not manager.match_tasks([t])]:
+        raise LlamaZhError(
+            f'lm-eval has no task {unknown[0]!r}: see  lm_eval --tasks list'
+            + (f', and {include}' if include else '')
+        )
+    try:
+        out = ev.simple_evaluate(
+            hf.HFLM(pretrained=model, tokenizer=tok, batch_size=batch, add_bos_token=True),
+            tasks=tasks,
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
+            apply_chat_template=chat,
+            verbosity='ERROR',
+        )
+    except LlamaZhError:
+        raise
+    except Exception as e:
+        raise LlamaZhError(
+            f'lm-eval could not run {", ".join(tasks)}: {type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else ""}. Its own tasks need the Hub; for local files write them with to_lm_eval'
+        ) from None
+    return _as_result(
+        out,
+        name or (folder.resolve().name if folder else 'model'),
+        ', '.join(tasks),
+        shots,
+        'chat' if chat else 'base',
+    )

@@ -7,75 +7,105 @@ __all__ = ['PROMPTS', 'METRICS', 'LONGEST', 'words', 'f1', 'lcs', 'rouge_l', 'cl
            'read_long', 'middle_cut', 'LongResult', 'longbench']
 
 # %% ../../nbs/evals/longbench.ipynb #c13fa0a9
-import hashlib, html, json, logging, math, re, string, unicodedata
+import hashlib
+import json
+import logging
+import math
+import re
+import string
 from collections import Counter
 from pathlib import Path
+
 from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, need
 from ..core.machine import progress
-from .choice import FORMS, Result, _Log, _cut, _encode, _model_key
+from .choice import FORMS, Result, _cut, _encode, _Log, _model_key
 from .measure import encode_texts, greedy, wilson
 from .tasks import _hub_rows, read_rows
 from ..text.templates import find_template, get_template
 
 # %% ../../nbs/evals/longbench.ipynb #917c1446
-_PUNCT = set(string.punctuation) | set('！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃《》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏')
+_PUNCT = set(string.punctuation) | set(
+    '！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃《》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏'
+)
+
+
 def words(
-    text:str,
-    clean:bool=True, # without punctuation, spaces and case
-)->list: # of str
+    text: str,
+    clean: bool = True,  # without punctuation, spaces and case
+) -> list:  # of str
     "jieba's words of a text"
-    jieba = need('jieba'); jieba.setLogLevel(logging.ERROR)
+    jieba = need('jieba')
+    jieba.setLogLevel(logging.ERROR)
     cut = jieba.lcut(text)
-    if not clean: return cut
-    return [w for w in (''.join(c for c in x.lower() if c not in _PUNCT and not c.isspace()) for x in cut) if w]
+    if not clean:
+        return cut
+    return [
+        w
+        for w in (''.join(c for c in x.lower() if c not in _PUNCT and not c.isspace()) for x in cut)
+        if w
+    ]
 
 # %% ../../nbs/evals/longbench.ipynb #f3296734
 def f1(
-    answer:str, truth:str,
-)->float: # 0 to 1
+    answer: str,
+    truth: str,
+) -> float:  # 0 to 1
     "F1 of jieba words"
     a, t = Counter(words(answer)), Counter(words(truth))
     same = sum((a & t).values())
-    return 2*same/(sum(a.values()) + sum(t.values())) if same else 0.
+    return 2 * same / (sum(a.values()) + sum(t.values())) if same else 0.0
 
 # %% ../../nbs/evals/longbench.ipynb #bdeea023
-def lcs(a:list, b:list)->list:
+def lcs(a: list, b: list) -> list:
     "A longest common subsequence"
-    n = [[0]*(len(b) + 1) for _ in range(len(a) + 1)]
-    for i,x in enumerate(a):
-        for j,y in enumerate(b): n[i+1][j+1] = n[i][j] + 1 if x == y else max(n[i][j+1], n[i+1][j])
+    n = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            n[i + 1][j + 1] = n[i][j] + 1 if x == y else max(n[i][j + 1], n[i + 1][j])
     i, j, out = len(a), len(b), []
     while i and j:
-        if a[i-1] == b[j-1]: out.append(a[i-1]); i, j = i - 1, j - 1
-        elif n[i-1][j] > n[i][j-1]: i -= 1
-        else: j -= 1
+        if a[i - 1] == b[j - 1]:
+            out.append(a[i - 1])
+            i, j = i - 1, j - 1
+        elif n[i - 1][j] > n[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
     return out[::-1]
+
+
 def rouge_l(
-    answer:str, truth:str,
-    unique:bool=True,  # a repeated word counts once, as in LongBench's script
-)->float:
+    answer: str,
+    truth: str,
+    unique: bool = True,  # a repeated word counts once, as in LongBench's script
+) -> float:
     "Rouge-L's F of jieba words, punctuation kept"
     a, t = ([w for w in words(x, False) if not w.isspace()] for x in (answer, truth))
     size = (lambda x: len(set(x))) if unique else len
     same = size(lcs(t, a))
-    return 2*same/(size(a) + size(t)) if same else 0.
+    return 2 * same / (size(a) + size(t)) if same else 0.0
 
 # %% ../../nbs/evals/longbench.ipynb #ea994fb6
 def class_score(
-    answer:str, truth:str,
-    classes:list, # names of all classes
-)->float:
+    answer: str,
+    truth: str,
+    classes: list,  # names of all classes
+) -> float:
     "1 over the number of classes named, if the true one is among them"
     named = [c for c in classes if c in answer and not (c in truth and c != truth)]
-    return 1/len(named) if truth in named else 0.
+    return 1 / len(named) if truth in named else 0.0
+
+
 def retrieval_score(
-    answer:str, truth:str, # the truth holds 段落N (or Paragraph N)
-)->float:
+    answer: str,
+    truth: str,  # the truth holds 段落N (or Paragraph N)
+) -> float:
     "Share of the answer's numbers that are the right paragraph's"
     want, got = re.search(r'(?:段落|Paragraph )(\d+)', truth), re.findall(r'\d+', answer)
-    if not want: raise LlamaZhError(f'a paragraph number was expected as the true answer, got {truth!r}')
-    return sum(n == want[1] for n in got)/len(got) if got else 0.
+    if not want:
+        raise LlamaZhError(f'a paragraph number was expected as the true answer, got {truth!r}')
+    return sum(n == want[1] for n in got) / len(got) if got else 0.0
 
 # %% ../../nbs/evals/longbench.ipynb #a385b956
 PROMPTS = dict(
@@ -83,71 +113,136 @@ PROMPTS = dict(
     dureader='请基于给定的文章回答下述问题。\n\n文章：{context}\n\n请基于上述文章回答下面的问题。\n\n问题：{input}\n回答：',
     vcsum='下面有一段会议记录，请你阅读后，写一段总结，总结会议的内容。\n会议记录：\n{context}\n\n会议总结：',
     lsht='请判断给定新闻的类别，下面是一些例子。\n\n{context}\n{input}',
-    passage_retrieval_zh='以下是若干段落文字，以及其中一个段落的摘要。请确定给定的摘要出自哪一段。\n\n{context}\n\n下面是一个摘要\n\n{input}\n\n请输入摘要所属段落的编号。答案格式必须是"段落1"，"段落2"等格式\n\n答案是：')
-METRICS = dict(multifieldqa_zh='f1', dureader='rouge_l', vcsum='rouge_l', lsht='class', passage_retrieval_zh='retrieval')
+    passage_retrieval_zh='以下是若干段落文字，以及其中一个段落的摘要。请确定给定的摘要出自哪一段。\n\n{context}\n\n下面是一个摘要\n\n{input}\n\n请输入摘要所属段落的编号。答案格式必须是"段落1"，"段落2"等格式\n\n答案是：',
+)
+METRICS = dict(
+    multifieldqa_zh='f1',
+    dureader='rouge_l',
+    vcsum='rouge_l',
+    lsht='class',
+    passage_retrieval_zh='retrieval',
+)
 LONGEST = dict(multifieldqa_zh=64, dureader=128, vcsum=512, lsht=64, passage_retrieval_zh=32)
+
+
 def long_score(
-    answer:str,
-    row:dict, # with "answers", and "all_classes" for `lsht`
-)->float:
+    answer: str,
+    row: dict,  # with "answers", and "all_classes" for `lsht`
+) -> float:
     "The best score over a row's true answers"
     kind = row.get('metric') or METRICS.get(row['dataset'])
-    score = dict(f1=f1, rouge_l=rouge_l, retrieval=retrieval_score).get(kind) or (lambda a, t: class_score(a, t, row['all_classes']))
-    if row['dataset'] == 'lsht': answer = answer.lstrip('\n').split('\n')[0]
+    score = dict(f1=f1, rouge_l=rouge_l, retrieval=retrieval_score).get(kind) or (
+        lambda a, t: class_score(a, t, row['all_classes'])
+    )
+    if row['dataset'] == 'lsht':
+        answer = answer.lstrip('\n').split('\n')[0]
     return max(score(answer.strip(), t) for t in row['answers'])
 
 # %% ../../nbs/evals/longbench.ipynb #9fe02977
 def read_long(
-    source,           # LongBench's .jsonl file, a folder of them, a task's name (from the Hub), or rows
-)->list: # of dicts with "input", "context", "answers", "dataset"
+    source,  # LongBench's .jsonl file, a folder of them, a task's name (from the Hub), or rows
+) -> list:  # of dicts with "input", "context", "answers", "dataset"
     "Read rows of LongBench's form; own rows may carry a `prompt`, a `metric` and a `longest`"
-    if isinstance(source, list): rows = source
-    elif str(source) in PROMPTS and not Path(source).exists(): rows = _hub_rows('THUDM/LongBench', str(source), 'test')
+    if isinstance(source, list):
+        rows = source
+    elif str(source) in PROMPTS and not Path(source).exists():
+        rows = _hub_rows('THUDM/LongBench', str(source), 'test')
     else:
         p = Path(source)
-        if p.is_dir() and not (files := sorted(p.glob('*.jsonl'))): raise LlamaZhError(f'{p}: no .jsonl file in it')
-        rows = [dict(dataset=f.stem, **x) if 'dataset' not in x else x for f in (files if p.is_dir() else [p]) for x in read_rows(f)]
-    for i,x in enumerate(rows):
-        if not {'input', 'context', 'answers'} <= set(x) or not x['answers']: raise LlamaZhError(f'row {i+1} of {source if not isinstance(source, list) else "the rows"}: "input", "context" and "answers" were expected, got {", ".join(map(str, x))[:120]}')
-        if x['dataset'] not in PROMPTS and not (x.get('prompt') and x.get('metric')): raise LlamaZhError(f'{x["dataset"]}: known are {", ".join(PROMPTS)}; another task needs "prompt" and "metric" in its rows')
-        if (x.get('metric') or METRICS[x['dataset']]) not in ('f1', 'rouge_l', 'class', 'retrieval'): raise LlamaZhError(f'row {i+1}: unknown metric {x["metric"]!r}: f1, rouge_l, class or retrieval')
-    return [dict(x, id=f"{x['dataset']}-{x.get('_id', i)}") for i,x in enumerate(rows)]
+        if p.is_dir() and not (files := sorted(p.glob('*.jsonl'))):
+            raise LlamaZhError(f'{p}: no .jsonl file in it')
+        rows = [
+            dict(dataset=f.stem, **x) if 'dataset' not in x else x
+            for f in (files if p.is_dir() else [p])
+            for x in read_rows(f)
+        ]
+    for i, x in enumerate(rows):
+        if not {'input', 'context', 'answers'} <= set(x) or not x['answers']:
+            raise LlamaZhError(
+                f'row {i + 1} of {source if not isinstance(source, list) else "the rows"}: "input", "context" and "answers" were expected, got {", ".join(map(str, x))[:120]}'
+            )
+        if x['dataset'] not in PROMPTS and not (x.get('prompt') and x.get('metric')):
+            raise LlamaZhError(
+                f'{x["dataset"]}: known are {", ".join(PROMPTS)}; another task needs "prompt" and "metric" in its rows'
+            )
+        if (x.get('metric') or METRICS[x['dataset']]) not in (
+            'f1',
+            'rouge_l',
+            'class',
+            'retrieval',
+        ):
+            raise LlamaZhError(
+                f'row {i + 1}: unknown metric {x["metric"]!r}: f1, rouge_l, class or retrieval'
+            )
+    return [dict(x, id=f'{x["dataset"]}-{x.get("_id", i)}') for i, x in enumerate(rows)]
 
 # %% ../../nbs/evals/longbench.ipynb #aa1d64d1
 def middle_cut(
-    tokenizer, text:str,
-    max_tokens:int,
-)->tuple: # (text, whether it was cut)
+    tokenizer,
+    text: str,
+    max_tokens: int,
+) -> tuple:  # (text, whether it was cut)
     "The first and last half of `max_tokens` of a text"
     ids = encode_texts(tokenizer, [text])[0]
-    if len(ids) <= max_tokens: return text, False
-    half = max_tokens//2
+    if len(ids) <= max_tokens:
+        return text, False
+    half = max_tokens // 2
     head, tail = (tokenizer.decode(x, skip_special_tokens=True) for x in (ids[:half], ids[-half:]))
-    return head.rstrip('\ufffd') + tail.lstrip('\ufffd'), True    # a character cut between its bytes goes
+    return head.rstrip('\ufffd') + tail.lstrip(
+        '\ufffd'
+    ), True  # a character cut between its bytes goes
 
 # %% ../../nbs/evals/longbench.ipynb #b00d99c9
 class LongResult(Result):
     "Scores of free answers: rows with `answer`, `truth`, `score`"
-    name = property(lambda self: f"{self.task}, {self.settings['form']}")
+
+    name = property(lambda self: f'{self.task}, {self.settings["form"]}')
+
     @staticmethod
     def _count(rows):
         n, s = len(rows), [x['score'] for x in rows]
-        m = sum(s)/max(n, 1)
-        half = 1.96*math.sqrt(sum((x - m)**2 for x in s)/max(n - 1, 1)/max(n, 1))
-        lo, hi = (max(m - half, 0), min(m + half, 1)) if half else wilson(sum(s), n)     # all alike: that is no certainty
-        return dict(right=sum(x == 1 for x in s), n=n, share=round(m, 4), lo=round(lo, 4), hi=round(hi, 4))
+        m = sum(s) / max(n, 1)
+        half = 1.96 * math.sqrt(sum((x - m) ** 2 for x in s) / max(n - 1, 1) / max(n, 1))
+        lo, hi = (
+            (max(m - half, 0), min(m + half, 1)) if half else wilson(sum(s), n)
+        )  # all alike: that is no certainty
+        return dict(
+            right=sum(x == 1 for x in s), n=n, share=round(m, 4), lo=round(lo, 4), hi=round(hi, 4)
+        )
+
     @property
     def macro(self):
         c = list(self.by().values())
-        half = math.sqrt(sum((x['hi'] - x['share'])**2 for x in c))/max(len(c), 1)
-        m = sum(x['share'] for x in c)/max(len(c), 1)
-        return dict(share=round(m, 4), lo=round(max(m - half, 0), 4), hi=round(min(m + half, 1), 4), n=len(c))
-    def line(self): return dict(super().line(), metric='score')
-    def __repr__(self): return super().__repr__().replace('right', 'score')
-    def _repr_html_(self): return super()._repr_html_().replace('<th>right</th>', '<th>score</th>').replace('guessing brings 0%; ', '').replace('; guessing brings 0%', '')
+        half = math.sqrt(sum((x['hi'] - x['share']) ** 2 for x in c)) / max(len(c), 1)
+        m = sum(x['share'] for x in c) / max(len(c), 1)
+        return dict(
+            share=round(m, 4),
+            lo=round(max(m - half, 0), 4),
+            hi=round(min(m + half, 1), 4),
+            n=len(c),
+        )
+
+    def line(self):
+        return dict(super().line(), metric='score')
+
+    def __repr__(self):
+        return super().__repr__().replace('right', 'score')
+
+    def _repr_html_(self):
+        return (
+            super()
+            ._repr_html_()
+            .replace('<th>right</th>', '<th>score</th>')
+            .replace('guessing brings 0%; ', '')
+            .replace('; guessing brings 0%', '')
+        )
+
+
 def _long_prompt(tok, x, form, template, system, max_len, new):
     "Ids of a row's prompt, the middle cut if it must"
-    text = re.sub(r'\{(context|input)\}', lambda m: str(x[m[1]]), x.get('prompt') or PROMPTS[x['dataset']])
+    text = re.sub(
+        r'\{(context|input)\}', lambda m: str(x[m[1]]), x.get('prompt') or PROMPTS[x['dataset']]
+    )
     form = 'base' if x['dataset'] == 'lsht' else form
     frame = len(_encode(tok, ['。'], form, template, system)[0])
     text, cut = middle_cut(tok, text, max_len - new - frame)
@@ -155,48 +250,123 @@ def _long_prompt(tok, x, form, template, system, max_len, new):
 
 # %% ../../nbs/evals/longbench.ipynb #3a59930b
 def longbench(
-    model,             # Hugging Face folder, or (model, tokenizer)
-    source,            # see `read_long`
-    form:str='chat',   # 'chat' or 'base'
-    template=None, system=None, # as in `evaluate`
-    max_len:int=None,  # longest prompt with its answer; None: the model's reach
-    out=None, limit:int=None, name:str=None, batch:int=None, device='auto', dtype=None, resume:bool=True,
-)->LongResult:
+    model,  # Hugging Face folder, or (model, tokenizer)
+    source,  # see `read_long`
+    form: str = 'chat',  # 'chat' or 'base'
+    template=None,
+    system=None,  # as in `evaluate`
+    max_len: int = None,  # longest prompt with its answer; None: the model's reach
+    out=None,
+    limit: int = None,
+    name: str = None,
+    batch: int = None,
+    device='auto',
+    dtype=None,
+    resume: bool = True,
+) -> LongResult:
     "Answer and score rows of LongBench's form; `limit` counts rows of each task"
-    if form not in FORMS or (limit is not None and limit < 1): raise LlamaZhError(f'form {form!r}, limit {limit}: form is one of {FORMS}, limit 1 or more')
+    if form not in FORMS or (limit is not None and limit < 1):
+        raise LlamaZhError(f'form {form!r}, limit {limit}: form is one of {FORMS}, limit 1 or more')
     rows, folder = read_long(source), None if isinstance(model, tuple) else Path(model)
-    seen = Counter(); rows = [x for x in rows if (seen.update([x['dataset']]) or limit is None or seen[x['dataset']] <= limit)]
+    seen = Counter()
+    rows = [
+        x
+        for x in rows
+        if (seen.update([x['dataset']]) or limit is None or seen[x['dataset']] <= limit)
+    ]
     model, tok = load(folder, device, dtype) if folder else model
     template = get_template(template or find_template(tok) or 'alpaca2') if form == 'chat' else None
     reach = getattr(model.config, 'max_position_embeddings', None) or 4096
-    max_len, name = min(max_len or reach, reach), name or (folder.resolve().name if folder else 'model')
+    max_len, name = (
+        min(max_len or reach, reach),
+        name or (folder.resolve().name if folder else 'model'),
+    )
     most = max(x.get('longest') or LONGEST[x['dataset']] for x in rows)
-    if max_len < most + 32: raise LlamaZhError(f'max_len {max_len}: these tasks write up to {most} tokens, so at least {most + 32} are needed')
+    if max_len < most + 32:
+        raise LlamaZhError(
+            f'max_len {max_len}: these tasks write up to {most} tokens, so at least {most + 32} are needed'
+        )
     tasks = '+'.join(dict.fromkeys(x['dataset'] for x in rows))
-    settings = dict(model=name, task=f'longbench: {tasks}', lang='zh', shots=0, form=form, by='generation', template=template.name if template else None, system=system, max_len=max_len, limit=limit, chance=0,
-                    extraction='the whole greedy answer; lsht: its first line', prompts={d: next(x.get('prompt') or PROMPTS[d] for x in rows if x['dataset'] == d) for d in dict.fromkeys(x['dataset'] for x in rows)})
-    digest = hashlib.sha256(json.dumps(rows, ensure_ascii=False, sort_keys=True, default=str).encode('utf-8', 'surrogatepass')).hexdigest()
+    settings = dict(
+        model=name,
+        task=f'longbench: {tasks}',
+        lang='zh',
+        shots=0,
+        form=form,
+        by='generation',
+        template=template.name if template else None,
+        system=system,
+        max_len=max_len,
+        limit=limit,
+        chance=0,
+        extraction='the whole greedy answer; lsht: its first line',
+        prompts={
+            d: next(x.get('prompt') or PROMPTS[d] for x in rows if x['dataset'] == d)
+            for d in dict.fromkeys(x['dataset'] for x in rows)
+        },
+    )
+    digest = hashlib.sha256(
+        json.dumps(rows, ensure_ascii=False, sort_keys=True, default=str).encode(
+            'utf-8', 'surrogatepass'
+        )
+    ).hexdigest()
     key = dict(settings, questions=digest, weights=_model_key(model, tok, folder))
-    stem = f"{name}--longbench-{tasks[:60]}-{form}-{hashlib.sha256(json.dumps(key, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:8]}"
-    final = Path(out)/f'{stem}.json' if out else None
-    if final and resume and final.is_file(): return LongResult.load(final)
-    return _answer_all(model, tok, rows, settings, _Log(Path(out)/f'{stem}.rows.jsonl' if out else None, key), final, template, batch)
+    stem = f'{name}--longbench-{tasks[:60]}-{form}-{hashlib.sha256(json.dumps(key, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:8]}'
+    final = Path(out) / f'{stem}.json' if out else None
+    if final and resume and final.is_file():
+        return LongResult.load(final)
+    return _answer_all(
+        model,
+        tok,
+        rows,
+        settings,
+        _Log(Path(out) / f'{stem}.rows.jsonl' if out else None, key),
+        final,
+        template,
+        batch,
+    )
 
 # %% ../../nbs/evals/longbench.ipynb #bbb26dda
 def _answer_all(model, tok, rows, settings, log, final, template, batch):
     import time
+
     t0, todo = time.time(), []
     for x in rows:
-        if x['id'] in log.rows: continue
+        if x['id'] in log.rows:
+            continue
         new = x.get('longest') or LONGEST[x['dataset']]
-        todo.append((x, new, *_long_prompt(tok, x, settings['form'], template, settings['system'], settings['max_len'], new)))
+        todo.append(
+            (
+                x,
+                new,
+                *_long_prompt(
+                    tok, x, settings['form'], template, settings['system'], settings['max_len'], new
+                ),
+            )
+        )
     todo.sort(key=lambda t: (t[1], len(t[2])))
     step = batch or (64 if sum(p.numel() for p in model.parameters()) < 2e8 else 8)
     for i in progress(range(0, len(todo), step), settings['task'][:40]):
-        part = todo[i:i+step]
-        for (x, _, ids, cut), a in zip(part, greedy(model, tok, [t[2] for t in part], max(t[1] for t in part), batch=step)):
-            log.add(dict(id=x['id'], subject=x['dataset'], groups=[str(x['group'])] if 'group' in x else [], prompt=x['input'], answer=a, truth=x['answers'], score=round(long_score(a, x), 5), tokens=len(ids), cut=cut))
+        part = todo[i : i + step]
+        for (x, _, ids, cut), a in zip(
+            part, greedy(model, tok, [t[2] for t in part], max(t[1] for t in part), batch=step)
+        ):
+            log.add(
+                dict(
+                    id=x['id'],
+                    subject=x['dataset'],
+                    groups=[str(x['group'])] if 'group' in x else [],
+                    prompt=x['input'],
+                    answer=a,
+                    truth=x['answers'],
+                    score=round(long_score(a, x), 5),
+                    tokens=len(ids),
+                    cut=cut,
+                )
+            )
     done = [log.rows[x['id']] for x in rows]
     result = LongResult(dict(settings, cut=sum(x['cut'] for x in done)), done, {}, time.time() - t0)
-    if final: result.save(final); log.path.unlink()
+    if final:
+        result.save(final)
+        log.path.unlink()
     return result

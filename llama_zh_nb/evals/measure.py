@@ -7,10 +7,12 @@ __all__ = ['Comparison', 'before_after', 'side_by_side', 'windows', 'encode_text
            'wilson', 'has_value', 'Scores', 'score']
 
 # %% ../../nbs/evals/measure.ipynb #2919f33e
-import math, re, unicodedata
+import math
+import re
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from pathlib import Path
+
 from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, need
 from ..core.machine import progress
@@ -19,118 +21,191 @@ from ..text.templates import get_template
 # %% ../../nbs/evals/measure.ipynb #a1ebd1d9
 class Comparison:
     "Models side by side: `rows` of name, bytes, bpc_zh, bpb_en, accuracy (by kind) and answers"
-    def __init__(self, rows): self.rows = rows
-    def __getitem__(self, name): return next(r for r in self.rows if r['name'] == name)
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __getitem__(self, name):
+        return next(r for r in self.rows if r['name'] == name)
+
     def _table(self):
         kinds = list(dict.fromkeys(k for r in self.rows for k in r['accuracy']))
         head = ['', 'MB', 'bits/char (zh)', 'bits/byte (en)', *(f'right: {k}' for k in kinds)]
         num = lambda v, f: '' if v is None else format(v, f)
-        cells = [[r['name'], num(r['bytes'] and r['bytes']/1e6, ',.1f'), num(r.get('bpc_zh'), '.3f'), num(r.get('bpb_en'), '.3f'),
-                  *(f"{c['right']}/{c['n']} = {c['share']:.1%} ({c['lo']:.0%} to {c['hi']:.0%})" if (c := r['accuracy'].get(k)) else '' for k in kinds)] for r in self.rows]
+        cells = [
+            [
+                r['name'],
+                num(r['bytes'] and r['bytes'] / 1e6, ',.1f'),
+                num(r.get('bpc_zh'), '.3f'),
+                num(r.get('bpb_en'), '.3f'),
+                *(
+                    f'{c["right"]}/{c["n"]} = {c["share"]:.1%} ({c["lo"]:.0%} to {c["hi"]:.0%})'
+                    if (c := r['accuracy'].get(k))
+                    else ''
+                    for k in kinds
+                ),
+            ]
+            for r in self.rows
+        ]
         return [head, *cells]
-    def __repr__(self): return '\n'.join('  '.join(f'{c:<16}' for c in row) for row in self._table())
+
+    def __repr__(self):
+        return '\n'.join('  '.join(f'{c:<16}' for c in row) for row in self._table())
+
     def _repr_markdown_(self):
         head, *rows = ['| ' + ' | '.join(r) + ' |' for r in self._table()]
-        return '\n'.join([head, '|---|' + '--:|'*(len(self._table()[0])-1), *rows])
+        return '\n'.join([head, '|---|' + '--:|' * (len(self._table()[0]) - 1), *rows])
 
 # %% ../../nbs/evals/measure.ipynb #dc07b2e3
 def before_after(
-    models:dict,        # name -> a folder, or a (model, tokenizer) pair
-    heldout:dict,       # {'zh': texts, 'en': texts}, see `recipes.heldout`
-    questions=(),       # dicts with "question", "answer", "kind"
-    template='alpaca2', system=None, # how the questions are asked
-    device:str='auto', dtype=None,
-)->Comparison:
+    models: dict,  # name -> a folder, or a (model, tokenizer) pair
+    heldout: dict,  # {'zh': texts, 'en': texts}, see `recipes.heldout`
+    questions=(),  # dicts with "question", "answer", "kind"
+    template='alpaca2',
+    system=None,  # how the questions are asked
+    device: str = 'auto',
+    dtype=None,
+) -> Comparison:
     "Measure models that should be alike, one after another, with the same texts and questions"
     rows = []
     for name, m in models.items():
         folder = None if isinstance(m, tuple) else Path(m)
         model, tok = m if folder is None else load(folder, device, dtype)
-        row = dict(name=name, bytes=folder and sum(f.stat().st_size for f in folder.glob('*.safetensors')), **both(model, tok, heldout), accuracy={}, scores=None)
+        row = dict(
+            name=name,
+            bytes=folder and sum(f.stat().st_size for f in folder.glob('*.safetensors')),
+            **both(model, tok, heldout),
+            accuracy={},
+            scores=None,
+        )
         if questions:
-            row['scores'] = score(ask(model, tok, [q['question'] for q in questions], template, system), list(questions))
+            row['scores'] = score(
+                ask(model, tok, [q['question'] for q in questions], template, system),
+                list(questions),
+            )
             row['accuracy'] = row['scores'].by('kind')
         rows.append(row)
     return Comparison(rows)
 
 # %% ../../nbs/evals/measure.ipynb #a562dd3d
 def side_by_side(
-    folders:dict,   # name -> model folder
-    texts:dict,     # name -> held-out texts
-    asked:dict,     # name -> questions
-    template='alpaca2', device='auto', dtype=None,
-)->dict: # name -> {'bits': {...}, 'right': {...}} bits per character, and `Scores`
+    folders: dict,  # name -> model folder
+    texts: dict,  # name -> held-out texts
+    asked: dict,  # name -> questions
+    template='alpaca2',
+    device='auto',
+    dtype=None,
+) -> dict:  # name -> {'bits': {...}, 'right': {...}} bits per character, and `Scores`
     "What a domain brought, and what it cost: the same texts and questions for each model"
     out = {}
-    for name,folder in folders.items():
-        if not Path(folder).is_dir(): raise LlamaZhError(f'{folder} is no model folder: run the recipe first')
+    for name, folder in folders.items():
+        if not Path(folder).is_dir():
+            raise LlamaZhError(f'{folder} is no model folder: run the recipe first')
         model, tok = load(folder, device, dtype)
-        out[name] = dict(bits={k: round(bits(model, tok, t).bpc, 3) for k,t in texts.items()},
-                         right={k: score(ask(model, tok, [q['question'] for q in qs], template), qs) for k,qs in asked.items()})
+        out[name] = dict(
+            bits={k: round(bits(model, tok, t).bpc, 3) for k, t in texts.items()},
+            right={
+                k: score(ask(model, tok, [q['question'] for q in qs], template), qs)
+                for k, qs in asked.items()
+            },
+        )
     return out
 
 # %% ../../nbs/evals/measure.ipynb #73436fe8
 def windows(
-    n:int,       # tokens of a document, without BOS
-    max_len:int, # the longest input, with BOS
-): # yields (start, end, first): tokens start:end go in, first:end are scored
+    n: int,  # tokens of a document, without BOS
+    max_len: int,  # the longest input, with BOS
+):  # yields (start, end, first): tokens start:end go in, first:end are scored
     "Cut a document so that each token is scored exactly once"
     room = max_len - 1
-    if room < 2: raise LlamaZhError(f'max_len is {max_len}: at least 3 are needed')
+    if room < 2:
+        raise LlamaZhError(f'max_len is {max_len}: at least 3 are needed')
     end = min(n, room)
     yield 0, end, 0
     while end < n:
-        first, end = end, min(n, end + room - room//2)
+        first, end = end, min(n, end + room - room // 2)
         yield end - min(room, end), end, first
 
 # %% ../../nbs/evals/measure.ipynb #39274f92
 def encode_texts(
-    tokenizer, # called with a list of texts
-    texts,     # list of str
-)->list: # of lists of ids, no BOS and no EOS
+    tokenizer,  # called with a list of texts
+    texts,  # list of str
+) -> list:  # of lists of ids, no BOS and no EOS
     "Encode documents as ordinary text: a literal `</s>` in them is five characters, not a control token"
-    if not texts: return []
-    if not callable(getattr(tokenizer, 'convert_tokens_to_ids', None)): return tokenizer(list(texts))['input_ids']
+    if not texts:
+        return []
+    if not callable(getattr(tokenizer, 'convert_tokens_to_ids', None)):
+        return tokenizer(list(texts))['input_ids']
     return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)['input_ids']
+
+
 def _nats(model, rows, pad):
     "Summed negative log likelihood of the scored part of each (ids, first) row"
     import torch
-    n = max(len(ids) for ids,_ in rows)
+
+    n = max(len(ids) for ids, _ in rows)
     x = torch.full((len(rows), n), pad, dtype=torch.long, device=model.device)
     mask = torch.zeros_like(x)
-    for i,(ids,_) in enumerate(rows): x[i,:len(ids)] = torch.tensor(ids); mask[i,:len(ids)] = 1
+    for i, (ids, _) in enumerate(rows):
+        x[i, : len(ids)] = torch.tensor(ids)
+        mask[i, : len(ids)] = 1
     logits = model(input_ids=x, attention_mask=mask).logits
     out = []
-    for i,(ids,first) in enumerate(rows):     # position p predicts token p+1
-        lp = logits[i,first:len(ids)-1].float().log_softmax(-1)
-        out.append(-lp.gather(-1, x[i,first+1:len(ids),None]).double().sum().item())
+    for i, (ids, first) in enumerate(rows):  # position p predicts token p+1
+        lp = logits[i, first : len(ids) - 1].float().log_softmax(-1)
+        out.append(-lp.gather(-1, x[i, first + 1 : len(ids), None]).double().sum().item())
     return out
 
 # %% ../../nbs/evals/measure.ipynb #a0f2a68a
-def _batch(model, large, small): return small if sum(p.numel() for p in model.parameters()) < 2e8 else large
+def _batch(model, large, small):
+    return small if sum(p.numel() for p in model.parameters()) < 2e8 else large
 
 # %% ../../nbs/evals/measure.ipynb #c8d9e44d
 @dataclass
 class Bits:
     "What a text cost: `nats` in all, over characters, UTF-8 bytes and tokens"
-    nats:float; chars:int; bytes:int; tokens:int
+
+    nats: float
+    chars: int
+    bytes: int
+    tokens: int
+
     @property
-    def bpc(self): return self.nats/math.log(2)/max(self.chars, 1)    # bits per character
+    def bpc(self):
+        return self.nats / math.log(2) / max(self.chars, 1)  # bits per character
+
     @property
-    def bpb(self): return self.nats/math.log(2)/max(self.bytes, 1)    # bits per byte
+    def bpb(self):
+        return self.nats / math.log(2) / max(self.bytes, 1)  # bits per byte
+
     @property
-    def ppl(self): return math.exp(min(self.nats/max(self.tokens, 1), 700))     # per token: not comparable between vocabularies
-    def __repr__(self): return f'{self.bpc:.3f} bits/character, {self.bpb:.3f} bits/byte, perplexity {self.ppl:,.2f} ({self.chars:,} characters, {self.tokens:,} tokens)'
-    def to_dict(self): return dict(bpc=self.bpc, bpb=self.bpb, ppl=self.ppl, nats=self.nats, chars=self.chars, bytes=self.bytes, tokens=self.tokens)
+    def ppl(self):
+        return math.exp(
+            min(self.nats / max(self.tokens, 1), 700)
+        )  # per token: not comparable between vocabularies
+
+    def __repr__(self):
+        return f'{self.bpc:.3f} bits/character, {self.bpb:.3f} bits/byte, perplexity {self.ppl:,.2f} ({self.chars:,} characters, {self.tokens:,} tokens)'
+
+    def to_dict(self):
+        return dict(
+            bpc=self.bpc,
+            bpb=self.bpb,
+            ppl=self.ppl,
+            nats=self.nats,
+            chars=self.chars,
+            bytes=self.bytes,
+            tokens=self.tokens,
+        )
 
 # %% ../../nbs/evals/measure.ipynb #fb4901ee
 def bits(
-    model,         # a causal language model in eval mode
-    tokenizer,     # its tokenizer
-    texts,         # str or list of str; each is scored on its own, after BOS
-    batch:int=None,   # windows in a forward pass; None: 8, and 32 for small models
-    max_len:int=None, # longest window with BOS; None: the model's reach, at most 2,048
-)->Bits:
+    model,  # a causal language model in eval mode
+    tokenizer,  # its tokenizer
+    texts,  # str or list of str; each is scored on its own, after BOS
+    batch: int = None,  # windows in a forward pass; None: 8, and 32 for small models
+    max_len: int = None,  # longest window with BOS; None: the model's reach, at most 2,048
+) -> Bits:
     "Bits that `model` needs for `texts`"
     torch = need('torch', 'train')
     texts = [texts] if isinstance(texts, str) else [t for t in texts if t]
@@ -139,125 +214,217 @@ def bits(
     rows, ntok, bos = [], 0, tokenizer.bos_token_id
     for ids in encode_texts(tokenizer, texts):
         ntok += len(ids)
-        rows += [([bos] + list(ids[s:e]), f-s) for s,e,f in windows(len(ids), max_len)]
+        rows += [([bos] + list(ids[s:e]), f - s) for s, e, f in windows(len(ids), max_len)]
     rows.sort(key=lambda r: len(r[0]))
-    nats = 0.
+    nats = 0.0
     with torch.inference_mode():
-        for i in progress(range(0, len(rows), batch), 'bits'): nats += math.fsum(_nats(model, rows[i:i+batch], bos))
-    if not math.isfinite(nats): raise LlamaZhError('the model gives NaN or infinite probabilities: its weights are damaged, or float16 overflowed (use bfloat16 or float32)')
-    return Bits(nats, sum(map(len, texts)), sum(len(t.encode('utf-8', 'surrogatepass')) for t in texts), ntok)
+        for i in progress(range(0, len(rows), batch), 'bits'):
+            nats += math.fsum(_nats(model, rows[i : i + batch], bos))
+    if not math.isfinite(nats):
+        raise LlamaZhError(
+            'the model gives NaN or infinite probabilities: its weights are damaged, or float16 overflowed (use bfloat16 or float32)'
+        )
+    return Bits(
+        nats,
+        sum(map(len, texts)),
+        sum(len(t.encode('utf-8', 'surrogatepass')) for t in texts),
+        ntok,
+    )
 
 # %% ../../nbs/evals/measure.ipynb #c2ab536b
 def both(
-    model, tokenizer,
-    heldout:dict, # {'zh': texts, 'en': texts}, see `recipes.heldout`
-    batch:int=None,
-)->dict: # {'bpc_zh': ..., 'bpb_en': ...}; a language without texts is left out
+    model,
+    tokenizer,
+    heldout: dict,  # {'zh': texts, 'en': texts}, see `recipes.heldout`
+    batch: int = None,
+) -> dict:  # {'bpc_zh': ..., 'bpb_en': ...}; a language without texts is left out
     "Bits per character of Chinese and per byte of English held-out text"
     out = {}
-    if heldout.get('zh'): out['bpc_zh'] = round(bits(model, tokenizer, heldout['zh'], batch).bpc, 4)
-    if heldout.get('en'): out['bpb_en'] = round(bits(model, tokenizer, heldout['en'], batch).bpb, 4)
+    if heldout.get('zh'):
+        out['bpc_zh'] = round(bits(model, tokenizer, heldout['zh'], batch).bpc, 4)
+    if heldout.get('en'):
+        out['bpb_en'] = round(bits(model, tokenizer, heldout['en'], batch).bpb, 4)
     return out
 
 # %% ../../nbs/evals/measure.ipynb #ad83f336
 def greedy(
-    model, tokenizer,
-    prompts:list,           # lists of ids
-    max_new_tokens:int=64,
-    stop_ids=None,          # ids that end an answer; None: the tokenizer's EOS
-    batch:int=None,         # prompts at a time; None: 16, and 64 for small models
-    as_ids:bool=False,      # ids instead of text
-)->list: # of str, in the order of `prompts`
+    model,
+    tokenizer,
+    prompts: list,  # lists of ids
+    max_new_tokens: int = 64,
+    stop_ids=None,  # ids that end an answer; None: the tokenizer's EOS
+    batch: int = None,  # prompts at a time; None: 16, and 64 for small models
+    as_ids: bool = False,  # ids instead of text
+) -> list:  # of str, in the order of `prompts`
     "The model's likeliest continuations, stop token left out"
     torch = need('torch', 'train')
     stop = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
-    gen = need('transformers', 'train').GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop or None, pad_token_id=0, bos_token_id=None)
+    gen = need('transformers', 'train').GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop or None,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     batch = batch or _batch(model, 16, 64)
-    order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None]*len(prompts)
+    order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [None] * len(prompts)
     for j in progress(range(0, len(order), batch), 'answers'):
-        idx = order[j:j+batch]
+        idx = order[j : j + batch]
         n = max(len(prompts[i]) for i in idx)
-        x = torch.tensor([[0]*(n-len(prompts[i])) + list(prompts[i]) for i in idx], device=model.device)
-        mask = torch.tensor([[0]*(n-len(prompts[i])) + [1]*len(prompts[i]) for i in idx], device=model.device)
-        with torch.inference_mode(): y = model.generate(input_ids=x, attention_mask=mask, generation_config=gen)[:,n:].tolist()
-        for i,ids in zip(idx, y): out[i] = ids[:next((k for k,t in enumerate(ids) if t in stop), len(ids))]
-    return out if as_ids else [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out]
+        x = torch.tensor(
+            [[0] * (n - len(prompts[i])) + list(prompts[i]) for i in idx], device=model.device
+        )
+        mask = torch.tensor(
+            [[0] * (n - len(prompts[i])) + [1] * len(prompts[i]) for i in idx], device=model.device
+        )
+        with torch.inference_mode():
+            y = model.generate(input_ids=x, attention_mask=mask, generation_config=gen)[
+                :, n:
+            ].tolist()
+        for i, ids in zip(idx, y):
+            out[i] = ids[: next((k for k, t in enumerate(ids) if t in stop), len(ids))]
+    return (
+        out if as_ids else [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in out]
+    )
 
 # %% ../../nbs/evals/measure.ipynb #39f15db1
 def ask(
-    model, tokenizer,
-    questions:list,        # of str
-    template='alpaca2',    # name or Template, see the chat templates notebook
-    system:str=None,       # system prompt
-    contexts:list=None,    # a passage for each question; None: closed book
-    max_new_tokens:int=64,
-    batch:int=None,
-)->list: # of str
+    model,
+    tokenizer,
+    questions: list,  # of str
+    template='alpaca2',  # name or Template, see the chat templates notebook
+    system: str = None,  # system prompt
+    contexts: list = None,  # a passage for each question; None: closed book
+    max_new_tokens: int = 64,
+    batch: int = None,
+) -> list:  # of str
     "Answers to `questions`, greedy"
     tpl = get_template(template) if isinstance(template, str) else template
     sys = [{'role': 'system', 'content': system}] if system else []
-    users = questions if contexts is None else [f'{c}\n{q}' if c else q for c,q in zip(contexts, questions, strict=True)]
-    ids = [tpl.encode(tokenizer, sys + [{'role': 'user', 'content': u}], add_generation_prompt=True) for u in users]
+    users = (
+        questions
+        if contexts is None
+        else [f'{c}\n{q}' if c else q for c, q in zip(contexts, questions, strict=True)]
+    )
+    ids = [
+        tpl.encode(tokenizer, sys + [{'role': 'user', 'content': u}], add_generation_prompt=True)
+        for u in users
+    ]
     ids = [list(o[0] if isinstance(o, tuple) else getattr(o, 'ids', o)) for o in ids]
     return greedy(model, tokenizer, ids, max_new_tokens, batch=batch)
 
 # %% ../../nbs/evals/measure.ipynb #43ab6b36
 def wilson(
-    k:int,        # right
-    n:int,        # asked
-    z:float=1.96, # 95 %
-)->tuple: # (low, high)
+    k: int,  # right
+    n: int,  # asked
+    z: float = 1.96,  # 95 %
+) -> tuple:  # (low, high)
     "Wilson's confidence interval of a share"
-    if not n: return 0., 1.
-    p, d = k/n, 1 + z*z/n
-    m, w = (p + z*z/(2*n))/d, z*math.sqrt(p*(1-p)/n + z*z/(4*n*n))/d
-    return max(m-w, 0.), min(m+w, 1.)
+    if not n:
+        return 0.0, 1.0
+    p, d = k / n, 1 + z * z / n
+    m, w = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    return max(m - w, 0.0), min(m + w, 1.0)
 
 # %% ../../nbs/evals/measure.ipynb #fa095f4f
-def _plain(s): return re.sub(r'[\s。.!！]+$', '', re.sub(r'\s+', ' ', unicodedata.normalize('NFKC', s or '')).strip())
+def _plain(s):
+    return re.sub(
+        r'[\s。.!！]+$', '', re.sub(r'\s+', ' ', unicodedata.normalize('NFKC', s or '')).strip()
+    )
+
+
 def has_value(
-    value:str, text:str,
-)->bool:
+    value: str,
+    text: str,
+) -> bool:
     "Does `value` stand in `text` as a whole, not as a part of a longer number or Latin word?"
     v, t = _plain(value), _plain(text)
-    if not v: return False
+    if not v:
+        return False
     edge = lambda c: r'(?<![0-9A-Za-z])' if c == 0 else r'(?![0-9A-Za-z])'
-    pat = (edge(0) if v[0].isascii() and v[0].isalnum() else '') + re.escape(v) + (edge(1) if v[-1].isascii() and v[-1].isalnum() else '')
+    pat = (
+        (edge(0) if v[0].isascii() and v[0].isalnum() else '')
+        + re.escape(v)
+        + (edge(1) if v[-1].isascii() and v[-1].isalnum() else '')
+    )
     return re.search(pat, t, re.I) is not None
 
 # %% ../../nbs/evals/measure.ipynb #928337d8
 class Scores:
     "Each question with its answer and verdict; counts by any field, with intervals"
-    def __init__(self, rows): self.rows = rows
-    def by(self, key='kind')->dict:
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def by(self, key='kind') -> dict:
         "{value of `key`: {'right','n','share','lo','hi','value'}}"
         out = {}
-        for r in self.rows: out.setdefault(str(r.get(key, 'question')), []).append(r)
-        return {k: self._count(v) for k,v in out.items()}
+        for r in self.rows:
+            out.setdefault(str(r.get(key, 'question')), []).append(r)
+        return {k: self._count(v) for k, v in out.items()}
+
     @staticmethod
     def _count(rows):
         k, n = sum(r['right'] for r in rows), len(rows)
         lo, hi = wilson(k, n)
-        return dict(right=k, n=n, share=round(k/max(n,1), 4), lo=round(lo, 4), hi=round(hi, 4), value=sum(r['has_value'] for r in rows))
+        return dict(
+            right=k,
+            n=n,
+            share=round(k / max(n, 1), 4),
+            lo=round(lo, 4),
+            hi=round(hi, 4),
+            value=sum(r['has_value'] for r in rows),
+        )
+
     @property
-    def total(self): return self._count(self.rows)
-    def samples(self, n=6, right=None)->list:
+    def total(self):
+        return self._count(self.rows)
+
+    def samples(self, n=6, right=None) -> list:
         "Some rows as {'q','a','expected','kind','right'}; only right or wrong ones if asked"
         rows = [r for r in self.rows if right is None or r['right'] == right]
-        return [dict(q=r['question'], a=r['got'], expected=r.get('answer', ''), kind=r.get('kind', 'question'), right=r['right']) for r in rows[::max(len(rows)//max(n,1), 1)][:n]]
-    def _lines(self): return [(k, f"{c['right']}/{c['n']}", f"{c['share']:.0%}", f"{c['lo']:.0%} to {c['hi']:.0%}", f"{c['value']}/{c['n']}") for k,c in self.by().items()]
-    def __repr__(self): return '\n'.join('  '.join(l[:4]) for l in self._lines())
-    def _repr_markdown_(self): return '| kind | right | share | 95 % interval | value named |\n|---|--:|--:|---|--:|\n' + '\n'.join('| ' + ' | '.join(l) + ' |' for l in self._lines())
+        return [
+            dict(
+                q=r['question'],
+                a=r['got'],
+                expected=r.get('answer', ''),
+                kind=r.get('kind', 'question'),
+                right=r['right'],
+            )
+            for r in rows[:: max(len(rows) // max(n, 1), 1)][:n]
+        ]
+
+    def _lines(self):
+        return [
+            (
+                k,
+                f'{c["right"]}/{c["n"]}',
+                f'{c["share"]:.0%}',
+                f'{c["lo"]:.0%} to {c["hi"]:.0%}',
+                f'{c["value"]}/{c["n"]}',
+            )
+            for k, c in self.by().items()
+        ]
+
+    def __repr__(self):
+        return '\n'.join('  '.join(l[:4]) for l in self._lines())
+
+    def _repr_markdown_(self):
+        return (
+            '| kind | right | share | 95 % interval | value named |\n|---|--:|--:|---|--:|\n'
+            + '\n'.join('| ' + ' | '.join(l) + ' |' for l in self._lines())
+        )
 
 # %% ../../nbs/evals/measure.ipynb #fa65e09d
 def score(
-    answers:list,   # of str
-    questions:list, # dicts with "answer", or with "value" only
-)->Scores:
+    answers: list,  # of str
+    questions: list,  # dicts with "answer", or with "value" only
+) -> Scores:
     "Compare answers with what was expected"
-    if len(answers) != len(questions): raise LlamaZhError(f'{len(answers)} answers for {len(questions)} questions')
+    if len(answers) != len(questions):
+        raise LlamaZhError(f'{len(answers)} answers for {len(questions)} questions')
     rows = []
-    for a,q in zip(answers, questions):
+    for a, q in zip(answers, questions):
         named = has_value(q.get('value') or q.get('answer'), a)
         right = _plain(a) == _plain(q['answer']) if q.get('answer') else named
         rows.append({**q, 'got': a, 'right': right, 'has_value': named})

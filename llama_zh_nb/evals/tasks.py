@@ -7,56 +7,96 @@ __all__ = ['LETTERS', 'STYLES', 'HUB', 'Question', 'Style', 'ask_text', 'Task', 
            'read_task', 'write_task', 'world_task']
 
 # %% ../../nbs/evals/tasks.ipynb #8d9b74b9
-import csv, hashlib, io, json, random, re
+import csv
+import hashlib
+import io
+import json
+import random
+import re
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, read_json, what_is, write_json, writing
 from ..mini.world import Scribe, read_facts, split_facts
 
 # %% ../../nbs/evals/tasks.ipynb #882f1eeb
 LETTERS = 'ABCDEFGH'
+
+
 @dataclass(frozen=True)
 class Question:
     "One question with its options; `answer` is the place of the right one"
-    id:str           # unique within its task
-    subject:str      # as in the file's name
-    question:str     # may hold a blank, `____`
-    options:tuple    # of str, without their letters
-    answer:int       # 0 is A
-    passage:str=''   # what is read before the question
+
+    id: str  # unique within its task
+    subject: str  # as in the file's name
+    question: str  # may hold a blank, `____`
+    options: tuple  # of str, without their letters
+    answer: int  # 0 is A
+    passage: str = ''  # what is read before the question
 
 # %% ../../nbs/evals/tasks.ipynb #8fc85bca
 @dataclass(frozen=True)
 class Style:
     "How questions are written into a prompt"
-    intro:str   # before everything; may hold {subject}
-    ask:str     # one question; holds {passage}, {question}, {options}, {last}
-    option:str  # one option; holds {letter}, {text}
-    join:str    # between options
-    gap:str     # after an example's answer
-    space:str   # between the prompt and the answer, in an example
+
+    intro: str  # before everything; may hold {subject}
+    ask: str  # one question; holds {passage}, {question}, {options}, {last}
+    option: str  # one option; holds {letter}, {text}
+    join: str  # between options
+    gap: str  # after an example's answer
+    space: str  # between the prompt and the answer, in an example
+
+
 _LINES = dict(option='{letter}. {text}', join='\n', gap='\n\n', space='')
 _ASK = '{passage}{question}\n{options}\n答案：'
 STYLES = dict(
-    ceval=Style('以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n', _ASK, **_LINES),
+    ceval=Style(
+        '以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n', _ASK, **_LINES
+    ),
     cmmlu=Style('以下是关于{subject}的单项选择题，请直接给出正确答案的选项。\n\n', _ASK, **_LINES),
     passage=Style('阅读下面的材料，选出问题的正确答案。\n\n', _ASK, **_LINES),
-    english=Style('The following are multiple choice questions about {subject}. Choose the right answer.\n\n', '{passage}{question}\n{options}\nAnswer:', '{letter}. {text}', '\n', '\n\n', ' '),
-    agieval_zh=Style('', '{passage}问题：{question} 选项：{options}\n答案：从A到{last}, 我们应选择', '({letter}){text}', ' ', '\n\n', ''),
-    agieval_en=Style('', '{passage}Q: {question} Answer Choices: {options}\nA: Among A through {last}, the answer is', '({letter}){text}', ' ', '\n\n', ' '),
-    asis=Style('', '{question}', '{text}', ' ', '\n\n', ' '))
+    english=Style(
+        'The following are multiple choice questions about {subject}. Choose the right answer.\n\n',
+        '{passage}{question}\n{options}\nAnswer:',
+        '{letter}. {text}',
+        '\n',
+        '\n\n',
+        ' ',
+    ),
+    agieval_zh=Style(
+        '',
+        '{passage}问题：{question} 选项：{options}\n答案：从A到{last}, 我们应选择',
+        '({letter}){text}',
+        ' ',
+        '\n\n',
+        '',
+    ),
+    agieval_en=Style(
+        '',
+        '{passage}Q: {question} Answer Choices: {options}\nA: Among A through {last}, the answer is',
+        '({letter}){text}',
+        ' ',
+        '\n\n',
+        ' ',
+    ),
+    asis=Style('', '{question}', '{text}', ' ', '\n\n', ' '),
+)
 
 # %% ../../nbs/evals/tasks.ipynb #f4dd382d
 def ask_text(
-    style:Style,
-    q:Question,
-    answer:bool=False, # with the right letter behind it, as an example
-)->str:
+    style: Style,
+    q: Question,
+    answer: bool = False,  # with the right letter behind it, as an example
+) -> str:
     "One question as it stands in a prompt"
-    options = style.join.join(style.option.format(letter=l, text=t) for l,t in zip(LETTERS, q.options))
+    options = style.join.join(
+        style.option.format(letter=l, text=t) for l, t in zip(LETTERS, q.options)
+    )
     passage = q.passage + '\n' if q.passage and style.join == '\n' else q.passage
-    fill = dict(passage=passage, question=q.question, options=options, last=LETTERS[len(q.options)-1])
+    fill = dict(
+        passage=passage, question=q.question, options=options, last=LETTERS[len(q.options) - 1]
+    )
     text = re.sub(r'\{(passage|question|options|last)\}', lambda m: fill[m[1]], style.ask)
     return text + style.space + LETTERS[q.answer] + style.gap if answer else text
 
@@ -64,217 +104,458 @@ def ask_text(
 @dataclass
 class Task:
     "Subjects with their questions and examples, and everything the prompt needs"
-    name:str
-    subjects:dict                                # {subject: [Question, ...]}
-    shots:dict = field(default_factory=dict)     # {subject: [Question, ...]}: examples for few-shot prompts
-    names:dict = field(default_factory=dict)     # {subject: its name in the prompt}
-    groups:dict = field(default_factory=dict)    # {subject: [group, ...]}
-    style:str = 'ceval'
-    lang:str = 'zh'
-    source:str = ''                              # where it was read
-    dropped:dict = field(default_factory=dict)   # {why: how many}
-    def __len__(self): return sum(map(len, self.subjects.values()))
-    def intro(self, subject): return STYLES[self.style].intro.replace('{subject}', self.names.get(subject, subject.replace('_', ' ')))
+
+    name: str
+    subjects: dict  # {subject: [Question, ...]}
+    shots: dict = field(
+        default_factory=dict
+    )  # {subject: [Question, ...]}: examples for few-shot prompts
+    names: dict = field(default_factory=dict)  # {subject: its name in the prompt}
+    groups: dict = field(default_factory=dict)  # {subject: [group, ...]}
+    style: str = 'ceval'
+    lang: str = 'zh'
+    source: str = ''  # where it was read
+    dropped: dict = field(default_factory=dict)  # {why: how many}
+
+    def __len__(self):
+        return sum(map(len, self.subjects.values()))
+
+    def intro(self, subject):
+        return STYLES[self.style].intro.replace(
+            '{subject}', self.names.get(subject, subject.replace('_', ' '))
+        )
+
     @property
     def chance(self):
         "What guessing brings"
         qs = [q for v in self.subjects.values() for q in v]
-        return sum(1/len(q.options) for q in qs)/max(len(qs), 1)
+        return sum(1 / len(q.options) for q in qs) / max(len(qs), 1)
+
     @property
     def digest(self):
         "A hash of every question, example and prompt form"
-        what = [self.style, self.names, STYLES[self.style].__dict__, *([{**q.__dict__, 'id': ''} for q in v] for d in (self.subjects, self.shots) for _,v in sorted(d.items()))]
-        return hashlib.sha256(json.dumps(what, ensure_ascii=False, sort_keys=True).encode('utf-8', 'surrogatepass')).hexdigest()
+        what = [
+            self.style,
+            self.names,
+            STYLES[self.style].__dict__,
+            *(
+                [{**q.__dict__, 'id': ''} for q in v]
+                for d in (self.subjects, self.shots)
+                for _, v in sorted(d.items())
+            ),
+        ]
+        return hashlib.sha256(
+            json.dumps(what, ensure_ascii=False, sort_keys=True).encode('utf-8', 'surrogatepass')
+        ).hexdigest()
+
     def only(self, *subjects):
         "The same task with some of its subjects"
-        if bad := [s for s in subjects if s not in self.subjects]: raise LlamaZhError(f'{self.name} has no subject {bad[0]!r}; it has {", ".join(self.subjects)}')
+        if bad := [s for s in subjects if s not in self.subjects]:
+            raise LlamaZhError(
+                f'{self.name} has no subject {bad[0]!r}; it has {", ".join(self.subjects)}'
+            )
         return Task(**{**self.__dict__, 'subjects': {s: self.subjects[s] for s in subjects}})
-    def __repr__(self): return f'{self.name}: {len(self)} questions in {len(self.subjects)} subjects, {sum(map(len, self.shots.values()))} examples' + (f', dropped {self.dropped}' if self.dropped else '')
+
+    def __repr__(self):
+        return (
+            f'{self.name}: {len(self)} questions in {len(self.subjects)} subjects, {sum(map(len, self.shots.values()))} examples'
+            + (f', dropped {self.dropped}' if self.dropped else '')
+        )
 
 # %% ../../nbs/evals/tasks.ipynb #3399fba8
-_KEYS = dict(question=('question', 'query', 'stem'), options=('options', 'choices', 'choice'), answer=('answer', 'label', 'gold', 'target'), passage=('passage', 'context', 'article'))
+_KEYS = dict(
+    question=('question', 'query', 'stem'),
+    options=('options', 'choices', 'choice'),
+    answer=('answer', 'label', 'gold', 'target'),
+    passage=('passage', 'context', 'article'),
+)
+
+
 def _first(row, names):
-    low = {str(k).strip().lower(): v for k,v in row.items()}
+    low = {str(k).strip().lower(): v for k, v in row.items()}
     return next((low[n] for n in names if low.get(n) not in (None, '', [])), None)
+
+
 def _options(row):
-    low = {str(k).strip().lower(): v for k,v in row.items()}
+    low = {str(k).strip().lower(): v for k, v in row.items()}
     opts = _first(row, _KEYS['options'])
-    if isinstance(opts, dict): opts = opts.get('text')
-    if opts is None: opts = [low[l] for l in 'abcdefgh' if low.get(l) not in (None, '')]
-    return tuple(re.sub(rf'^\s*[(（]{l}[)）]\s*', '', str(o)).strip() for l,o in zip(LETTERS, opts))
+    if isinstance(opts, dict):
+        opts = opts.get('text')
+    if opts is None:
+        opts = [low[l] for l in 'abcdefgh' if low.get(l) not in (None, '')]
+    return tuple(
+        re.sub(rf'^\s*[(（]{l}[)）]\s*', '', str(o)).strip() for l, o in zip(LETTERS, opts)
+    )
+
+
 def _answer(a, options):
     "The place of the right option, or None"
-    if isinstance(a, (list, tuple)): a = a[0] if len(a) == 1 else None
-    if isinstance(a, int) and not isinstance(a, bool): return a if 0 <= a < len(options) else None
+    if isinstance(a, (list, tuple)):
+        a = a[0] if len(a) == 1 else None
+    if isinstance(a, int) and not isinstance(a, bool):
+        return a if 0 <= a < len(options) else None
     a = str(a if a is not None else '').strip()
-    if len(a) == 1 and a.upper() in LETTERS[:len(options)]: return LETTERS.index(a.upper())
+    if len(a) == 1 and a.upper() in LETTERS[: len(options)]:
+        return LETTERS.index(a.upper())
     return options.index(a) if a in options else None
+
+
 def parse_row(
-    row:dict,   # a CSV, JSON or Hub row
-    subject:str, id:str,
-): # a Question, or a str that says what is wrong with the row
+    row: dict,  # a CSV, JSON or Hub row
+    subject: str,
+    id: str,
+):  # a Question, or a str that says what is wrong with the row
     "Read one row"
     question, options = _first(row, _KEYS['question']), _options(row)
     passage = _first(row, _KEYS['passage']) or ''
-    if isinstance(passage, (list, tuple)): passage = '\n'.join(map(str, passage))
-    if not question: return 'no question'
-    if len(options) < 2: return 'fewer than two options'
+    if isinstance(passage, (list, tuple)):
+        passage = '\n'.join(map(str, passage))
+    if not question:
+        return 'no question'
+    if len(options) < 2:
+        return 'fewer than two options'
     answer = _answer(_first(row, _KEYS['answer']), options)
-    if answer is None: return 'no answer among the options'
+    if answer is None:
+        return 'no answer among the options'
     return Question(id, subject, str(question).strip(), options, answer, str(passage).strip())
 
 # %% ../../nbs/evals/tasks.ipynb #8436cf86
 def _text(path):
-    try: return Path(path).read_bytes().decode('utf-8-sig')
-    except UnicodeDecodeError as e: raise LlamaZhError(f'{path} is {what_is(path)}, not UTF-8 text (byte {e.start:,}): convert it to UTF-8') from None
+    try:
+        return Path(path).read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise LlamaZhError(
+            f'{path} is {what_is(path)}, not UTF-8 text (byte {e.start:,}): convert it to UTF-8'
+        ) from None
+
+
 def _jsonl(path):
-    for i,line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip(): continue
-        try: row = json.loads(line)
-        except ValueError as e: raise LlamaZhError(f'{path}, line {i}: not valid JSON ({e})') from None
-        if not isinstance(row, dict): raise LlamaZhError(f'{path}, line {i}: a JSON object was expected')
+    for i, line in enumerate(_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise LlamaZhError(f'{path}, line {i}: not valid JSON ({e})') from None
+        if not isinstance(row, dict):
+            raise LlamaZhError(f'{path}, line {i}: a JSON object was expected')
         yield row
+
+
 def _c3(data):
     "C3: [[lines], [questions], id]"
     return [{**q, 'passage': d[0]} for d in data for q in d[1]]
+
+
 def read_rows(
-    path, # .csv, .jsonl or .json
-)->list: # of dicts
+    path,  # .csv, .jsonl or .json
+) -> list:  # of dicts
     "The rows of one file"
     path = Path(path)
-    if not path.is_file(): raise LlamaZhError(f'no such file: {path}')
-    if path.suffix == '.csv': return list(csv.DictReader(io.StringIO(_text(path), newline='')))
-    if path.suffix == '.jsonl': return list(_jsonl(path))
-    if path.suffix != '.json': raise LlamaZhError(f'{path} is {what_is(path)}: questions are read from .csv, .jsonl and .json')
+    if not path.is_file():
+        raise LlamaZhError(f'no such file: {path}')
+    if path.suffix == '.csv':
+        return list(csv.DictReader(io.StringIO(_text(path), newline='')))
+    if path.suffix == '.jsonl':
+        return list(_jsonl(path))
+    if path.suffix != '.json':
+        raise LlamaZhError(
+            f'{path} is {what_is(path)}: questions are read from .csv, .jsonl and .json'
+        )
     data = read_json(path)
-    if not isinstance(data, list) or not data: raise LlamaZhError(f'{path}: a JSON list of questions was expected')
-    if isinstance(data[0], dict): return data
-    try: return _c3(data)
-    except (TypeError, IndexError, KeyError): raise LlamaZhError(f'{path}: neither a list of objects nor C3 ([[lines], [questions], id])') from None
+    if not isinstance(data, list) or not data:
+        raise LlamaZhError(f'{path}: a JSON list of questions was expected')
+    if isinstance(data[0], dict):
+        return data
+    try:
+        return _c3(data)
+    except (TypeError, IndexError, KeyError):
+        raise LlamaZhError(
+            f'{path}: neither a list of objects nor C3 ([[lines], [questions], id])'
+        ) from None
 
 # %% ../../nbs/evals/tasks.ipynb #a1fa2503
 def subject_table(
-    benchmark:str, # 'ceval' or 'cmmlu'
-)->dict: # {subject: (groups, Chinese name)}
+    benchmark: str,  # 'ceval' or 'cmmlu'
+) -> dict:  # {subject: (groups, Chinese name)}
     "The published subjects"
-    text = resources.files('llama_zh_nb').joinpath('data/eval/subjects.tsv').read_text(encoding='utf-8')
+    text = (
+        resources.files('llama_zh_nb')
+        .joinpath('data/eval/subjects.tsv')
+        .read_text(encoding='utf-8')
+    )
     rows = [l.split('\t') for l in text.splitlines() if l and not l.startswith('#')]
-    return {s: (g.split('|'), name) for b,s,g,name in rows if b == benchmark}
+    return {s: (g.split('|'), name) for b, s, g, name in rows if b == benchmark}
 
 # %% ../../nbs/evals/tasks.ipynb #8a06ff5b
 def _collect(files, dropped):
     "{subject: [Question, ...]} of (subject, rows) pairs"
     out = {}
     for subject, rows in files:
-        for i,row in enumerate(rows):
+        for i, row in enumerate(rows):
             q = parse_row(row, subject, f'{subject}-{i}')
-            if isinstance(q, str): dropped[q] = dropped.get(q, 0) + 1
-            else: out.setdefault(subject, []).append(q)
+            if isinstance(q, str):
+                dropped[q] = dropped.get(q, 0) + 1
+            else:
+                out.setdefault(subject, []).append(q)
     return out
+
+
 def _split_files(folder, split):
-    d = folder/split
-    return [(re.sub(rf'_{split}$', '', p.stem), read_rows(p)) for p in sorted(d.iterdir()) if p.suffix in ('.csv', '.jsonl', '.json') and not p.name.startswith('.')] if d.is_dir() else []
+    d = folder / split
+    return (
+        [
+            (re.sub(rf'_{split}$', '', p.stem), read_rows(p))
+            for p in sorted(d.iterdir())
+            if p.suffix in ('.csv', '.jsonl', '.json') and not p.name.startswith('.')
+        ]
+        if d.is_dir()
+        else []
+    )
+
+
 def _known(subjects):
     "'ceval' or 'cmmlu' if all subjects are theirs"
-    return next((b for b in ('ceval', 'cmmlu') if subjects and set(subjects) <= set(subject_table(b))), None)
+    return next(
+        (b for b in ('ceval', 'cmmlu') if subjects and set(subjects) <= set(subject_table(b))), None
+    )
+
+
 def _finish(name, subjects, shots, source, dropped, **about):
-    if not subjects: raise LlamaZhError(f'{source}: no question with an answer found' + (f' (left out: {dropped})' if dropped else '') + '. A test split without answers cannot be scored here: use val, or dev')
+    if not subjects:
+        raise LlamaZhError(
+            f'{source}: no question with an answer found'
+            + (f' (left out: {dropped})' if dropped else '')
+            + '. A test split without answers cannot be scored here: use val, or dev'
+        )
     b = _known(subjects)
     if b and not about.get('names'):
         table = subject_table(b)
-        about = dict(dict(style=b, names={s: table[s][1] for s in subjects}, groups={s: table[s][0] for s in subjects}), **about)
+        about = dict(
+            dict(
+                style=b,
+                names={s: table[s][1] for s in subjects},
+                groups={s: table[s][0] for s in subjects},
+            ),
+            **about,
+        )
     agi = all(s.startswith('gaokao-') for s in subjects)
-    if agi: about.setdefault('style', 'agieval_en' if set(subjects) == {'gaokao-english'} else 'agieval_zh')
-    if not b and not agi and any(q.passage for v in subjects.values() for q in v): about.setdefault('style', 'passage')
-    if (style := about.get('style', 'ceval')) not in STYLES: raise LlamaZhError(f'{source}: unknown style {style!r}; known: {", ".join(STYLES)}')
+    if agi:
+        about.setdefault(
+            'style', 'agieval_en' if set(subjects) == {'gaokao-english'} else 'agieval_zh'
+        )
+    if not b and not agi and any(q.passage for v in subjects.values() for q in v):
+        about.setdefault('style', 'passage')
+    if (style := about.get('style', 'ceval')) not in STYLES:
+        raise LlamaZhError(f'{source}: unknown style {style!r}; known: {", ".join(STYLES)}')
     return Task(name, subjects, shots, source=str(source), dropped=dropped, **about)
+
+
 def _folder(folder, split):
-    about = read_json(folder/'task.json') if (folder/'task.json').is_file() else {}
+    about = read_json(folder / 'task.json') if (folder / 'task.json').is_file() else {}
     dropped, splits = {}, [split] if split else ['val', 'test']
-    found = next((s for s in splits if (folder/s).is_dir()), None)
-    if not found and (split or (folder/'dev').is_dir()): raise LlamaZhError(f'{folder} has no folder {" or ".join(splits)}: put the questions there' + (', or say --split dev to measure on the examples (without examples in front)' if not split else ''))
-    files = _split_files(folder, found) if found else [(p.stem, read_rows(p)) for p in sorted(folder.iterdir()) if p.suffix in ('.csv', '.jsonl') or p.suffix == '.json' and p.name != 'task.json']
+    found = next((s for s in splits if (folder / s).is_dir()), None)
+    if not found and (split or (folder / 'dev').is_dir()):
+        raise LlamaZhError(
+            f'{folder} has no folder {" or ".join(splits)}: put the questions there'
+            + (
+                ', or say --split dev to measure on the examples (without examples in front)'
+                if not split
+                else ''
+            )
+        )
+    files = (
+        _split_files(folder, found)
+        if found
+        else [
+            (p.stem, read_rows(p))
+            for p in sorted(folder.iterdir())
+            if p.suffix in ('.csv', '.jsonl') or p.suffix == '.json' and p.name != 'task.json'
+        ]
+    )
     shots = {} if found in (None, 'dev') else _collect(_split_files(folder, 'dev'), {})
-    return _finish(about.pop('name', folder.name), _collect(files, dropped), shots, folder, dropped, **about)
+    return _finish(
+        about.pop('name', folder.name), _collect(files, dropped), shots, folder, dropped, **about
+    )
 
 # %% ../../nbs/evals/tasks.ipynb #636befeb
-_GAOKAO = 'chinese english geography history biology chemistry mathqa'.split()
+_GAOKAO = ['chinese', 'english', 'geography', 'history', 'biology', 'chemistry', 'mathqa']
 HUB = dict(
-    ceval=dict(id='ceval/ceval-exam', split='val', dev='dev', subjects=lambda: subject_table('ceval')),
-    cmmlu=dict(id='haonan-li/cmmlu', split='test', dev='dev', subjects=lambda: subject_table('cmmlu')),
+    ceval=dict(
+        id='ceval/ceval-exam', split='val', dev='dev', subjects=lambda: subject_table('ceval')
+    ),
+    cmmlu=dict(
+        id='haonan-li/cmmlu', split='test', dev='dev', subjects=lambda: subject_table('cmmlu')
+    ),
     c3=dict(id='clue/clue', split='validation', dev=None, subjects=lambda: ['c3'], style='passage'),
-    **{'agieval-gaokao': dict(id='hails/agieval-{}', split='test', dev=None, subjects=lambda: [f'gaokao-{s}' for s in _GAOKAO], style='asis')})
+    **{
+        'agieval-gaokao': dict(
+            id='hails/agieval-{}',
+            split='test',
+            dev=None,
+            subjects=lambda: [f'gaokao-{s}' for s in _GAOKAO],
+            style='asis',
+        )
+    },
+)
+
+
 def _hub_rows(id, config, split):
     ds = need('datasets', 'eval')
-    try: return [dict(r) for r in ds.load_dataset(id, config, split=split)]
+    try:
+        return [dict(r) for r in ds.load_dataset(id, config, split=split)]
     except Exception as e:
-        raise LlamaZhError(f'cannot read the dataset {id}' + (f' ({config})' if config else '') + f', split {split}: {type(e).__name__}: {str(e).splitlines()[0][:160]}. '
-            'Without network, download its files, put them in DIR/dev and DIR/val (SUBJECT_dev.csv, SUBJECT_val.csv, or .jsonl) and pass DIR instead of the name') from None
+        raise LlamaZhError(
+            f'cannot read the dataset {id}'
+            + (f' ({config})' if config else '')
+            + f', split {split}: {type(e).__name__}: {str(e).splitlines()[0][:160]}. '
+            'Without network, download its files, put them in DIR/dev and DIR/val (SUBJECT_dev.csv, SUBJECT_val.csv, or .jsonl) and pass DIR instead of the name'
+        ) from None
+
+
 def _from_hub(name, split, subjects):
     h = HUB.get(name) or dict(id=name, split='test', dev=None, subjects=lambda: [''])
     todo, dropped, split = list(subjects or h['subjects']()), {}, split or h['split']
     where = lambda s: (h['id'].format(s), None) if '{}' in h['id'] else (h['id'], s or None)
     files = [(s or name.split('/')[-1], _hub_rows(*where(s), split)) for s in todo]
-    shots = _collect([(s, _hub_rows(*where(s), h['dev'])) for s in todo], {}) if h['dev'] and h['dev'] != split else {}
-    return _finish(name.split('/')[-1], _collect(files, dropped), shots, h['id'], dropped, **({'style': h['style']} if 'style' in h else {}))
+    shots = (
+        _collect([(s, _hub_rows(*where(s), h['dev'])) for s in todo], {})
+        if h['dev'] and h['dev'] != split
+        else {}
+    )
+    return _finish(
+        name.split('/')[-1],
+        _collect(files, dropped),
+        shots,
+        h['id'],
+        dropped,
+        **({'style': h['style']} if 'style' in h else {}),
+    )
+
+
 def read_task(
-    source,            # folder, file, a name of `HUB`, world-zh, world-en, or a dataset id with a slash
-    split:str=None,    # folder's or dataset's split; None: val, else test
-    subjects:list=None, # only these
-)->Task:
+    source,  # folder, file, a name of `HUB`, world-zh, world-en, or a dataset id with a slash
+    split: str = None,  # folder's or dataset's split; None: val, else test
+    subjects: list = None,  # only these
+) -> Task:
     "Read a task"
-    if isinstance(source, Task): return source.only(*subjects) if subjects else source
-    if str(source) in ('world-zh', 'world-en') and not Path(source).exists(): source = world_task(str(source)[-2:]); return source.only(*subjects) if subjects else source
+    if isinstance(source, Task):
+        return source.only(*subjects) if subjects else source
+    if str(source) in ('world-zh', 'world-en') and not Path(source).exists():
+        source = world_task(str(source)[-2:])
+        return source.only(*subjects) if subjects else source
     p, dropped = Path(source), {}
-    if p.is_dir(): t = _folder(p, split)
-    elif p.is_file(): t = _finish(p.stem, _collect([(p.stem, read_rows(p))], dropped), {}, p, dropped)
-    elif str(source) in HUB or re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)): return _from_hub(str(source), split, subjects)
-    else: raise LlamaZhError(f'no task {str(source)!r}: neither a folder, nor a file, nor one of {", ".join([*HUB, "world-zh", "world-en"])}, nor a dataset id owner/name')
+    if p.is_dir():
+        t = _folder(p, split)
+    elif p.is_file():
+        t = _finish(p.stem, _collect([(p.stem, read_rows(p))], dropped), {}, p, dropped)
+    elif str(source) in HUB or re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)):
+        return _from_hub(str(source), split, subjects)
+    else:
+        raise LlamaZhError(
+            f'no task {str(source)!r}: neither a folder, nor a file, nor one of {", ".join([*HUB, "world-zh", "world-en"])}, nor a dataset id owner/name'
+        )
     return t.only(*subjects) if subjects else t
 
 # %% ../../nbs/evals/tasks.ipynb #45dec506
 def write_task(
-    out,      # folder to make
-    task:Task,
-)->Path:
+    out,  # folder to make
+    task: Task,
+) -> Path:
     "Write `task` in C-Eval's layout with its task.json"
     out = Path(out)
     with writing(out) as tmp:
         for split, part in (('val', task.subjects), ('dev', task.shots)):
-            (tmp/split).mkdir(parents=True, exist_ok=True)
-            for s,qs in part.items():
+            (tmp / split).mkdir(parents=True, exist_ok=True)
+            for s, qs in part.items():
                 n = max(len(q.options) for q in qs)
-                with open(tmp/split/f'{s}_{split}.csv', 'w', encoding='utf-8', newline='') as f:
-                    w = csv.writer(f); w.writerow(['id', 'passage', 'question', *LETTERS[:n], 'answer'])
-                    w.writerows([i, q.passage, q.question, *(list(q.options) + ['']*n)[:n], LETTERS[q.answer]] for i,q in enumerate(qs))
-        write_json(tmp/'task.json', dict(name=task.name, style=task.style, lang=task.lang, names=task.names, groups=task.groups))
+                with open(tmp / split / f'{s}_{split}.csv', 'w', encoding='utf-8', newline='') as f:
+                    w = csv.writer(f)
+                    w.writerow(['id', 'passage', 'question', *LETTERS[:n], 'answer'])
+                    w.writerows(
+                        [
+                            i,
+                            q.passage,
+                            q.question,
+                            *(list(q.options) + [''] * n)[:n],
+                            LETTERS[q.answer],
+                        ]
+                        for i, q in enumerate(qs)
+                    )
+        write_json(
+            tmp / 'task.json',
+            dict(
+                name=task.name,
+                style=task.style,
+                lang=task.lang,
+                names=task.names,
+                groups=task.groups,
+            ),
+        )
     return out
 
 # %% ../../nbs/evals/tasks.ipynb #dcbdcd4d
 def _world_question(s, f, i, rng):
     "A test question on fact `f` and four sentences that could answer it"
     pool = {v[s.i] for v in s.pool[f.kind, f.relation]} - {f.value[s.i]}
-    if len(pool) < 3: return None
+    if len(pool) < 3:
+        return None
     values = rng.sample(sorted(pool), 3) + [f.value[s.i]]
     rng.shuffle(values)
-    sentence = s.pats[s.lang,'fact','*','seen'][0]
+    sentence = s.pats[s.lang, 'fact', '*', 'seen'][0]
     options = tuple(sentence.format(X=f.entity[s.i], R=f.relation[s.i], V=v) for v in values)
-    return Question(f'{i}', f.kind if f.split != 'unseen' else 'unseen', s.fill(s.rng.choice(s.forms('ask')), f), options, values.index(f.value[s.i]))
+    return Question(
+        f'{i}',
+        f.kind if f.split != 'unseen' else 'unseen',
+        s.fill(s.rng.choice(s.forms('ask')), f),
+        options,
+        values.index(f.value[s.i]),
+    )
+
+
 def world_task(
-    lang:str='zh', # 'zh' or 'en'
-    n_shots:int=5, # examples of each subject, not asked themselves
-    seed:int=0,
-)->Task:
+    lang: str = 'zh',  # 'zh' or 'en'
+    n_shots: int = 5,  # examples of each subject, not asked themselves
+    seed: int = 0,
+) -> Task:
     "Four-choice questions on the facts of mini's world, in wordings that no training text has"
     facts, rng = split_facts(read_facts()), random.Random(f'choice-{lang}-{seed}')
     s = Scribe(lang, facts, f'choice{seed}', split='test')
-    made, subjects, shots = [q for i,f in enumerate(facts) if (q := _world_question(s, f, i, rng))], {}, {}
+    made, subjects, shots = (
+        [q for i, f in enumerate(facts) if (q := _world_question(s, f, i, rng))],
+        {},
+        {},
+    )
     rng.shuffle(made)
     for q in made:
         todo = shots if len(shots.get(q.subject, [])) < n_shots else subjects
         todo.setdefault(q.subject, []).append(q)
-    subjects, shots = ({s: [replace(q, id=f'{s}-{i}') for i,q in enumerate(v)] for s,v in d.items()} for d in (subjects, shots))   # as they are numbered in files
-    zh = dict(country='国家', city='城市', writer='作家', festival='节日', invention='发明', river='河流', animal='动物', unseen='世界常识')
+    subjects, shots = (
+        {s: [replace(q, id=f'{s}-{i}') for i, q in enumerate(v)] for s, v in d.items()}
+        for d in (subjects, shots)
+    )  # as they are numbered in files
+    zh = dict(
+        country='国家',
+        city='城市',
+        writer='作家',
+        festival='节日',
+        invention='发明',
+        river='河流',
+        animal='动物',
+        unseen='世界常识',
+    )
     names = zh if lang == 'zh' else {k: k for k in zh} | {'unseen': 'the world'}
-    return Task(f'world-{lang}', {k: subjects[k] for k in zh if k in subjects}, {k: v for k,v in shots.items()}, {k: names[k] for k in zh if k in subjects},
-                {k: ['in no training text' if k == 'unseen' else 'in the training texts'] for k in zh if k in subjects}, 'ceval' if lang == 'zh' else 'english', lang, 'world')
+    return Task(
+        f'world-{lang}',
+        {k: subjects[k] for k in zh if k in subjects},
+        dict(shots.items()),
+        {k: names[k] for k in zh if k in subjects},
+        {
+            k: ['in no training text' if k == 'unseen' else 'in the training texts']
+            for k in zh
+            if k in subjects
+        },
+        'ceval' if lang == 'zh' else 'english',
+        lang,
+        'world',
+    )

@@ -6,118 +6,220 @@
 __all__ = ['Step', 'docker_steps', 'sent', 'check_dockerfile', 'check_compose']
 
 # %% ../../nbs/export/deploy.ipynb #51a1a8a2
-import json, re
+import json
+import re
 from pathlib import Path
 from typing import NamedTuple
+
 from ..core.errors import LlamaZhError
 
 # %% ../../nbs/export/deploy.ipynb #ca0d4429
 class Step(NamedTuple):
     "An instruction of a Dockerfile."
-    op: str    # FROM, RUN, COPY, ...
-    arg: str   # the rest, lines joined
+
+    op: str  # FROM, RUN, COPY, ...
+    arg: str  # the rest, lines joined
     line: int
+
+
 def docker_steps(
-    path, # Dockerfile
-)->list: # of `Step`
+    path,  # Dockerfile
+) -> list:  # of `Step`
     "The instructions of a Dockerfile, comments left out and continued lines joined"
     path = Path(path)
-    if not path.is_file(): raise LlamaZhError(f'{path}: no such file')
+    if not path.is_file():
+        raise LlamaZhError(f'{path}: no such file')
     out, held, start = [], '', 0
     for i, s in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
-        if s.lstrip().startswith('#') or not s.strip(): continue
+        if s.lstrip().startswith('#') or not s.strip():
+            continue
         start, held = (start if held else i), f'{held} {s.strip()}'.strip()
-        if held.endswith('\\'): held = held[:-1].rstrip(); continue
+        if held.endswith('\\'):
+            held = held[:-1].rstrip()
+            continue
         op, _, arg = held.partition(' ')
-        if not re.fullmatch('[A-Za-z]+', op) or not arg: raise LlamaZhError(f'{path}, line {start}: {held[:40]!r} is no instruction')
-        out.append(Step(op.upper(), arg.strip(), start)); held = ''
-    if held or not out: raise LlamaZhError(f'{path}: ' + (f'line {start} goes on after the end' if held else 'no instruction in it'))
+        if not re.fullmatch('[A-Za-z]+', op) or not arg:
+            raise LlamaZhError(f'{path}, line {start}: {held[:40]!r} is no instruction')
+        out.append(Step(op.upper(), arg.strip(), start))
+        held = ''
+    if held or not out:
+        raise LlamaZhError(
+            f'{path}: '
+            + (f'line {start} goes on after the end' if held else 'no instruction in it')
+        )
     return out
 
 # %% ../../nbs/export/deploy.ipynb #82b9a68c
 def _pattern(p):
     "A line of .dockerignore as a regular expression: `**` any depth, `*` within a name"
-    return re.compile(''.join({'**/': '(?:.*/)?', '**': '.*', '*': '[^/]*', '?': '[^/]'}.get(t) or re.escape(t) for t in re.findall(r'\*\*/|\*\*|\*|\?|[^*?]+', p.strip('/'))) + '(?:/.*)?$')
+    return re.compile(
+        ''.join(
+            {'**/': '(?:.*/)?', '**': '.*', '*': '[^/]*', '?': '[^/]'}.get(t) or re.escape(t)
+            for t in re.findall(r'\*\*/|\*\*|\*|\?|[^*?]+', p.strip('/'))
+        )
+        + '(?:/.*)?$'
+    )
+
+
 def sent(
-    name:str, # path inside the folder
-    rules:list, # lines of .dockerignore
-)->bool:
+    name: str,  # path inside the folder
+    rules: list,  # lines of .dockerignore
+) -> bool:
     "Does a file reach the builder?"
     ok = True
     for rule in rules:
-        if (rule := rule.strip()) and not rule.startswith('#') and _pattern(rule.removeprefix('!')).match(name): ok = rule.startswith('!')
+        if (
+            (rule := rule.strip())
+            and not rule.startswith('#')
+            and _pattern(rule.removeprefix('!')).match(name)
+        ):
+            ok = rule.startswith('!')
     return ok
 
 # %% ../../nbs/export/deploy.ipynb #b54fc3cd
-def _says(steps, op): return [s for s in steps if s.op == op]
-def _port(s): return (re.search(r'--port"?,? *"?(\d+)|127\.0\.0\.1:(\d+)', s) or [None]*3)
+def _says(steps, op):
+    return [s for s in steps if s.op == op]
+
+
+def _port(s):
+    return re.search(r'--port"?,? *"?(\d+)|127\.0\.0\.1:(\d+)', s) or [None] * 3
+
+
 def check_dockerfile(
-    path, # Dockerfile; the folder it lies in is the one that is sent
-)->list: # of str
+    path,  # Dockerfile; the folder it lies in is the one that is sent
+) -> list:  # of str
     "Faults that can be seen without building"
     path, out = Path(path), []
-    steps, rules = docker_steps(path), path.parent/'.dockerignore'
+    steps, rules = docker_steps(path), path.parent / '.dockerignore'
     rules = rules.read_text(encoding='utf-8').splitlines() if rules.is_file() else []
     say = lambda s, text: out.append(f'{path.name}, line {s.line}: {text}')
     for s in steps:
-        if s.op == 'FROM' and (':' not in s.arg or ':latest' in s.arg): say(s, f'{s.arg} has no fixed version')
-        if s.op == 'ADD': say(s, 'COPY says what it does, ADD also unpacks and downloads')
-        if s.op == 'COPY': out += _copies(path, s, rules)
-        if s.op == 'RUN': out += [f'{path.name}, line {s.line}: {t}' for t in _runs(s.arg)]
-        if s.op in ('ENV', 'ARG') and re.search(r'(KEY|TOKEN|PASSWORD|SECRET)\w*=\S', s.arg): say(s, 'a secret would stay in the image')
-    if not (u := _says(steps, 'USER')) or u[-1].arg in ('root', '0'): out.append(f'{path.name}: runs as root; end with USER and another name')
+        if s.op == 'FROM' and (':' not in s.arg or ':latest' in s.arg):
+            say(s, f'{s.arg} has no fixed version')
+        if s.op == 'ADD':
+            say(s, 'COPY says what it does, ADD also unpacks and downloads')
+        if s.op == 'COPY':
+            out += _copies(path, s, rules)
+        if s.op == 'RUN':
+            out += [f'{path.name}, line {s.line}: {t}' for t in _runs(s.arg)]
+        if s.op in ('ENV', 'ARG') and re.search(r'(KEY|TOKEN|PASSWORD|SECRET)\w*=\S', s.arg):
+            say(s, 'a secret would stay in the image')
+    if not (u := _says(steps, 'USER')) or u[-1].arg in ('root', '0'):
+        out.append(f'{path.name}: runs as root; end with USER and another name')
     for op in ('EXPOSE', 'HEALTHCHECK', 'CMD'):
-        if not _says(steps, op): out.append(f'{path.name}: no {op}')
-    if cmd := _says(steps, 'CMD'): out += _ports(path, steps, cmd[-1])
+        if not _says(steps, op):
+            out.append(f'{path.name}: no {op}')
+    if cmd := _says(steps, 'CMD'):
+        out += _ports(path, steps, cmd[-1])
     return out
+
+
 def _copies(path, s, rules):
     "Sources that are not there or are kept away"
-    words = json.loads(s.arg) if s.arg.startswith('[') else [w for w in s.arg.split() if not w.startswith('--')]
-    if '--from=' in s.arg: return []
-    lost = [w for w in words[:-1] if not (path.parent/w).exists()]
+    words = (
+        json.loads(s.arg)
+        if s.arg.startswith('[')
+        else [w for w in s.arg.split() if not w.startswith('--')]
+    )
+    if '--from=' in s.arg:
+        return []
+    lost = [w for w in words[:-1] if not (path.parent / w).exists()]
     away = [w for w in words[:-1] if w not in lost and not sent(w.rstrip('/'), rules)]
-    return [f'{path.name}, line {s.line}: {w} is not there' for w in lost] + [f'{path.name}, line {s.line}: .dockerignore keeps {w} away' for w in away]
+    return [f'{path.name}, line {s.line}: {w} is not there' for w in lost] + [
+        f'{path.name}, line {s.line}: .dockerignore keeps {w} away' for w in away
+    ]
+
+
 def _runs(cmd):
     "What a RUN line lacks"
     if 'apt-get install' in cmd:
-        if '--no-install-recommends' not in cmd: yield 'apt-get install without --no-install-recommends'
-        if 'rm -rf /var/lib/apt/lists' not in cmd: yield 'the lists of apt stay in the layer'
-        if 'apt-get update' not in cmd: yield 'apt-get install without apt-get update in the same step'
-    if 'pip install' in cmd and '-c ' not in cmd and '==' not in cmd: yield 'pip install without -c constraints.txt: another version every month'
-    if re.search(r'\bsudo\b|curl [^|]*\| *(ba)?sh', cmd): yield 'no sudo and no script from the net in a build'
+        if '--no-install-recommends' not in cmd:
+            yield 'apt-get install without --no-install-recommends'
+        if 'rm -rf /var/lib/apt/lists' not in cmd:
+            yield 'the lists of apt stay in the layer'
+        if 'apt-get update' not in cmd:
+            yield 'apt-get install without apt-get update in the same step'
+    if 'pip install' in cmd and '-c ' not in cmd and '==' not in cmd:
+        yield 'pip install without -c constraints.txt: another version every month'
+    if re.search(r'\bsudo\b|curl [^|]*\| *(ba)?sh', cmd):
+        yield 'no sudo and no script from the net in a build'
+
+
 def _ports(path, steps, cmd):
     "EXPOSE, HEALTHCHECK and CMD must name one port, and CMD the address that the outside can reach"
-    try: words = json.loads(cmd.arg)
-    except ValueError: return [f'{path.name}, line {cmd.line}: CMD as one string runs in a shell, which keeps signals from the server: write a list']
-    named = {op: (m := _port(_says(steps, op)[-1].arg))[1] or m[2] for op in ('HEALTHCHECK', 'CMD') if _says(steps, op)}
+    try:
+        words = json.loads(cmd.arg)
+    except ValueError:
+        return [
+            f'{path.name}, line {cmd.line}: CMD as one string runs in a shell, which keeps signals from the server: write a list'
+        ]
+    named = {
+        op: (m := _port(_says(steps, op)[-1].arg))[1] or m[2]
+        for op in ('HEALTHCHECK', 'CMD')
+        if _says(steps, op)
+    }
     named['EXPOSE'] = _says(steps, 'EXPOSE')[-1].arg if _says(steps, 'EXPOSE') else None
-    out = [] if len(set(named.values())) == 1 else [f'{path.name}: different ports: ' + ', '.join(f'{k} {v}' for k, v in named.items())]
-    return out if '0.0.0.0' in words else out + [f'{path.name}, line {cmd.line}: the server listens inside the container only; give --host 0.0.0.0']
+    out = (
+        []
+        if len(set(named.values())) == 1
+        else [f'{path.name}: different ports: ' + ', '.join(f'{k} {v}' for k, v in named.items())]
+    )
+    return (
+        out
+        if '0.0.0.0' in words
+        else out
+        + [
+            f'{path.name}, line {cmd.line}: the server listens inside the container only; give --host 0.0.0.0'
+        ]
+    )
 
 # %% ../../nbs/export/deploy.ipynb #8c1c2dad
 def check_compose(
-    path, # compose.yaml
-)->list: # of str
+    path,  # compose.yaml
+) -> list:  # of str
     "Faults of a compose file: ports, addresses, and what it waits for"
     import yaml
+
     path, out = Path(path), []
-    try: services = yaml.safe_load(path.read_text(encoding='utf-8'))['services']
-    except FileNotFoundError: raise LlamaZhError(f'{path}: no such file') from None
-    except (yaml.YAMLError, KeyError, TypeError) as e: raise LlamaZhError(f'{path} is not a compose file: {str(e).splitlines()[0]}') from None
-    image = next((docker_steps(f) for s in services.values() if (f := path.parent/str(s.get('build', '.'))/'Dockerfile').is_file()), [])
+    try:
+        services = yaml.safe_load(path.read_text(encoding='utf-8'))['services']
+    except FileNotFoundError:
+        raise LlamaZhError(f'{path}: no such file') from None
+    except (yaml.YAMLError, KeyError, TypeError) as e:
+        raise LlamaZhError(f'{path} is not a compose file: {str(e).splitlines()[0]}') from None
+    image = next(
+        (
+            docker_steps(f)
+            for s in services.values()
+            if (f := path.parent / str(s.get('build', '.')) / 'Dockerfile').is_file()
+        ),
+        [],
+    )
     for name, s in services.items():
         words = s.get('command') or next((json.loads(x.arg) for x in _says(image, 'CMD')), [])
         port = words[words.index('--port') + 1] if '--port' in words else None
         for p in s.get('ports', []):
             *_, inside = str(p).split(':')
-            if inside != port: out.append(f'{name}: port {inside} is published, but the command listens on {port}')
-            if not str(p).startswith('127.0.0.1:'): out.append(f'{name}: {p} is open to the whole network')
+            if inside != port:
+                out.append(f'{name}: port {inside} is published, but the command listens on {port}')
+            if not str(p).startswith('127.0.0.1:'):
+                out.append(f'{name}: {p} is open to the whole network')
         for host, at in re.findall(r'https?://([\w.-]+):(\d+)', ' '.join(words)):
-            other = (services.get(host) or {}).get('command') or next((json.loads(x.arg) for x in _says(image, 'CMD')), [])
-            if host not in services: out.append(f'{name}: asks {host}, which is no service here')
-            elif at not in other: out.append(f'{name}: asks {host} on {at}, where it does not listen')
-        out += [f'{name}: waits for {d}, which is no service here' for d in s.get('depends_on', {}) if d not in services]
+            other = (services.get(host) or {}).get('command') or next(
+                (json.loads(x.arg) for x in _says(image, 'CMD')), []
+            )
+            if host not in services:
+                out.append(f'{name}: asks {host}, which is no service here')
+            elif at not in other:
+                out.append(f'{name}: asks {host} on {at}, where it does not listen')
+        out += [
+            f'{name}: waits for {d}, which is no service here'
+            for d in s.get('depends_on', {})
+            if d not in services
+        ]
         test = str((s.get('healthcheck') or {}).get('test', ''))
-        if 'healthcheck' in s and port not in test: out.append(f'{name}: its healthcheck asks another port than {port}')
-        if 'healthcheck' not in s and not any(port in x.arg for x in _says(image, 'HEALTHCHECK')): out.append(f"{name}: the image's healthcheck asks another port than {port}")
+        if 'healthcheck' in s and port not in test:
+            out.append(f'{name}: its healthcheck asks another port than {port}')
+        if 'healthcheck' not in s and not any(port in x.arg for x in _says(image, 'HEALTHCHECK')):
+            out.append(f"{name}: the image's healthcheck asks another port than {port}")
     return out

@@ -7,10 +7,15 @@ __all__ = ['TYPES', 'file_type', 'Vocab', 'gguf_vocab', 'gguf_rope', 'GGUF', 're
            'convert_tensor', 'quantize_gguf', 'to_gguf']
 
 # %% ../../nbs/export/gguf.ipynb #e6442626
-import contextlib, html, math, re
+import contextlib
+import html
+import math
+import re
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
+
 from ..checkpoint.meta import EMBED, HEAD, llama_shapes, not_over, unpermute
 from ..checkpoint.tensors import open_weights
 from ..core.errors import LlamaZhError, need, read_json, what_is, writing
@@ -18,15 +23,23 @@ from ..core.machine import progress
 from ..tokenizer.exact import read_model
 
 # %% ../../nbs/export/gguf.ipynb #10de3b6b
-TYPES = dict(f32='F32', f16='F16', q8_0='Q8_0', q4_0='Q4_0')   # written here, with numpy
-_BLOCK = 32                                                    # weights that share a scale in q8_0 and q4_0
+TYPES = dict(f32='F32', f16='F16', q8_0='Q8_0', q4_0='Q4_0')  # written here, with numpy
+_BLOCK = 32  # weights that share a scale in q8_0 and q4_0
+
+
 def file_type(
-    type:str, # 'f16', 'q4_K_M', ... in any case
-)->tuple: # (name, llama.cpp's number)
+    type: str,  # 'f16', 'q4_K_M', ... in any case
+) -> tuple:  # (name, llama.cpp's number)
     "A type by the name that llama.cpp gives it"
-    kinds = {k.name.removeprefix('MOSTLY_').removeprefix('ALL_').lower(): k for k in need('gguf', 'deploy').LlamaFileType if not k.name.startswith('GUESSED')}
+    kinds = {
+        k.name.removeprefix('MOSTLY_').removeprefix('ALL_').lower(): k
+        for k in need('gguf', 'deploy').LlamaFileType
+        if not k.name.startswith('GUESSED')
+    }
     if (key := str(type).strip().lower().replace('-', '_')) not in kinds:
-        raise LlamaZhError(f"unknown GGUF type {type!r}: use {', '.join(TYPES)}, or with llama-cpp-python q4_K_M, q5_K_M, q6_K, ...")
+        raise LlamaZhError(
+            f'unknown GGUF type {type!r}: use {", ".join(TYPES)}, or with llama-cpp-python q4_K_M, q5_K_M, q6_K, ...'
+        )
     k = kinds[key]
     name = k.name.removeprefix('MOSTLY_').removeprefix('ALL_')
     return name[0].lower() + name[1:], int(k)
@@ -34,215 +47,451 @@ def file_type(
 # %% ../../nbs/export/gguf.ipynb #ff07f965
 class Vocab(NamedTuple):
     "What a GGUF file holds of a tokenizer."
-    tokens: list   # pieces, as strings
+
+    tokens: list  # pieces, as strings
     scores: list
-    types: list    # 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte: SentencePiece's numbers are llama.cpp's
-    ids: dict      # {'bos': id, 'eos': id, 'unk': id, 'pad': id}
-    space: bool    # a space before the first word
+    types: list  # 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte: SentencePiece's numbers are llama.cpp's
+    ids: dict  # {'bos': id, 'eos': id, 'unk': id, 'pad': id}
+    space: bool  # a space before the first word
+
+
 def _cannot(m):
     "Why llama.cpp cannot follow a SentencePiece model"
     n, bytes_ = m.normalizer_spec, {p.piece for p in m.pieces if p.type == 6}
-    if n.precompiled_charsmap: return f'its normaliser {n.name!r} rewrites characters, which llama.cpp does not do for such vocabularies'
-    if n.remove_extra_whitespaces: return 'it throws surplus spaces away, which llama.cpp does not'
-    if len(bytes_) != 256: return f'it has {len(bytes_)} of the 256 single bytes that llama.cpp writes unknown characters with'
-    if m.trainer_spec.treat_whitespace_as_suffix: return 'it keeps spaces at the end of words'
+    if n.precompiled_charsmap:
+        return f'its normaliser {n.name!r} rewrites characters, which llama.cpp does not do for such vocabularies'
+    if n.remove_extra_whitespaces:
+        return 'it throws surplus spaces away, which llama.cpp does not'
+    if len(bytes_) != 256:
+        return f'it has {len(bytes_)} of the 256 single bytes that llama.cpp writes unknown characters with'
+    if m.trainer_spec.treat_whitespace_as_suffix:
+        return 'it keeps spaces at the end of words'
+    return None
 
 # %% ../../nbs/export/gguf.ipynb #063539c4
 def gguf_vocab(
-    model_dir, # folder with tokenizer.model
-)->Vocab:
+    model_dir,  # folder with tokenizer.model
+) -> Vocab:
     "Pieces, scores and kinds; tokens that were added outside SentencePiece follow by their ids"
     folder = Path(model_dir)
     m = read_model(folder, bpe=True)
-    if why := _cannot(m): raise LlamaZhError(f'{folder}: this vocabulary cannot go into a GGUF file: {why}')
-    tokens, scores, types = [p.piece for p in m.pieces], [p.score for p in m.pieces], [p.type for p in m.pieces]
-    added = read_json(folder/'tokenizer.json').get('added_tokens', []) if (folder/'tokenizer.json').exists() else []
+    if why := _cannot(m):
+        raise LlamaZhError(f'{folder}: this vocabulary cannot go into a GGUF file: {why}')
+    tokens, scores, types = (
+        [p.piece for p in m.pieces],
+        [p.score for p in m.pieces],
+        [p.type for p in m.pieces],
+    )
+    added = (
+        read_json(folder / 'tokenizer.json').get('added_tokens', [])
+        if (folder / 'tokenizer.json').exists()
+        else []
+    )
     for t in sorted((t for t in added if t['id'] >= len(m.pieces)), key=lambda t: t['id']):
-        if t['id'] != len(tokens): raise LlamaZhError(f"{folder}/tokenizer.json: the added token {t['content']!r} has id {t['id']:,}, expected {len(tokens):,}: ids must follow each other")
-        tokens.append(t['content']); scores.append(0.); types.append(3 if t.get('special') else 4)
-    conf = read_json(folder/'tokenizer_config.json') if (folder/'tokenizer_config.json').exists() else {}
+        if t['id'] != len(tokens):
+            raise LlamaZhError(
+                f'{folder}/tokenizer.json: the added token {t["content"]!r} has id {t["id"]:,}, expected {len(tokens):,}: ids must follow each other'
+            )
+        tokens.append(t['content'])
+        scores.append(0.0)
+        types.append(3 if t.get('special') else 4)
+    conf = (
+        read_json(folder / 'tokenizer_config.json')
+        if (folder / 'tokenizer_config.json').exists()
+        else {}
+    )
     ids = {}
-    for k, old in dict(bos=m.trainer_spec.bos_id, eos=m.trainer_spec.eos_id, unk=m.trainer_spec.unk_id, pad=m.trainer_spec.pad_id).items():
+    for k, old in dict(
+        bos=m.trainer_spec.bos_id,
+        eos=m.trainer_spec.eos_id,
+        unk=m.trainer_spec.unk_id,
+        pad=m.trainer_spec.pad_id,
+    ).items():
         name = conf.get(f'{k}_token')
         name = name.get('content') if isinstance(name, dict) else name
         i = tokens.index(name) if name in tokens else old
-        if 0 <= i < len(tokens): ids[k] = i
-    if lost := {'bos', 'eos'} - set(ids): raise LlamaZhError(f'{folder}: the tokenizer has no {" and no ".join(sorted(lost))} token')
+        if 0 <= i < len(tokens):
+            ids[k] = i
+    if lost := {'bos', 'eos'} - set(ids):
+        raise LlamaZhError(f'{folder}: the tokenizer has no {" and no ".join(sorted(lost))} token')
     return Vocab(tokens, scores, types, ids, m.normalizer_spec.add_dummy_prefix)
 
 # %% ../../nbs/export/gguf.ipynb #b639074c
 def gguf_rope(
-    config:dict,     # config.json
-    length:int=None, # dynamic NTK only: the length whose base is written
-)->dict: # settings, named as in the file
+    config: dict,  # config.json
+    length: int = None,  # dynamic NTK only: the length whose base is written
+) -> dict:  # settings, named as in the file
     "How the file says where a token stands"
     rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    kind, factor = rope.get('rope_type') or rope.get('type') or 'default', float(rope.get('factor') or 1)
-    base, far = float(rope.get('rope_theta') or config.get('rope_theta') or 10000), config['max_position_embeddings']
-    if length is not None and (kind != 'dynamic' or length < 1): raise LlamaZhError(f'length={length} is for dynamic scaling and above 0; this model has {kind!r}')
-    if kind == 'default': return {'freq_base': base, 'context': far}
-    if kind == 'linear': return {'freq_base': base, 'context': far, 'type': 'linear', 'factor': factor}
-    if kind == 'yarn': return {'freq_base': base, 'context': far, **_yarn(rope, factor, far)}
-    if kind != 'dynamic': raise LlamaZhError(f'positions are scaled by {kind!r}, which is not written here: linear, yarn, and dynamic at one length are')
+    kind, factor = (
+        rope.get('rope_type') or rope.get('type') or 'default',
+        float(rope.get('factor') or 1),
+    )
+    base, far = (
+        float(rope.get('rope_theta') or config.get('rope_theta') or 10000),
+        config['max_position_embeddings'],
+    )
+    if length is not None and (kind != 'dynamic' or length < 1):
+        raise LlamaZhError(
+            f'length={length} is for dynamic scaling and above 0; this model has {kind!r}'
+        )
+    if kind == 'default':
+        return {'freq_base': base, 'context': far}
+    if kind == 'linear':
+        return {'freq_base': base, 'context': far, 'type': 'linear', 'factor': factor}
+    if kind == 'yarn':
+        return {'freq_base': base, 'context': far, **_yarn(rope, factor, far)}
+    if kind != 'dynamic':
+        raise LlamaZhError(
+            f'positions are scaled by {kind!r}, which is not written here: linear, yarn, and dynamic at one length are'
+        )
     if length is None:
-        raise LlamaZhError(f'dynamic NTK has another base for every length, and llama.cpp has one for all: choose a length (length={int(far*factor)} for the whole reach), or scale by yarn or linear (llama-zh rope)')
-    dim = config.get('head_dim') or config['hidden_size']//config['num_attention_heads']
-    grow = factor*length/far - (factor - 1)
-    return {'freq_base': base*max(grow, 1)**(dim/(dim - 2)), 'context': int(length)}
+        raise LlamaZhError(
+            f'dynamic NTK has another base for every length, and llama.cpp has one for all: choose a length (length={int(far * factor)} for the whole reach), or scale by yarn or linear (llama-zh rope)'
+        )
+    dim = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
+    grow = factor * length / far - (factor - 1)
+    return {'freq_base': base * max(grow, 1) ** (dim / (dim - 2)), 'context': int(length)}
+
+
 def _yarn(rope, factor, far):
     "YaRN's settings; its two betas are llama.cpp's own defaults and cannot be changed by the file"
-    odd = {k: rope[k] for k, v in dict(beta_fast=32, beta_slow=1, mscale=None, mscale_all_dim=None, truncate=True).items() if rope.get(k) not in (None, v)}
-    if odd: raise LlamaZhError(f'this YaRN scaling sets {odd}, which a Llama file for llama.cpp cannot carry')
-    d = dict(type='yarn', factor=factor, original=int(rope.get('original_max_position_embeddings') or far))
-    if rope.get('attention_factor'): d['attention'] = float(rope['attention_factor'])/(.1*math.log(factor) + 1)   # llama.cpp multiplies its own with this
+    odd = {
+        k: rope[k]
+        for k, v in dict(
+            beta_fast=32, beta_slow=1, mscale=None, mscale_all_dim=None, truncate=True
+        ).items()
+        if rope.get(k) not in (None, v)
+    }
+    if odd:
+        raise LlamaZhError(
+            f'this YaRN scaling sets {odd}, which a Llama file for llama.cpp cannot carry'
+        )
+    d = dict(
+        type='yarn',
+        factor=factor,
+        original=int(rope.get('original_max_position_embeddings') or far),
+    )
+    if rope.get('attention_factor'):
+        d['attention'] = float(rope['attention_factor']) / (
+            0.1 * math.log(factor) + 1
+        )  # llama.cpp multiplies its own with this
     return d
 
 # %% ../../nbs/export/gguf.ipynb #6ebd6241
 class GGUF:
     "A GGUF file: `.meta` {key: value}, `.tensors` {name: (type, shape)}, `.get(name)`, `.notes` of the writer"
+
     def __init__(self, path):
         self.path, self.notes, g = Path(path), [], need('gguf', 'deploy')
-        if (kind := what_is(path)) != 'a GGUF file': raise LlamaZhError(f'{path} is {kind}, a GGUF file was expected')
-        try: rd = g.GGUFReader(self.path)
-        except Exception as e: raise LlamaZhError(f'{path}: {self.path.stat().st_size:,} bytes that begin like a GGUF file and then break off or are damaged; get or make it again' + (f' ({e})' if 'version' in str(e) else '')) from None
+        if (kind := what_is(path)) != 'a GGUF file':
+            raise LlamaZhError(f'{path} is {kind}, a GGUF file was expected')
+        try:
+            rd = g.GGUFReader(self.path)
+        except Exception as e:
+            raise LlamaZhError(
+                f'{path}: {self.path.stat().st_size:,} bytes that begin like a GGUF file and then break off or are damaged; get or make it again'
+                + (f' ({e})' if 'version' in str(e) else '')
+            ) from None
         self.meta = {k: f.contents() for k, f in rd.fields.items() if not k.startswith('GGUF.')}
         self._t = {t.name: t for t in rd.tensors}
-        self.tensors = {n: (t.tensor_type.name, tuple(int(i) for i in t.shape[::-1])) for n, t in self._t.items()}
-    def __fspath__(self): return str(self.path)
-    def get(self, name): return np.array(need('gguf', 'deploy').quants.dequantize(self._t[name].data, self._t[name].tensor_type)).reshape(self.tensors[name][1])
-    def raw(self, name): return self._t[name].data
+        self.tensors = {
+            n: (t.tensor_type.name, tuple(int(i) for i in t.shape[::-1]))
+            for n, t in self._t.items()
+        }
+
+    def __fspath__(self):
+        return str(self.path)
+
+    def get(self, name):
+        return np.array(
+            need('gguf', 'deploy').quants.dequantize(self._t[name].data, self._t[name].tensor_type)
+        ).reshape(self.tensors[name][1])
+
+    def raw(self, name):
+        return self._t[name].data
+
     @property
-    def bytes(self): return self.path.stat().st_size
+    def bytes(self):
+        return self.path.stat().st_size
+
     @property
-    def params(self): return sum(math.prod(s) for _, s in self.tensors.values())
+    def params(self):
+        return sum(math.prod(s) for _, s in self.tensors.values())
+
     @property
-    def bits(self): return 8*sum(int(t.n_bytes) for t in self._t.values())/self.params   # of a weight
+    def bits(self):
+        return 8 * sum(int(t.n_bytes) for t in self._t.values()) / self.params  # of a weight
+
     def kinds(self):
         out = {}
-        for k, s in self.tensors.values(): out[k] = out.get(k, 0) + math.prod(s)
+        for k, s in self.tensors.values():
+            out[k] = out.get(k, 0) + math.prod(s)
         return out
 
 # %% ../../nbs/export/gguf.ipynb #11692924
 def _gguf_rows(self):
     m, k = self.meta, self.kinds()
     arch = m.get('general.architecture', '?')
-    rows = [('file', f'{self.path.name}, {self.bytes/1e6:,.1f} MB'), ('weights', f'{self.params:,} in {len(self.tensors)} tensors, {self.bits:.2f} bits each'),
-            ('types', ', '.join(f'{t} {n/self.params:.1%}' for t, n in sorted(k.items(), key=lambda x: -x[1]))),
-            ('vocabulary', f"{len(m.get('tokenizer.ggml.tokens', [])):,} pieces"), ('positions', f"{m.get(f'{arch}.context_length', 0):,}" + (f", {m[f'{arch}.rope.scaling.type']} scaling" if f'{arch}.rope.scaling.type' in m else '')),
-            ('chat template', 'yes' if 'tokenizer.chat_template' in m else 'none')]
+    rows = [
+        ('file', f'{self.path.name}, {self.bytes / 1e6:,.1f} MB'),
+        ('weights', f'{self.params:,} in {len(self.tensors)} tensors, {self.bits:.2f} bits each'),
+        (
+            'types',
+            ', '.join(
+                f'{t} {n / self.params:.1%}' for t, n in sorted(k.items(), key=lambda x: -x[1])
+            ),
+        ),
+        ('vocabulary', f'{len(m.get("tokenizer.ggml.tokens", [])):,} pieces'),
+        (
+            'positions',
+            f'{m.get(f"{arch}.context_length", 0):,}'
+            + (
+                f', {m[f"{arch}.rope.scaling.type"]} scaling'
+                if f'{arch}.rope.scaling.type' in m
+                else ''
+            ),
+        ),
+        ('chat template', 'yes' if 'tokenizer.chat_template' in m else 'none'),
+    ]
     return rows + [('note', n) for n in self.notes]
+
+
 GGUF.rows = _gguf_rows
 GGUF.__repr__ = lambda self: '\n'.join(f'{a:14} {b}' for a, b in self.rows())
-GGUF._repr_html_ = lambda self: '<table>' + ''.join(f'<tr><td>{a}</td><td style="text-align:left">{html.escape(b)}</td></tr>' for a, b in self.rows()) + '</table>'
+GGUF._repr_html_ = lambda self: (
+    '<table>'
+    + ''.join(
+        f'<tr><td>{a}</td><td style="text-align:left">{html.escape(b)}</td></tr>'
+        for a, b in self.rows()
+    )
+    + '</table>'
+)
+
+
 def read_gguf(
-    path, # .gguf
-)->GGUF:
+    path,  # .gguf
+) -> GGUF:
     "Open a GGUF file"
     return GGUF(path)
 
 # %% ../../nbs/export/gguf.ipynb #c8a4353a
-_NAMES = {'input_layernorm': 'attn_norm', 'self_attn.q_proj': 'attn_q', 'self_attn.k_proj': 'attn_k', 'self_attn.v_proj': 'attn_v', 'self_attn.o_proj': 'attn_output',
-          'post_attention_layernorm': 'ffn_norm', 'mlp.gate_proj': 'ffn_gate', 'mlp.down_proj': 'ffn_down', 'mlp.up_proj': 'ffn_up'}
-_OUTER = {EMBED: 'token_embd.weight', HEAD: 'output.weight', 'model.norm.weight': 'output_norm.weight'}
+_NAMES = {
+    'input_layernorm': 'attn_norm',
+    'self_attn.q_proj': 'attn_q',
+    'self_attn.k_proj': 'attn_k',
+    'self_attn.v_proj': 'attn_v',
+    'self_attn.o_proj': 'attn_output',
+    'post_attention_layernorm': 'ffn_norm',
+    'mlp.gate_proj': 'ffn_gate',
+    'mlp.down_proj': 'ffn_down',
+    'mlp.up_proj': 'ffn_up',
+}
+_OUTER = {
+    EMBED: 'token_embd.weight',
+    HEAD: 'output.weight',
+    'model.norm.weight': 'output_norm.weight',
+}
+
+
 def gguf_name(
-    name:str, # as in a Hugging Face folder
-)->str: # as in a GGUF file
+    name: str,  # as in a Hugging Face folder
+) -> str:  # as in a GGUF file
     "A tensor's other name"
-    if name in _OUTER: return _OUTER[name]
+    if name in _OUTER:
+        return _OUTER[name]
     i, rest = name.removeprefix('model.layers.').removesuffix('.weight').split('.', 1)
     return f'blk.{i}.{_NAMES[rest]}.weight'
+
+
 def gguf_tensors(
-    config:dict,  # config.json
-    pieces:int,   # rows of the embeddings that are kept
-)->dict: # {Hugging Face's name: (name in the file, shape)}
+    config: dict,  # config.json
+    pieces: int,  # rows of the embeddings that are kept
+) -> dict:  # {Hugging Face's name: (name in the file, shape)}
     "What goes into the file, in the order of computation"
-    return {k: (gguf_name(k), (pieces, s[1]) if k in (EMBED, HEAD) else s) for k, s in llama_shapes(config).items()}
+    return {
+        k: (gguf_name(k), (pieces, s[1]) if k in (EMBED, HEAD) else s)
+        for k, s in llama_shapes(config).items()
+    }
 
 # %% ../../nbs/export/gguf.ipynb #a098e02b
 def _kind(name, shape, type):
     "The type that one tensor gets in a file of `type`"
-    if len(shape) == 1: return 'f32'
-    if type in ('q8_0', 'q4_0') and shape[-1] % _BLOCK: return 'f16'
+    if len(shape) == 1:
+        return 'f32'
+    if type in ('q8_0', 'q4_0') and shape[-1] % _BLOCK:
+        return 'f16'
     return 'q8_0' if type == 'q4_0' and name == _OUTER[HEAD] else type
+
+
 def _pack(x, type, name):
     "Values as bytes of `type`; refuses what it cannot hold"
-    if not np.isfinite(x).all(): raise LlamaZhError(f'{name} holds NaN or infinite values: the weights are damaged')
-    if type != 'f32' and (big := np.abs(x).max(initial=0)) > (65504 if type == 'f16' else 65504*7): raise LlamaZhError(f'{name} holds {big:.3g}, more than {type} can: use f32')
-    if type in ('f32', 'f16'): return x.astype(np.float32 if type == 'f32' else np.float16)
+    if not np.isfinite(x).all():
+        raise LlamaZhError(f'{name} holds NaN or infinite values: the weights are damaged')
+    if type != 'f32' and (big := np.abs(x).max(initial=0)) > (
+        65504 if type == 'f16' else 65504 * 7
+    ):
+        raise LlamaZhError(f'{name} holds {big:.3g}, more than {type} can: use f32')
+    if type in ('f32', 'f16'):
+        return x.astype(np.float32 if type == 'f32' else np.float16)
     g = need('gguf', 'deploy')
     return g.quants.quantize(x, g.GGMLQuantizationType[TYPES[type]])
+
+
 def convert_tensor(
-    f,            # the open file that holds it, see `open_weights`
-    name:str,     # Hugging Face's name
-    shape:tuple,  # as it will be: fewer rows than there are is allowed
-    type:str,     # f32, f16, q8_0, q4_0
-    heads:int=0,  # q and k: attention heads in its rows
-    chunk:int=1 << 22, # values at a time
-)->np.ndarray:
+    f,  # the open file that holds it, see `open_weights`
+    name: str,  # Hugging Face's name
+    shape: tuple,  # as it will be: fewer rows than there are is allowed
+    type: str,  # f32, f16, q8_0, q4_0
+    heads: int = 0,  # q and k: attention heads in its rows
+    chunk: int = 1 << 22,  # values at a time
+) -> np.ndarray:
     "One tensor in its new type"
     w = unpermute(f.get(name), heads) if heads else None
-    step = max(1, chunk//math.prod(shape[1:])) if len(shape) > 1 else shape[0]
-    rows = lambda a: (w[a:a+step] if heads else f.get(name, slice(a, min(a+step, shape[0])))).float().numpy()
+    step = max(1, chunk // math.prod(shape[1:])) if len(shape) > 1 else shape[0]
+    rows = lambda a: (
+        (w[a : a + step] if heads else f.get(name, slice(a, min(a + step, shape[0]))))
+        .float()
+        .numpy()
+    )
     first = _pack(rows(0), type, name)
     out = np.empty((shape[0], *first.shape[1:]), first.dtype)
-    out[:len(first)] = first
-    for a in range(step, shape[0], step): out[a:a+step] = _pack(rows(a), type, name)
+    out[: len(first)] = first
+    for a in range(step, shape[0], step):
+        out[a : a + step] = _pack(rows(a), type, name)
     return out
 
 # %% ../../nbs/export/gguf.ipynb #7d164ae4
 def _card(folder):
     "Licence and languages that the folder's model card names"
-    f = folder/'README.md'
+    f = folder / 'README.md'
     m = re.match(r'---\n(.*?)\n---\n', f.read_text(encoding='utf-8'), re.S) if f.is_file() else None
-    try: d = need('yaml').safe_load(m[1]) if m else {}
-    except Exception: return {}
+    try:
+        d = need('yaml').safe_load(m[1]) if m else {}
+    except Exception:
+        return {}
     langs = d.get('language') or []
-    return dict(licence=str(d.get('license') or ''), languages=[langs] if isinstance(langs, str) else list(map(str, langs))) if isinstance(d, dict) else {}
+    return (
+        dict(
+            licence=str(d.get('license') or ''),
+            languages=[langs] if isinstance(langs, str) else list(map(str, langs)),
+        )
+        if isinstance(d, dict)
+        else {}
+    )
+
+
 def _settings(w, config, vocab, rope, name, number, card):
     "Write the table of settings into a `GGUFWriter`"
-    if card.get('licence'): w.add_license(card['licence'])
-    if card.get('languages'): w.add_languages(card['languages'])
+    if card.get('licence'):
+        w.add_license(card['licence'])
+    if card.get('languages'):
+        w.add_languages(card['languages'])
     h, a = config['num_attention_heads'], 'llama'
-    dim = config.get('head_dim') or config['hidden_size']//h
-    w.add_type('model'); w.add_name(name); w.add_file_type(number); w.add_quantization_version(2)
-    w.add_block_count(config['num_hidden_layers']); w.add_context_length(rope['context']); w.add_embedding_length(config['hidden_size'])
-    w.add_feed_forward_length(config['intermediate_size']); w.add_head_count(h); w.add_head_count_kv(config.get('num_key_value_heads') or h)
-    w.add_layer_norm_rms_eps(config.get('rms_norm_eps', 1e-6)); w.add_vocab_size(len(vocab.tokens))
-    for add in (w.add_rope_dimension_count, w.add_key_length, w.add_value_length): add(dim)
+    dim = config.get('head_dim') or config['hidden_size'] // h
+    w.add_type('model')
+    w.add_name(name)
+    w.add_file_type(number)
+    w.add_quantization_version(2)
+    w.add_block_count(config['num_hidden_layers'])
+    w.add_context_length(rope['context'])
+    w.add_embedding_length(config['hidden_size'])
+    w.add_feed_forward_length(config['intermediate_size'])
+    w.add_head_count(h)
+    w.add_head_count_kv(config.get('num_key_value_heads') or h)
+    w.add_layer_norm_rms_eps(config.get('rms_norm_eps', 1e-6))
+    w.add_vocab_size(len(vocab.tokens))
+    for add in (w.add_rope_dimension_count, w.add_key_length, w.add_value_length):
+        add(dim)
     w.add_rope_freq_base(rope['freq_base'])
-    if 'type' in rope: w.add_string(f'{a}.rope.scaling.type', rope['type']); w.add_rope_scaling_factor(rope['factor'])
-    if 'original' in rope: w.add_rope_scaling_orig_ctx_len(rope['original'])
-    if 'attention' in rope: w.add_rope_scaling_attn_factors(rope['attention'])
+    if 'type' in rope:
+        w.add_string(f'{a}.rope.scaling.type', rope['type'])
+        w.add_rope_scaling_factor(rope['factor'])
+    if 'original' in rope:
+        w.add_rope_scaling_orig_ctx_len(rope['original'])
+    if 'attention' in rope:
+        w.add_rope_scaling_attn_factors(rope['attention'])
+
+
 def _tokenizer(w, vocab, template):
     "Write vocabulary and chat template into a `GGUFWriter`"
-    w.add_tokenizer_model('llama'); w.add_tokenizer_pre('default')
-    w.add_token_list(vocab.tokens); w.add_token_scores(vocab.scores); w.add_token_types(vocab.types)
-    for k, i in vocab.ids.items(): getattr(w, dict(bos='add_bos_token_id', eos='add_eos_token_id', unk='add_unk_token_id', pad='add_pad_token_id')[k])(i)
-    w.add_add_bos_token(True); w.add_add_eos_token(False); w.add_add_space_prefix(vocab.space)
-    if template: w.add_chat_template(template)
+    w.add_tokenizer_model('llama')
+    w.add_tokenizer_pre('default')
+    w.add_token_list(vocab.tokens)
+    w.add_token_scores(vocab.scores)
+    w.add_token_types(vocab.types)
+    for k, i in vocab.ids.items():
+        getattr(
+            w,
+            dict(
+                bos='add_bos_token_id',
+                eos='add_eos_token_id',
+                unk='add_unk_token_id',
+                pad='add_pad_token_id',
+            )[k],
+        )(i)
+    w.add_add_bos_token(True)
+    w.add_add_eos_token(False)
+    w.add_add_space_prefix(vocab.space)
+    if template:
+        w.add_chat_template(template)
+
+
 def _template(folder):
     "The chat template of a folder, as Jinja text"
-    f = folder/'chat_template.jinja'
-    if f.exists(): return f.read_text(encoding='utf-8')
-    t = read_json(folder/'tokenizer_config.json').get('chat_template') if (folder/'tokenizer_config.json').exists() else None
-    return next((x['template'] for x in t if x.get('name') == 'default'), None) if isinstance(t, list) else t
+    f = folder / 'chat_template.jinja'
+    if f.exists():
+        return f.read_text(encoding='utf-8')
+    t = (
+        read_json(folder / 'tokenizer_config.json').get('chat_template')
+        if (folder / 'tokenizer_config.json').exists()
+        else None
+    )
+    return (
+        next((x['template'] for x in t if x.get('name') == 'default'), None)
+        if isinstance(t, list)
+        else t
+    )
 
 # %% ../../nbs/export/gguf.ipynb #5063033e
 def _plan(model_dir, length):
     "(config, open weights, vocabulary, rope, tensors) of a folder, or one message why it cannot be written"
     folder = Path(model_dir)
-    if not (folder/'config.json').is_file(): raise LlamaZhError(f'{folder} is {what_is(folder)}{" without config.json" if folder.is_dir() else ""}: a Hugging Face model folder was expected')
-    c = read_json(folder/'config.json')
-    if q := c.get('quantization_config'): raise LlamaZhError(f"{folder} is already quantized ({q.get('quant_method', '?')}): start from the plain folder it was made from")
-    if c.get('model_type') != 'llama': raise LlamaZhError(f"{folder} is of the kind {c.get('model_type')!r}, a Llama was expected")
-    if c.get('attention_bias') or c.get('mlp_bias') or c.get('hidden_act', 'silu') != 'silu': raise LlamaZhError(f'{folder} is no plain Llama: it has biases or another activation, which is not written here')
+    if not (folder / 'config.json').is_file():
+        raise LlamaZhError(
+            f'{folder} is {what_is(folder)}{" without config.json" if folder.is_dir() else ""}: a Hugging Face model folder was expected'
+        )
+    c = read_json(folder / 'config.json')
+    if q := c.get('quantization_config'):
+        raise LlamaZhError(
+            f'{folder} is already quantized ({q.get("quant_method", "?")}): start from the plain folder it was made from'
+        )
+    if c.get('model_type') != 'llama':
+        raise LlamaZhError(f'{folder} is of the kind {c.get("model_type")!r}, a Llama was expected')
+    if c.get('attention_bias') or c.get('mlp_bias') or c.get('hidden_act', 'silu') != 'silu':
+        raise LlamaZhError(
+            f'{folder} is no plain Llama: it has biases or another activation, which is not written here'
+        )
     w, v = open_weights(folder), gguf_vocab(folder)
-    if len(v.tokens) > c['vocab_size']: raise LlamaZhError(f'{folder}: {len(v.tokens):,} pieces, but the weights have {c["vocab_size"]:,} rows: use the tokenizer that came with these weights, or resize the embeddings')
-    if HEAD not in w and not c.get('tie_word_embeddings'): raise LlamaZhError(f'{folder}: no tensor {HEAD}, though config.json does not say that it is tied to the embeddings')
+    if len(v.tokens) > c['vocab_size']:
+        raise LlamaZhError(
+            f'{folder}: {len(v.tokens):,} pieces, but the weights have {c["vocab_size"]:,} rows: use the tokenizer that came with these weights, or resize the embeddings'
+        )
+    if HEAD not in w and not c.get('tie_word_embeddings'):
+        raise LlamaZhError(
+            f'{folder}: no tensor {HEAD}, though config.json does not say that it is tied to the embeddings'
+        )
     for k, want in llama_shapes(c).items():
-        if k not in w: raise LlamaZhError(f'{folder}: no tensor {k}; an adapter must be merged first (llama-zh merge-lora)')
-        if w[k].spec(k)[1] != want: raise LlamaZhError(f'{folder}: {k} is {w[k].spec(k)[1]}, config.json asks for {want}')
-    if more := [k for k in w if k not in llama_shapes(c) and k != HEAD and 'inv_freq' not in k]: raise LlamaZhError(f'{folder}: {len(more)} tensors that no plain Llama has, such as {more[0]}')
+        if k not in w:
+            raise LlamaZhError(
+                f'{folder}: no tensor {k}; an adapter must be merged first (llama-zh merge-lora)'
+            )
+        if w[k].spec(k)[1] != want:
+            raise LlamaZhError(f'{folder}: {k} is {w[k].spec(k)[1]}, config.json asks for {want}')
+    if more := [k for k in w if k not in llama_shapes(c) and k != HEAD and 'inv_freq' not in k]:
+        raise LlamaZhError(
+            f'{folder}: {len(more)} tensors that no plain Llama has, such as {more[0]}'
+        )
     return c, w, v, gguf_rope(c, length), gguf_tensors(c, len(v.tokens))
 
 # %% ../../nbs/export/gguf.ipynb #e1587e59
@@ -250,88 +499,156 @@ def _write(path, plan, type, name, template, card):
     "Write a file of one of `TYPES`; what is not as asked"
     (c, files, vocab, rope, tensors), g = plan, need('gguf', 'deploy')
     kinds = {k: _kind(ours, shape, type) for k, (ours, shape) in tensors.items()}
-    heads = {'q_proj': c['num_attention_heads'], 'k_proj': c.get('num_key_value_heads') or c['num_attention_heads']}
+    heads = {
+        'q_proj': c['num_attention_heads'],
+        'k_proj': c.get('num_key_value_heads') or c['num_attention_heads'],
+    }
     w = g.GGUFWriter(str(path), 'llama')
     try:
-        _settings(w, c, vocab, rope, name, file_type(type)[1], card); _tokenizer(w, vocab, template)
+        _settings(w, c, vocab, rope, name, file_type(type)[1], card)
+        _tokenizer(w, vocab, template)
         for k, (ours, shape) in tensors.items():
             q = g.GGMLQuantizationType[TYPES[kinds[k]]]
             size = math.prod(g.quant_shape_to_byte_shape(shape, q))
             w.add_tensor_info(ours, shape, np.dtype('float32'), size, raw_dtype=q)
-        w.write_header_to_file(); w.write_kv_data_to_file(); w.write_ti_data_to_file()
-        for k, (_, shape) in progress(tensors.items(), 'gguf', len(tensors)): w.write_tensor_data(convert_tensor(files[k], k, shape, kinds[k], heads.get(k.split('.')[-2], 0)))
-    finally: w.close()
+        w.write_header_to_file()
+        w.write_kv_data_to_file()
+        w.write_ti_data_to_file()
+        for k, (_, shape) in progress(tensors.items(), 'gguf', len(tensors)):
+            w.write_tensor_data(
+                convert_tensor(files[k], k, shape, kinds[k], heads.get(k.split('.')[-2], 0))
+            )
+    finally:
+        w.close()
     return _notes(c, vocab, kinds, tensors, type)
+
+
 def _notes(c, vocab, kinds, tensors, type):
     "What a reader of the file should know"
-    out, short = [], {tensors[k][1][-1] for k, t in kinds.items() if t == 'f16' and type in ('q8_0', 'q4_0')}
-    if c['vocab_size'] > len(vocab.tokens): out.append(f"{c['vocab_size'] - len(vocab.tokens)} rows of padding beyond the last piece were cut off")
-    if short: out.append(f'matrices {", ".join(map(str, sorted(short)))} wide are f16: {type} wants a multiple of {_BLOCK}')
-    if type == 'q4_0' and kinds.get(HEAD) == 'q8_0': out.append('the head is q8_0')
-    if n := sum(t == 4 for t in vocab.types): out.append(f'{n} user-defined pieces: llama.cpp begins a new text after each of them')
+    out, short = (
+        [],
+        {tensors[k][1][-1] for k, t in kinds.items() if t == 'f16' and type in ('q8_0', 'q4_0')},
+    )
+    if c['vocab_size'] > len(vocab.tokens):
+        out.append(
+            f'{c["vocab_size"] - len(vocab.tokens)} rows of padding beyond the last piece were cut off'
+        )
+    if short:
+        out.append(
+            f'matrices {", ".join(map(str, sorted(short)))} wide are f16: {type} wants a multiple of {_BLOCK}'
+        )
+    if type == 'q4_0' and kinds.get(HEAD) == 'q8_0':
+        out.append('the head is q8_0')
+    if n := sum(t == 4 for t in vocab.types):
+        out.append(f'{n} user-defined pieces: llama.cpp begins a new text after each of them')
     return out
 
 # %% ../../nbs/export/gguf.ipynb #8291bf0d
 def _llama_cpp():
-    try: import llama_cpp
-    except ModuleNotFoundError: raise LlamaZhError(f'this needs llama.cpp: run  pip install llama-cpp-python  (it is compiled, some minutes), or take one of the types {", ".join(TYPES)}') from None
+    try:
+        import llama_cpp
+    except ModuleNotFoundError:
+        raise LlamaZhError(
+            f'this needs llama.cpp: run  pip install llama-cpp-python  (it is compiled, some minutes), or take one of the types {", ".join(TYPES)}'
+        ) from None
     return llama_cpp
+
+
 def _requantize(src, dst, name, number, threads=0):
     "llama.cpp's quantizer; what is not as asked"
     import ctypes
+
     lc, log = _llama_cpp(), []
-    keep = lc.llama_log_callback(lambda level, text, _: log.append(text.decode('utf-8', 'replace')))   # what it would print
+    keep = lc.llama_log_callback(
+        lambda level, text, _: log.append(text.decode('utf-8', 'replace'))
+    )  # what it would print
     p = lc.llama_model_quantize_default_params()
     p.ftype, p.nthread = number, threads
     lc.llama_log_set(keep, None)
-    try: code = lc.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(p))
-    finally: lc.llama_log_set(lc.llama_log_callback(0), None)
-    if code or not Path(dst).exists(): raise LlamaZhError(f'llama.cpp could not quantize to {name}: ' + (' '.join(''.join(log[-6:]).split())[-300:] or f'code {code}'))
+    try:
+        code = lc.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(p))
+    finally:
+        lc.llama_log_set(lc.llama_log_callback(0), None)
+    if code or not Path(dst).exists():
+        raise LlamaZhError(
+            f'llama.cpp could not quantize to {name}: '
+            + (' '.join(''.join(log[-6:]).split())[-300:] or f'code {code}')
+        )
     n = re.search(r'(\d+) of \d+ tensor\(s\) required fallback', ''.join(log))
-    return [f'{n[1]} matrices have widths that {name} cannot hold and got another type'] if n else []
+    return (
+        [f'{n[1]} matrices have widths that {name} cannot hold and got another type'] if n else []
+    )
 
 # %% ../../nbs/export/gguf.ipynb #cc05c534
 @contextlib.contextmanager
 def _making(out, overwrite, *sources):
     "`writing`, but nothing is replaced unasked"
     not_over(out, *sources)
-    if Path(out).is_file() and not overwrite: raise LlamaZhError(f'{out} exists already: choose another file, or say --overwrite, and it is replaced once the new one is complete')
+    if Path(out).is_file() and not overwrite:
+        raise LlamaZhError(
+            f'{out} exists already: choose another file, or say --overwrite, and it is replaced once the new one is complete'
+        )
     try:
-        with writing(out) as tmp: yield tmp
-    except OSError as e: raise LlamaZhError(f'{out} was not written: {e.strerror or e}') from e
+        with writing(out) as tmp:
+            yield tmp
+    except OSError as e:
+        raise LlamaZhError(f'{out} was not written: {e.strerror or e}') from e
+
+
 def quantize_gguf(
-    src,         # f32 or f16 GGUF file
-    out,         # GGUF file to make
-    type:str='q4_K_M', # any that llama.cpp knows
-    threads:int=0,     # 0: all cores
-    overwrite:bool=False, # replace a file that is there already
-)->GGUF:
+    src,  # f32 or f16 GGUF file
+    out,  # GGUF file to make
+    type: str = 'q4_K_M',  # any that llama.cpp knows
+    threads: int = 0,  # 0: all cores
+    overwrite: bool = False,  # replace a file that is there already
+) -> GGUF:
     "Quantize a GGUF file with llama.cpp"
     (name, number), old = file_type(type), read_gguf(src)
-    if not set(old.kinds()) <= {'F32', 'F16', 'BF16'}: raise LlamaZhError(f'{src} holds {", ".join(old.kinds())}: start from an f32 or f16 file, since every quantization loses something')
-    with _making(out, overwrite, src) as tmp: notes = _requantize(src, tmp, name, number, threads)
-    got = read_gguf(out); got.notes = notes
+    if not set(old.kinds()) <= {'F32', 'F16', 'BF16'}:
+        raise LlamaZhError(
+            f'{src} holds {", ".join(old.kinds())}: start from an f32 or f16 file, since every quantization loses something'
+        )
+    with _making(out, overwrite, src) as tmp:
+        notes = _requantize(src, tmp, name, number, threads)
+    got = read_gguf(out)
+    got.notes = notes
     return got
 
 # %% ../../nbs/export/gguf.ipynb #7e7fed1d
 def to_gguf(
-    model_dir,       # plain Hugging Face folder of a Llama, with its tokenizer.model
-    out,             # .gguf file to make; it appears when it is complete
-    type:str='f16',  # f32, f16, q8_0, q4_0; with llama-cpp-python also q4_K_M, q5_K_M, q6_K, ...
-    name:str=None,   # the model's name; None: the folder's
-    length:int=None, # a model with dynamic NTK scaling only: the length whose base is written
-    overwrite:bool=False, # replace a file that is there already
-)->GGUF:
+    model_dir,  # plain Hugging Face folder of a Llama, with its tokenizer.model
+    out,  # .gguf file to make; it appears when it is complete
+    type: str = 'f16',  # f32, f16, q8_0, q4_0; with llama-cpp-python also q4_K_M, q5_K_M, q6_K, ...
+    name: str = None,  # the model's name; None: the folder's
+    length: int = None,  # a model with dynamic NTK scaling only: the length whose base is written
+    overwrite: bool = False,  # replace a file that is there already
+) -> GGUF:
     "A model folder as one file for llama.cpp and its family"
     (type, number), out, folder = file_type(type), Path(out), Path(model_dir)
-    if out.is_dir(): raise LlamaZhError(f'{out} is a folder: name the file to be made, such as {out/f"model-{type}.gguf"}')
-    plan, about = _plan(folder, length), (name or folder.resolve().name, _template(folder), _card(folder))
-    if type not in TYPES: _llama_cpp()
+    if out.is_dir():
+        raise LlamaZhError(
+            f'{out} is a folder: name the file to be made, such as {out / f"model-{type}.gguf"}'
+        )
+    plan, about = (
+        _plan(folder, length),
+        (name or folder.resolve().name, _template(folder), _card(folder)),
+    )
+    if type not in TYPES:
+        _llama_cpp()
     with _making(out, overwrite, folder) as tmp:
-        if type in TYPES: notes = _write(tmp, plan, type, *about)
-        else:   # an exact file first, for llama.cpp to read
+        if type in TYPES:
+            notes = _write(tmp, plan, type, *about)
+        else:  # an exact file first, for llama.cpp to read
             exact = tmp.with_name(f'{tmp.name}-exact')
-            try: notes = _write(exact, plan, 'f16' if {plan[1][k].spec(k)[0] for k in plan[4]} == {'F16'} else 'f32', *about) + _requantize(exact, tmp, type, number)
-            finally: exact.unlink(missing_ok=True)
-    got = read_gguf(out); got.notes = notes
+            try:
+                notes = _write(
+                    exact,
+                    plan,
+                    'f16' if {plan[1][k].spec(k)[0] for k in plan[4]} == {'F16'} else 'f32',
+                    *about,
+                ) + _requantize(exact, tmp, type, number)
+            finally:
+                exact.unlink(missing_ok=True)
+    got = read_gguf(out)
+    got.notes = notes
     return got

@@ -6,8 +6,10 @@
 __all__ = ['go_template', 'go_render', 'modelfile']
 
 # %% ../../nbs/export/ollama.ipynb #4ec5d94e
-import os, re
+import os
+import re
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, writing
 from .gguf import read_gguf
 from ..generation.sampling import sampling
@@ -15,94 +17,177 @@ from ..text.templates import get_template
 
 # %% ../../nbs/export/ollama.ipynb #a699e4d5
 def go_template(
-    template='alpaca2', # a name or a `Template`
-)->str:
+    template='alpaca2',  # a name or a `Template`
+) -> str:
     "A layout in Go's template language, with Ollama's names"
     t = get_template(template)
-    if t.own_text: raise LlamaZhError(f'{t.name} encodes an answer as a text of its own, which a template of strings cannot say: choose another layout, or use llama-zh serve')
-    if '{{' in ''.join((t.user, t.system, t.answer, t.head)): raise LlamaZhError(f'{t.name} holds {{{{, which is an action in Go')
+    if t.own_text:
+        raise LlamaZhError(
+            f'{t.name} encodes an answer as a text of its own, which a template of strings cannot say: choose another layout, or use llama-zh serve'
+        )
+    if '{{' in ''.join((t.user, t.system, t.answer, t.head)):
+        raise LlamaZhError(f'{t.name} holds {{{{, which is an action in Go')
     bos, first = '{{ if not $first }}<s>{{ end }}', '{{ $first = false }}'
     sys = t.system.replace('{system}', '{{ $system }}')
-    if '{system}' in t.user: user, alone = t.user.replace('{system}', '{{ if $first }}{{ if $system }}' + sys + '{{ end }}{{ end }}'), ''
-    else: user, alone = t.user, sys + '</s>' + first
-    user = bos + user.replace('{user}', '{{ .Content }}') + first + (f'</s><s>{t.head}' if t.split else '')
+    if '{system}' in t.user:
+        user, alone = (
+            t.user.replace(
+                '{system}', '{{ if $first }}{{ if $system }}' + sys + '{{ end }}{{ end }}'
+            ),
+            '',
+        )
+    else:
+        user, alone = t.user, sys + '</s>' + first
+    user = (
+        bos
+        + user.replace('{user}', '{{ .Content }}')
+        + first
+        + (f'</s><s>{t.head}' if t.split else '')
+    )
     answer = t.answer.replace('{answer}', '{{ .Content }}') + '</s>'
-    return ('{{ $first := true }}{{ $system := "" }}{{ range .Messages }}{{ if eq .Role "system" }}{{ $system = .Content }}' + alone
-            + '{{ else if eq .Role "user" }}' + user + '{{ else if eq .Role "assistant" }}' + answer + '{{ end }}{{ end }}')
+    return (
+        '{{ $first := true }}{{ $system := "" }}{{ range .Messages }}{{ if eq .Role "system" }}{{ $system = .Content }}'
+        + alone
+        + '{{ else if eq .Role "user" }}'
+        + user
+        + '{{ else if eq .Role "assistant" }}'
+        + answer
+        + '{{ end }}{{ end }}'
+    )
 
 # %% ../../nbs/export/ollama.ipynb #c8c68a90
 _ACTION = re.compile(r'\{\{ (.*?) \}\}', re.S)
+
+
 def _parse(parts, i=0):
     "[text | (action, [(condition, body)])], up to the next `else` or `end`"
     out = []
     while i < len(parts):
-        if i % 2 == 0: out.append(parts[i]); i += 1; continue
+        if i % 2 == 0:
+            out.append(parts[i])
+            i += 1
+            continue
         word, i = parts[i], i + 1
-        if word == 'end' or word.startswith('else'): return out, i - 1
-        if not word.startswith(('if ', 'range ')): out.append((word, None)); continue
-        kind, _, cond = word.partition(' '); branches = []
+        if word == 'end' or word.startswith('else'):
+            return out, i - 1
+        if not word.startswith(('if ', 'range ')):
+            out.append((word, None))
+            continue
+        kind, _, cond = word.partition(' ')
+        branches = []
         while True:
             body, i = _parse(parts, i)
             branches.append((cond, body))
-            if i >= len(parts): raise LlamaZhError(f'the template has no end for {{{{ {word} }}}}')
+            if i >= len(parts):
+                raise LlamaZhError(f'the template has no end for {{{{ {word} }}}}')
             word, i = parts[i], i + 1
-            if word == 'end': break
+            if word == 'end':
+                break
             cond = word.removeprefix('else').strip().removeprefix('if ').strip()
         out.append((kind, branches))
     return out, i
+
+
 def _value(x, scope, dot):
     "An expression: a variable, a field, a literal, `not x`, `eq a b`"
     x = x.strip()
-    if x.startswith('not '): return not _value(x[4:], scope, dot)
-    if x.startswith('eq '): a, b = x[3:].split(' ', 1); return _value(a, scope, dot) == _value(b, scope, dot)
-    if x in scope: return scope[x]
-    if x[:1] == '.': return dot[x[1:]]
-    if x in ('true', 'false') or x[:1] == '"': return x == 'true' if x[:1] != '"' else x[1:-1]
+    if x.startswith('not '):
+        return not _value(x[4:], scope, dot)
+    if x.startswith('eq '):
+        a, b = x[3:].split(' ', 1)
+        return _value(a, scope, dot) == _value(b, scope, dot)
+    if x in scope:
+        return scope[x]
+    if x[:1] == '.':
+        return dot[x[1:]]
+    if x in ('true', 'false') or x[:1] == '"':
+        return x == 'true' if x[:1] != '"' else x[1:-1]
     raise LlamaZhError(f'{x!r} is not understood here')
+
+
 def _run(nodes, scope, dot):
     out = ''
     for n in nodes:
-        if isinstance(n, str): out += n; continue
+        if isinstance(n, str):
+            out += n
+            continue
         word, branches = n
-        if branches is None and (m := re.fullmatch(r'(\$\w+) :?= (.+)', word)): scope[m[1]] = _value(m[2], scope, dot)
-        elif branches is None: out += _value(word, scope, dot)
-        elif word == 'range': out += ''.join(_run(branches[0][1], scope, m) for m in _value(branches[0][0], scope, dot))
-        else: out += next((_run(body, scope, dot) for cond, body in branches if not cond or _value(cond, scope, dot)), '')
+        if branches is None and (m := re.fullmatch(r'(\$\w+) :?= (.+)', word)):
+            scope[m[1]] = _value(m[2], scope, dot)
+        elif branches is None:
+            out += _value(word, scope, dot)
+        elif word == 'range':
+            out += ''.join(
+                _run(branches[0][1], scope, m) for m in _value(branches[0][0], scope, dot)
+            )
+        else:
+            out += next(
+                (
+                    _run(body, scope, dot)
+                    for cond, body in branches
+                    if not cond or _value(cond, scope, dot)
+                ),
+                '',
+            )
     return out
 
 # %% ../../nbs/export/ollama.ipynb #761bddbc
 def go_render(
-    template:str,   # Go template, as from `go_template`
-    messages:list,  # OpenAI messages
-)->str: # what Ollama gives the model, BOS in front left out
+    template: str,  # Go template, as from `go_template`
+    messages: list,  # OpenAI messages
+) -> str:  # what Ollama gives the model, BOS in front left out
     "The prompt of a conversation"
     nodes, _ = _parse(_ACTION.split(template))
-    return _run(nodes, {}, dict(Messages=[dict(Role=m['role'], Content=m['content']) for m in messages]))
+    return _run(
+        nodes, {}, dict(Messages=[dict(Role=m['role'], Content=m['content']) for m in messages])
+    )
 
 # %% ../../nbs/export/ollama.ipynb #ed292f1f
 def _layout(g):
     "The template that a GGUF file names"
-    m = re.match(r'\{#- llama-zh template: ([\w-]+) -#\}', g.meta.get('tokenizer.chat_template', ''))
-    if not m: raise LlamaZhError(f'{g.path} carries no chat template of ours: name one, as in template="alpaca2"')
+    m = re.match(
+        r'\{#- llama-zh template: ([\w-]+) -#\}', g.meta.get('tokenizer.chat_template', '')
+    )
+    if not m:
+        raise LlamaZhError(
+            f'{g.path} carries no chat template of ours: name one, as in template="alpaca2"'
+        )
     return m[1]
+
+
 def modelfile(
-    gguf,               # GGUF file
-    template=None,      # layout; None: the one the file carries
-    out=None,           # where to write it; None: only print it
-    system:str=None,    # a system text for every conversation
-    preset:str='alpaca2', # sampling, see `chat.PRESETS`
-)->str:
+    gguf,  # GGUF file
+    template=None,  # layout; None: the one the file carries
+    out=None,  # where to write it; None: only print it
+    system: str = None,  # a system text for every conversation
+    preset: str = 'alpaca2',  # sampling, see `chat.PRESETS`
+) -> str:
     "A Modelfile for Ollama"
     g = read_gguf(gguf)
     t = get_template(template or _layout(g))
-    if '"""' in (system or ''): raise LlamaZhError('the system text holds """, with which a text ends in a Modelfile: write it without')
+    if '"""' in (system or ''):
+        raise LlamaZhError(
+            'the system text holds """, with which a text ends in a Modelfile: write it without'
+        )
     s, stop = sampling(preset), ['</s>', *[m for m in t.markers if m.startswith('[')]]
-    where = f'./{Path(gguf).name}' if not out or Path(out).absolute().parent == Path(gguf).absolute().parent else os.path.relpath(gguf, Path(out).absolute().parent)
+    where = (
+        f'./{Path(gguf).name}'
+        if not out or Path(out).absolute().parent == Path(gguf).absolute().parent
+        else os.path.relpath(gguf, Path(out).absolute().parent)
+    )
     lines = [f'FROM {where}', f'TEMPLATE """{go_template(t)}"""']
-    if system: lines.append('SYSTEM """' + system + '"""')
-    keys = dict(temperature='temperature', top_k='top_k', top_p='top_p', repetition_penalty='repeat_penalty')
-    lines += [f'PARAMETER {keys[k]} {v:g}' for k, v in s.items()] + [f'PARAMETER num_ctx {g.meta.get("llama.context_length", 2048)}'] + [f'PARAMETER stop "{w}"' for w in stop]
+    if system:
+        lines.append('SYSTEM """' + system + '"""')
+    keys = dict(
+        temperature='temperature', top_k='top_k', top_p='top_p', repetition_penalty='repeat_penalty'
+    )
+    lines += (
+        [f'PARAMETER {keys[k]} {v:g}' for k, v in s.items()]
+        + [f'PARAMETER num_ctx {g.meta.get("llama.context_length", 2048)}']
+        + [f'PARAMETER stop "{w}"' for w in stop]
+    )
     text = '\n'.join(lines) + '\n'
     if out:
-        with writing(out) as f: Path(f).write_text(text, encoding='utf-8')
+        with writing(out) as f:
+            Path(f).write_text(text, encoding='utf-8')
     return text

@@ -8,30 +8,58 @@ __all__ = ['privategpt_settings']
 # %% ../../nbs/export/privategpt.ipynb #b7d22166
 from pathlib import Path
 from urllib.parse import urlsplit
+
 from ..core.errors import LlamaZhError, need, read_json, writing
 
 # %% ../../nbs/export/privategpt.ipynb #48741d1e
 def privategpt_settings(
-    model_dir,        # the folder that is served: its length and tokenizer are written down
-    api='http://127.0.0.1:8000/v1', # address of the server
-    name:str=None,    # what the server calls the model; None: as its folder
-    embedding='BAAI/bge-small-zh-v1.5', # a model of sentence-transformers for Chinese
-    max_new_tokens:int=None, # of an answer; None: a quarter of what the model reads, 512 at most
-    out=None,         # settings-llama-zh.yaml; None: only print it
-)->str:
+    model_dir,  # the folder that is served: its length and tokenizer are written down
+    api='http://127.0.0.1:8000/v1',  # address of the server
+    name: str = None,  # what the server calls the model; None: as its folder
+    embedding='BAAI/bge-small-zh-v1.5',  # a model of sentence-transformers for Chinese
+    max_new_tokens: int = None,  # of an answer; None: a quarter of what the model reads, 512 at most
+    out=None,  # settings-llama-zh.yaml; None: only print it
+) -> str:
     "A profile for privateGPT"
     folder, u = Path(model_dir), urlsplit(api)
-    if u.scheme not in ('http', 'https') or not u.hostname or not u.path.rstrip('/').endswith('/v1'): raise LlamaZhError(f'{api!r} is no address of an OpenAI-compatible server: expected one like http://127.0.0.1:8000/v1')
-    n = read_json(folder/'config.json')['max_position_embeddings']
-    new = min(n//4, 512) if max_new_tokens is None else max_new_tokens
-    if not 0 < new < n: raise LlamaZhError(f'max_new_tokens is {new}: expected 1 to {n-1}, for the model reads {n} tokens in all')
-    text = need('yaml').safe_dump({
-        'server': {'env_name': '${APP_ENV:llama-zh}'},
-        'llm': {'mode': 'openailike', 'max_new_tokens': new, 'context_window': n, 'temperature': .2, 'tokenizer': str(folder.resolve())},
-        'rag': {'similarity_top_k': 4},
-        'embedding': {'mode': 'huggingface', 'ingest_mode': 'simple'}, 'huggingface': {'embedding_hf_model_name': embedding},
-        'openai': {'api_base': api, 'api_key': '${LLAMA_ZH_API_KEY:none}', 'model': name or folder.resolve().name, 'request_timeout': 600.},
-    }, sort_keys=False, allow_unicode=True)
+    if (
+        u.scheme not in ('http', 'https')
+        or not u.hostname
+        or not u.path.rstrip('/').endswith('/v1')
+    ):
+        raise LlamaZhError(
+            f'{api!r} is no address of an OpenAI-compatible server: expected one like http://127.0.0.1:8000/v1'
+        )
+    n = read_json(folder / 'config.json')['max_position_embeddings']
+    new = min(n // 4, 512) if max_new_tokens is None else max_new_tokens
+    if not 0 < new < n:
+        raise LlamaZhError(
+            f'max_new_tokens is {new}: expected 1 to {n - 1}, for the model reads {n} tokens in all'
+        )
+    text = need('yaml').safe_dump(
+        {
+            'server': {'env_name': '${APP_ENV:llama-zh}'},
+            'llm': {
+                'mode': 'openailike',
+                'max_new_tokens': new,
+                'context_window': n,
+                'temperature': 0.2,
+                'tokenizer': str(folder.resolve()),
+            },
+            'rag': {'similarity_top_k': 4},
+            'embedding': {'mode': 'huggingface', 'ingest_mode': 'simple'},
+            'huggingface': {'embedding_hf_model_name': embedding},
+            'openai': {
+                'api_base': api,
+                'api_key': '${LLAMA_ZH_API_KEY:none}',
+                'model': name or folder.resolve().name,
+                'request_timeout': 600.0,
+            },
+        },
+        sort_keys=False,
+        allow_unicode=True,
+    )
     if out:
-        with writing(out) as f: Path(f).write_text(text, encoding='utf-8')
+        with writing(out) as f:
+            Path(f).write_text(text, encoding='utf-8')
     return text

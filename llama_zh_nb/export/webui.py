@@ -7,34 +7,62 @@ __all__ = ['webui_jinja', 'webui_template']
 
 # %% ../../nbs/export/webui.ipynb #bf93f04b
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, writing
 from ..text.templates import _expr, _q, get_template
 
 # %% ../../nbs/export/webui.ipynb #633e65d2
 def webui_jinja(
-    template='alpaca2', # a name or a `Template`
-)->str:
+    template='alpaca2',  # a name or a `Template`
+) -> str:
     "The layout as a Jinja template that may be probed with any order of messages"
     t = get_template(template)
-    if t.own_text: raise LlamaZhError(f'{t.name} encodes an answer as a text of its own, which a template of strings cannot say: choose another layout, or use llama-zh serve')
+    if t.own_text:
+        raise LlamaZhError(
+            f'{t.name} encodes an answer as a text of its own, which a template of strings cannot say: choose another layout, or use llama-zh serve'
+        )
     marks = dict.fromkeys((*t.markers, '<s>', '</s>', '<unk>', '<pad>'))
-    clean = '{%- macro clean(t) -%}{{ t' + ''.join(f'|replace({_q(m)}, {_q(m[0] + " " + m[1:])})' for m in marks) + ' }}{%- endmacro -%}'
+    clean = (
+        '{%- macro clean(t) -%}{{ t'
+        + ''.join(f'|replace({_q(m)}, {_q(m[0] + " " + m[1:])})' for m in marks)
+        + ' }}{%- endmacro -%}'
+    )
     inside, sys = '{system}' in t.user, _expr(t.system, system='clean(ns.system)')
-    user = "'<s>' + " + _expr(t.user, user='clean(m.content|trim)', system=f"({sys} if ns.system and loop.first else '')") + (" + '</s>'" if t.split else '')
+    user = (
+        "'<s>' + "
+        + _expr(
+            t.user,
+            user='clean(m.content|trim)',
+            system=f"({sys} if ns.system and loop.first else '')",
+        )
+        + (" + '</s>'" if t.split else '')
+    )
     head = f"'<s>' + {_q(t.head)} + " if t.split else ''
-    alone = '' if inside else f"{{%- if ns.system -%}}{{{{ '<s>' + {sys} + '</s>' }}}}{{%- endif -%}}"
-    return (f"{{#- llama-zh template for text-generation-webui: {t.name} -#}}{clean}{{%- set ns = namespace(system='') -%}}{{%- set turns = messages -%}}"
-        "{%- if messages and messages[0].role == 'system' -%}{%- set ns.system = messages[0].content|trim -%}{%- set turns = messages[1:] -%}{%- endif -%}" + alone
+    alone = (
+        '' if inside else f"{{%- if ns.system -%}}{{{{ '<s>' + {sys} + '</s>' }}}}{{%- endif -%}}"
+    )
+    return (
+        f"{{#- llama-zh template for text-generation-webui: {t.name} -#}}{clean}{{%- set ns = namespace(system='') -%}}{{%- set turns = messages -%}}"
+        "{%- if messages and messages[0].role == 'system' -%}{%- set ns.system = messages[0].content|trim -%}{%- set turns = messages[1:] -%}{%- endif -%}"
+        + alone
         + f"{{%- for m in turns -%}}{{%- if m.role == 'user' -%}}{{{{ {user} }}}}{{%- else -%}}{{{{ {head}{_expr(t.answer, answer='clean(m.content|trim)')} + '</s>' }}}}{{%- endif -%}}{{%- endfor -%}}"
-        + (f"{{%- if add_generation_prompt -%}}{{{{ '<s>' + {_q(t.head)} }}}}{{%- endif -%}}" if t.split else ''))
+        + (
+            f"{{%- if add_generation_prompt -%}}{{{{ '<s>' + {_q(t.head)} }}}}{{%- endif -%}}"
+            if t.split
+            else ''
+        )
+    )
 
 # %% ../../nbs/export/webui.ipynb #f25d2ffc
 def webui_template(
-    template='alpaca2', # a name or a `Template`
-    out=None,           # `user_data/instruction-templates/NAME.yaml`; None: only print it
-)->str:
+    template='alpaca2',  # a name or a `Template`
+    out=None,  # `user_data/instruction-templates/NAME.yaml`; None: only print it
+) -> str:
     "An instruction template for text-generation-webui"
-    text = 'instruction_template: |-\n' + ''.join(f'  {l}\n' for l in webui_jinja(template).split('\n'))
+    text = 'instruction_template: |-\n' + ''.join(
+        f'  {l}\n' for l in webui_jinja(template).split('\n')
+    )
     if out:
-        with writing(out) as f: Path(f).write_text(text, encoding='utf-8')
+        with writing(out) as f:
+            Path(f).write_text(text, encoding='utf-8')
     return text

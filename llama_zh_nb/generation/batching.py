@@ -10,48 +10,67 @@ from ..core.errors import LlamaZhError, need
 from .sampling import sampling
 
 # %% ../../nbs/generation/batching.ipynb #7aef0277
-PENALTIES = dict(presence_penalty=0., frequency_penalty=0.)
+PENALTIES = dict(presence_penalty=0.0, frequency_penalty=0.0)
+
+
 def settings_of(
-    preset:str='greedy', # a name of `chat.PRESETS`
-    **changes,           # what `chat.sampling` takes, and presence_penalty, frequency_penalty; None: as the preset says
-)->dict:
+    preset: str = 'greedy',  # a name of `chat.PRESETS`
+    **changes,  # what `chat.sampling` takes, and presence_penalty, frequency_penalty; None: as the preset says
+) -> dict:
     "Settings by name, checked"
     extra = {k: changes.pop(k) for k in PENALTIES if k in changes}
     for k, v in extra.items():
-        if v is not None and not (isinstance(v, (int, float)) and -2 <= v <= 2): raise LlamaZhError(f'{k} is {v!r}: expected a number from -2 to 2')
-    return {**sampling(preset, **changes), **PENALTIES, **{k: float(v) for k, v in extra.items() if v is not None}}
+        if v is not None and not (isinstance(v, (int, float)) and -2 <= v <= 2):
+            raise LlamaZhError(f'{k} is {v!r}: expected a number from -2 to 2')
+    return {
+        **sampling(preset, **changes),
+        **PENALTIES,
+        **{k: float(v) for k, v in extra.items() if v is not None},
+    }
 
 # %% ../../nbs/generation/batching.ipynb #7a89975d
 def penalize(
-    z,        # scores [vocabulary], float32
-    s:dict,   # settings
-    seen,     # bool [vocabulary]: pieces of the prompt and the answer
-    counts,   # float [vocabulary]: how often each piece stands in the answer
-): # scores
+    z,  # scores [vocabulary], float32
+    s: dict,  # settings
+    seen,  # bool [vocabulary]: pieces of the prompt and the answer
+    counts,  # float [vocabulary]: how often each piece stands in the answer
+):  # scores
     "Scores after the penalties for what was said already"
     torch = need('torch', 'train')
-    if (p := s['repetition_penalty']) != 1: z = torch.where(seen, torch.where(z < 0, z*p, z/p), z)
-    return z - s['frequency_penalty']*counts - s['presence_penalty']*(counts > 0)
+    if (p := s['repetition_penalty']) != 1:
+        z = torch.where(seen, torch.where(z < 0, z * p, z / p), z)
+    return z - s['frequency_penalty'] * counts - s['presence_penalty'] * (counts > 0)
+
+
 def draw(
-    z,      # scores [vocabulary]
-    s:dict, # settings
-    rng,    # `random.Random` of this row
-)->int:
+    z,  # scores [vocabulary]
+    s: dict,  # settings
+    rng,  # `random.Random` of this row
+) -> int:
     "The likeliest piece, or one drawn among the first `top_k`, within `top_p` of the probability"
-    if s['temperature'] < 1e-5: return int(z.argmax())
+    if s['temperature'] < 1e-5:
+        return int(z.argmax())
     n = len(z) if s['top_k'] < 1 else min(int(s['top_k']), len(z))
     top, i = z.topk(n)
-    p = ((top - top[0])/s['temperature']).softmax(-1)
+    p = ((top - top[0]) / s['temperature']).softmax(-1)
     upto = p.cumsum(-1)
-    p = p*(upto - p < s['top_p'])
-    return int(i[min(int((p.cumsum(-1) < rng.random()*p.sum()).sum()), n - 1)])
+    p = p * (upto - p < s['top_p'])
+    return int(i[min(int((p.cumsum(-1) < rng.random() * p.sum()).sum()), n - 1)])
 
 # %% ../../nbs/generation/batching.ipynb #71b73669
 class Rows:
     "Sequences of unequal length in one key-value cache, flush right; a step adds one token to each"
-    def __init__(self, model): self.model, self.kv, self.lens = model, [], []   # kv: [(keys, values)] by layer, each [rows, heads, columns, size]
+
+    def __init__(self, model):
+        self.model, self.kv, self.lens = (
+            model,
+            [],
+            [],
+        )  # kv: [(keys, values)] by layer, each [rows, heads, columns, size]
+
     @property
-    def columns(self): return max(self.lens, default=0)
+    def columns(self):
+        return max(self.lens, default=0)
 
     def _forward(self, ids, cache=None, **kw):
         "Logits and cache of one pass"
@@ -61,25 +80,44 @@ class Rows:
     def add(self, prompts):
         "Read `prompts` (lists of ids) in one pass, padded on the right; scores of each one's next token"
         torch, dev = need('torch', 'train'), self.model.device
-        ns = [len(p) for p in prompts]; width = max(ns)
-        x = torch.tensor([p + [0]*(width - n) for p, n in zip(prompts, ns)], device=dev)
+        ns = [len(p) for p in prompts]
+        width = max(ns)
+        x = torch.tensor([p + [0] * (width - n) for p, n in zip(prompts, ns)], device=dev)
         ends = sorted(set(ns))
-        logits, kv = self._forward(x, logits_to_keep=torch.tensor([n - 1 for n in ends], device=dev))
-        for k, n in enumerate(ns): self._join([(a[k:k+1, :, :n], b[k:k+1, :, :n]) for a, b in kv], n)
+        logits, kv = self._forward(
+            x, logits_to_keep=torch.tensor([n - 1 for n in ends], device=dev)
+        )
+        for k, n in enumerate(ns):
+            self._join([(a[k : k + 1, :, :n], b[k : k + 1, :, :n]) for a, b in kv], n)
         return torch.stack([logits[k, ends.index(n)] for k, n in enumerate(ns)])
 
     def _join(self, kv, n):
         torch = need('torch', 'train')
         wide = max(self.columns, n)
         left = lambda a: torch.nn.functional.pad(a, (0, 0, wide - a.shape[2], 0))
-        self.kv = [tuple(torch.cat([left(a), left(b)]) for a, b in zip(*pair)) for pair in zip(self.kv, kv)] if self.lens else [(a.clone(), b.clone()) for a, b in kv]
+        self.kv = (
+            [
+                tuple(torch.cat([left(a), left(b)]) for a, b in zip(*pair))
+                for pair in zip(self.kv, kv)
+            ]
+            if self.lens
+            else [(a.clone(), b.clone()) for a, b in kv]
+        )
         self.lens.append(n)
 
     def keep(self, which):
         "Only these rows stay; columns that none of them needs are dropped"
-        if len(which) == len(self.lens): return
+        if len(which) == len(self.lens):
+            return
         self.lens = [self.lens[i] for i in which]
-        self.kv = [tuple(a[which][:, :, a.shape[2] - self.columns:].clone() for a in pair) for pair in self.kv] if which else []
+        self.kv = (
+            [
+                tuple(a[which][:, :, a.shape[2] - self.columns :].clone() for a in pair)
+                for pair in self.kv
+            ]
+            if which
+            else []
+        )
 
     def step(self, ids):
         "Append one id to each row; scores of each one's next token"
@@ -87,19 +125,25 @@ class Rows:
         lens = torch.tensor(self.lens, device=dev)[:, None]
         mask = (torch.arange(wide, device=dev)[None] >= wide - 1 - lens).long()
         cache = need('transformers', 'train').DynamicCache(ddp_cache_data=self.kv)
-        logits, self.kv = self._forward(torch.tensor(ids, device=dev)[:, None], cache, attention_mask=mask, position_ids=lens)
+        logits, self.kv = self._forward(
+            torch.tensor(ids, device=dev)[:, None], cache, attention_mask=mask, position_ids=lens
+        )
         self.lens = [n + 1 for n in self.lens]
         return logits[:, -1]
 
 # %% ../../nbs/generation/batching.ipynb #a8065503
 def mean_vectors(
     model,
-    rows:list, # lists of ids
-)->list: # lists of float
+    rows: list,  # lists of ids
+) -> list:  # lists of float
     "One vector for each row: the mean of the last hidden states over its tokens, scaled to length 1"
     torch = need('torch', 'train')
     n = torch.tensor([len(p) for p in rows], device=model.device)[:, None]
-    x = torch.tensor([p + [0]*(int(n.max()) - len(p)) for p in rows], device=model.device)
-    h = model(input_ids=x, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[-1].float()
-    mean = (h*(torch.arange(x.shape[1], device=x.device)[None] < n)[..., None]).sum(1)/n
+    x = torch.tensor([p + [0] * (int(n.max()) - len(p)) for p in rows], device=model.device)
+    h = (
+        model(input_ids=x, output_hidden_states=True, use_cache=False, logits_to_keep=1)
+        .hidden_states[-1]
+        .float()
+    )
+    mean = (h * (torch.arange(x.shape[1], device=x.device)[None] < n)[..., None]).sum(1) / n
     return torch.nn.functional.normalize(mean, dim=-1).tolist()

@@ -6,8 +6,11 @@
 __all__ = ['negative_messages', 'negative', 'make_draft', 'load_draft', 'Decoded', 'decode', 'Race', 'race']
 
 # %% ../../nbs/generation/decoding.ipynb #c7568401
-import copy, html, time
+import copy
+import html
+import time
 from pathlib import Path
+
 from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
 from ..core.machine import progress, quiet
@@ -19,154 +22,297 @@ from ..training.chat_rows import ChatCollate, Packed, examples, pad_id
 
 # %% ../../nbs/generation/decoding.ipynb #4188f7a4
 def negative_messages(
-    messages:list,   # OpenAI messages
-    negative:str=None, # negative prompt; None: no system text
-)->list:
+    messages: list,  # OpenAI messages
+    negative: str = None,  # negative prompt; None: no system text
+) -> list:
     "The conversation with the negative prompt in the system slot"
     rest = [m for m in messages if m['role'] != 'system']
     return ([dict(role='system', content=negative)] if negative else []) + rest
+
+
 def negative(
     model,
-    ids:list,        # of the negative conversation, or a list of such
-)->dict: # arguments for `generate`, beside `guidance_scale` in its configuration
+    ids: list,  # of the negative conversation, or a list of such
+) -> dict:  # arguments for `generate`, beside `guidance_scale` in its configuration
     "The negative prompt as transformers wants it"
     torch, rows = need('torch', 'train'), ids if isinstance(ids[0], list) else [ids]
     n = max(map(len, rows))
-    pad = lambda rows, ones: torch.tensor([[0]*(n - len(x)) + ([1]*len(x) if ones else x) for x in rows], device=model.device)
-    return dict(negative_prompt_ids=pad(rows, False), negative_prompt_attention_mask=pad(rows, True))
+    pad = lambda rows, ones: torch.tensor(
+        [[0] * (n - len(x)) + ([1] * len(x) if ones else x) for x in rows], device=model.device
+    )
+    return dict(
+        negative_prompt_ids=pad(rows, False), negative_prompt_attention_mask=pad(rows, True)
+    )
 
 # %% ../../nbs/generation/decoding.ipynb #51a00a41
 def _cut_down(model, layers):
     "A copy of `model` with its first `layers` layers, in float32"
     tf, config = need('transformers', 'train'), copy.deepcopy(model.config)
     config.num_hidden_layers, total = layers, model.config.num_hidden_layers
-    if not 1 <= layers < total: raise LlamaZhError(f'a draft has fewer layers than its model: layers is {layers}, expected 1 to {total - 1}')
-    draft, have = tf.AutoModelForCausalLM.from_config(config, dtype=need('torch').float32), model.state_dict()
+    if not 1 <= layers < total:
+        raise LlamaZhError(
+            f'a draft has fewer layers than its model: layers is {layers}, expected 1 to {total - 1}'
+        )
+    draft, have = (
+        tf.AutoModelForCausalLM.from_config(config, dtype=need('torch').float32),
+        model.state_dict(),
+    )
     draft.load_state_dict({k: have[k].float() for k in draft.state_dict()})
     return draft.to(model.device)
+
+
 def _distil_step(model, draft, batch):
     "Kullback-Leibler divergence of the draft from the model on the learnt tokens, and the share where both choose the same"
     torch = need('torch')
-    F, learn = torch.nn.functional, torch.nn.functional.pad(batch['labels'][:, 1:] != -100, (0, 1)).to(model.device)
-    kw = dict(input_ids=batch['input_ids'].to(model.device), position_ids=batch['position_ids'].to(model.device), use_cache=False)
-    with torch.no_grad(): want = model.lm_head(model.model(**kw)[0][learn]).float().log_softmax(-1)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == 'cuda'): logits = draft.lm_head(draft.model(**kw)[0][learn])
+    F, learn = (
+        torch.nn.functional,
+        torch.nn.functional.pad(batch['labels'][:, 1:] != -100, (0, 1)).to(model.device),
+    )
+    kw = dict(
+        input_ids=batch['input_ids'].to(model.device),
+        position_ids=batch['position_ids'].to(model.device),
+        use_cache=False,
+    )
+    with torch.no_grad():
+        want = model.lm_head(model.model(**kw)[0][learn]).float().log_softmax(-1)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == 'cuda'):
+        logits = draft.lm_head(draft.model(**kw)[0][learn])
     got = logits.float().log_softmax(-1)
-    return F.kl_div(got, want, log_target=True, reduction='batchmean'), (got.argmax(-1) == want.argmax(-1)).float().mean()
+    return F.kl_div(got, want, log_target=True, reduction='batchmean'), (
+        got.argmax(-1) == want.argmax(-1)
+    ).float().mean()
+
+
 def make_draft(
-    model_dir,       # chat model folder, not quantized
-    chats,           # `read_chats`' result or files
-    out,             # folder to make
-    layers:int=1,    # layers that are kept
-    steps:int=80,    # training steps
-    batch:int=8,     # rows in a step
-    block:int=128,   # tokens in a row
-    lr:float=2e-3,   # highest learning rate
-    template=None,   # prompt format; None: the folder's own
-    system:str=None, # system text for chats without one
-    seed:int=0, device='auto', dtype=None,
-)->list: # one dict for each step: loss, same (share of tokens chosen alike)
+    model_dir,  # chat model folder, not quantized
+    chats,  # `read_chats`' result or files
+    out,  # folder to make
+    layers: int = 1,  # layers that are kept
+    steps: int = 80,  # training steps
+    batch: int = 8,  # rows in a step
+    block: int = 128,  # tokens in a row
+    lr: float = 2e-3,  # highest learning rate
+    template=None,  # prompt format; None: the folder's own
+    system: str = None,  # system text for chats without one
+    seed: int = 0,
+    device='auto',
+    dtype=None,
+) -> list:  # one dict for each step: loss, same (share of tokens chosen alike)
     "A small draft model for `model_dir`: its first layers, trained to imitate it"
     torch = need('torch', 'train')
-    if min(steps, batch, block) < 1: raise LlamaZhError(f'steps {steps}, batch {batch}, block {block}: each must be 1 or more')
-    conf = read_json(Path(model_dir)/'config.json')
-    if conf.get('quantization_config'): raise LlamaZhError(f'{model_dir} is quantized: make the draft from the folder that was quantized; it serves both')
+    if min(steps, batch, block) < 1:
+        raise LlamaZhError(f'steps {steps}, batch {batch}, block {block}: each must be 1 or more')
+    conf = read_json(Path(model_dir) / 'config.json')
+    if conf.get('quantization_config'):
+        raise LlamaZhError(
+            f'{model_dir} is quantized: make the draft from the folder that was quantized; it serves both'
+        )
     model, tok = load(model_dir, device, dtype)
-    if not isinstance(chats, list): chats = read_chats([chats])
-    elif chats and not isinstance(chats[0], dict): chats = read_chats(chats)
+    if not isinstance(chats, list):
+        chats = read_chats([chats])
+    elif chats and not isinstance(chats[0], dict):
+        chats = read_chats(chats)
     torch.manual_seed(seed)
     draft = _cut_down(model, layers).train()
-    data = Packed(examples(chats, tok, template or find_template(tok) or 'alpaca2', system, block), block, rows=steps*batch, seed=seed)
-    collate, opt = ChatCollate(pad_id(tok)), torch.optim.AdamW(draft.parameters(), lr=lr, weight_decay=0.)
-    rate, rows = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=.1), []
+    data = Packed(
+        examples(chats, tok, template or find_template(tok) or 'alpaca2', system, block),
+        block,
+        rows=steps * batch,
+        seed=seed,
+    )
+    collate, opt = (
+        ChatCollate(pad_id(tok)),
+        torch.optim.AdamW(draft.parameters(), lr=lr, weight_decay=0.0),
+    )
+    rate, rows = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1), []
     for s in progress(range(steps), 'draft'):
-        loss, same = _distil_step(model, draft, collate([data[s*batch + j] for j in range(batch)]))
-        if not torch.isfinite(loss): raise LlamaZhError(f'the loss became {loss.item()} at step {s+1}: lower lr, now {lr}')
-        loss.backward(); torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.); opt.step(); rate.step(); opt.zero_grad()
-        rows.append(dict(step=s+1, loss=loss.item(), same=same.item()))
-    kind = getattr(torch, str(conf.get('torch_dtype') or conf.get('dtype') or 'float32').replace('torch.', ''))
+        loss, same = _distil_step(
+            model, draft, collate([data[s * batch + j] for j in range(batch)])
+        )
+        if not torch.isfinite(loss):
+            raise LlamaZhError(f'the loss became {loss.item()} at step {s + 1}: lower lr, now {lr}')
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
+        opt.step()
+        rate.step()
+        opt.zero_grad()
+        rows.append(dict(step=s + 1, loss=loss.item(), same=same.item()))
+    kind = getattr(
+        torch, str(conf.get('torch_dtype') or conf.get('dtype') or 'float32').replace('torch.', '')
+    )
     with writing(out) as d, quiet():
         draft.to(kind).save_pretrained(d)
         copy_tokenizer(model_dir, d)
-        write_json(d/'draft.json', dict(of=Path(model_dir).name, layers=layers, steps=steps, rows=rows))
+        write_json(
+            d / 'draft.json', dict(of=Path(model_dir).name, layers=layers, steps=steps, rows=rows)
+        )
     return rows
 
 # %% ../../nbs/generation/decoding.ipynb #727eb7e8
 def load_draft(
-    draft,           # folder or model
-    model, tokenizer, # the model it writes ahead for
-    tokens:int=4,    # how many at a time
-    adaptive:bool=True, # `tokens` is where it begins, then more when all were right and fewer when not
-): # the draft, ready for `generate(assistant_model=...)`
+    draft,  # folder or model
+    model,
+    tokenizer,  # the model it writes ahead for
+    tokens: int = 4,  # how many at a time
+    adaptive: bool = True,  # `tokens` is where it begins, then more when all were right and fewer when not
+):  # the draft, ready for `generate(assistant_model=...)`
     "A draft that fits `model`, checked"
     if isinstance(draft, (str, Path)):
         dtype = next(model.parameters()).dtype
         draft, tok = load(draft, str(model.device), dtype if dtype.is_floating_point else None)
-        if tok.get_vocab() != tokenizer.get_vocab(): raise LlamaZhError(f'the draft has {len(tok):,} pieces, the model {len(tokenizer):,}, and they are not the same: a draft must have the tokenizer of its model (make one with make_draft)')
+        if tok.get_vocab() != tokenizer.get_vocab():
+            raise LlamaZhError(
+                f'the draft has {len(tok):,} pieces, the model {len(tokenizer):,}, and they are not the same: a draft must have the tokenizer of its model (make one with make_draft)'
+            )
     a, b = draft.config.vocab_size, model.config.vocab_size
-    if a != b: raise LlamaZhError(f'the draft has {a:,} rows, the model {b:,}: a draft must have the vocabulary of its model (make one with make_draft)')
+    if a != b:
+        raise LlamaZhError(
+            f'the draft has {a:,} rows, the model {b:,}: a draft must have the vocabulary of its model (make one with make_draft)'
+        )
     g = draft.generation_config
-    g.num_assistant_tokens, g.num_assistant_tokens_schedule, g.assistant_confidence_threshold = tokens, 'heuristic_transient' if adaptive else 'constant', 0.
+    g.num_assistant_tokens, g.num_assistant_tokens_schedule, g.assistant_confidence_threshold = (
+        tokens,
+        'heuristic_transient' if adaptive else 'constant',
+        0.0,
+    )
     return draft
+
+
 class Decoded:
     "What one way of decoding did: ids of each answer, forwards of the model, tokens drafted and accepted, seconds"
-    def __init__(self): self.ids, self.forwards, self.drafted, self.seconds = [], 0, 0, 0.
+
+    def __init__(self):
+        self.ids, self.forwards, self.drafted, self.seconds = [], 0, 0, 0.0
+
     @property
-    def tokens(self): return sum(map(len, self.ids))
+    def tokens(self):
+        return sum(map(len, self.ids))
+
     @property
-    def accepted(self): return self.tokens - self.forwards        # each forward brings one token of the model's own
+    def accepted(self):
+        return self.tokens - self.forwards  # each forward brings one token of the model's own
+
     @property
-    def acceptance(self): return self.accepted/self.drafted if self.drafted else None
-    def to_dict(self): return dict(tokens=self.tokens, forwards=self.forwards, drafted=self.drafted, accepted=self.accepted, acceptance=self.acceptance, seconds=self.seconds)
+    def acceptance(self):
+        return self.accepted / self.drafted if self.drafted else None
+
+    def to_dict(self):
+        return dict(
+            tokens=self.tokens,
+            forwards=self.forwards,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            acceptance=self.acceptance,
+            seconds=self.seconds,
+        )
+
+
 def decode(
-    model, tokenizer, ids,
-    max_new_tokens:int=64,
-    into:Decoded=None,  # is added to
-    settings=None,      # see `sampling`; None: greedy
-    **kw,               # arguments of `generate`: assistant_model=, prompt_lookup_num_tokens=
-)->Decoded:
+    model,
+    tokenizer,
+    ids,
+    max_new_tokens: int = 64,
+    into: Decoded = None,  # is added to
+    settings=None,  # see `sampling`; None: greedy
+    **kw,  # arguments of `generate`: assistant_model=, prompt_lookup_num_tokens=
+) -> Decoded:
     "Continue `ids`, and count"
     torch, into, seen = need('torch', 'train'), into or Decoded(), []
-    gen = generation_config(tokenizer, settings, max_new_tokens, **{k: kw.pop(k) for k in list(kw) if k == 'prompt_lookup_num_tokens'})
+    gen = generation_config(
+        tokenizer,
+        settings,
+        max_new_tokens,
+        **{k: kw.pop(k) for k in list(kw) if k == 'prompt_lookup_num_tokens'},
+    )
     x = torch.tensor([list(ids)], device=model.device)
     hook = model.register_forward_hook(lambda m, i, o: seen.append(o.logits.shape[1] - 1))
     t0 = time.perf_counter()
     try:
-        with torch.inference_mode(), quiet(): new = model.generate(input_ids=x, attention_mask=torch.ones_like(x), generation_config=gen, **kw)[0, x.shape[1]:].tolist()
-    finally: hook.remove()
+        with torch.inference_mode(), quiet():
+            new = model.generate(
+                input_ids=x, attention_mask=torch.ones_like(x), generation_config=gen, **kw
+            )[0, x.shape[1] :].tolist()
+    finally:
+        hook.remove()
     into.seconds += time.perf_counter() - t0
-    into.ids.append(new); into.forwards += len(seen); into.drafted += sum(seen)
+    into.ids.append(new)
+    into.forwards += len(seen)
+    into.drafted += sum(seen)
     return into
 
 # %% ../../nbs/generation/decoding.ipynb #e97f5e8d
 class Race:
     "Several ways of decoding on the same prompts"
-    def __init__(self, done): self.done, self.first = done, next(iter(done))
-    def same(self, name): return sum(a == b for a, b in zip(self.done[name].ids, self.done[self.first].ids))
-    def rows(self): return [(k, f'{self.same(k)}/{len(d.ids)}', f'{d.tokens:,}', f'{d.forwards:,}', '' if d.acceptance is None else f'{d.acceptance:.0%}',
-                             f'{d.tokens/max(d.forwards, 1):.2f}', f'{self.done[self.first].seconds/d.seconds:.2f}') for k, d in self.done.items()]
+
+    def __init__(self, done):
+        self.done, self.first = done, next(iter(done))
+
+    def same(self, name):
+        return sum(a == b for a, b in zip(self.done[name].ids, self.done[self.first].ids))
+
+    def rows(self):
+        return [
+            (
+                k,
+                f'{self.same(k)}/{len(d.ids)}',
+                f'{d.tokens:,}',
+                f'{d.forwards:,}',
+                '' if d.acceptance is None else f'{d.acceptance:.0%}',
+                f'{d.tokens / max(d.forwards, 1):.2f}',
+                f'{self.done[self.first].seconds / d.seconds:.2f}',
+            )
+            for k, d in self.done.items()
+        ]
+
     head = ('way', 'same answers', 'tokens', 'forwards', 'accepted', 'tokens/forward', 'speed')
-    def __repr__(self): return '\n'.join('  '.join(f'{c:>{14 if i else 12}}' for i, c in enumerate(r)) for r in [self.head, *self.rows()])
+
+    def __repr__(self):
+        return '\n'.join(
+            '  '.join(f'{c:>{14 if i else 12}}' for i, c in enumerate(r))
+            for r in [self.head, *self.rows()]
+        )
+
     def _repr_html_(self):
-        tr = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells) + '</tr>'
-        return f"<table>{tr(self.head, 'th')}{''.join(tr(r, 'td') for r in self.rows())}</table>"
-    def to_dict(self): return {k: dict(d.to_dict(), same=self.same(k), speed=self.done[self.first].seconds/d.seconds) for k, d in self.done.items()}
+        tr = lambda cells, tag: (
+            '<tr>' + ''.join(f'<{tag}>{html.escape(str(c))}</{tag}>' for c in cells) + '</tr>'
+        )
+        return f'<table>{tr(self.head, "th")}{"".join(tr(r, "td") for r in self.rows())}</table>'
+
+    def to_dict(self):
+        return {
+            k: dict(d.to_dict(), same=self.same(k), speed=self.done[self.first].seconds / d.seconds)
+            for k, d in self.done.items()
+        }
+
+
 def race(
-    model, tokenizer,
-    prompts:list,          # lists of ids
-    draft=None,            # folder or model; None: no draft
-    tokens:int=4,          # written ahead at a time
-    lookup:bool=True,      # also the prompt's own words
-    max_new_tokens:int=64,
-)->Race:
+    model,
+    tokenizer,
+    prompts: list,  # lists of ids
+    draft=None,  # folder or model; None: no draft
+    tokens: int = 4,  # written ahead at a time
+    lookup: bool = True,  # also the prompt's own words
+    max_new_tokens: int = 64,
+) -> Race:
     "Plain greedy decoding against speculative decoding, prompt by prompt"
     ways = {'plain': {}}
     if draft is not None:
-        one = load_draft(draft, model, tokenizer, tokens, False); ways[f'draft, {tokens}'] = dict(assistant_model=one)
-        two = load_draft(draft if isinstance(draft, (str, Path)) else copy.deepcopy(one), model, tokenizer, tokens, True); ways['adaptive'] = dict(assistant_model=two)
-    if lookup: ways['lookup'] = dict(prompt_lookup_num_tokens=tokens)
+        one = load_draft(draft, model, tokenizer, tokens, False)
+        ways[f'draft, {tokens}'] = dict(assistant_model=one)
+        two = load_draft(
+            draft if isinstance(draft, (str, Path)) else copy.deepcopy(one),
+            model,
+            tokenizer,
+            tokens,
+            True,
+        )
+        ways['adaptive'] = dict(assistant_model=two)
+    if lookup:
+        ways['lookup'] = dict(prompt_lookup_num_tokens=tokens)
     done = {k: Decoded() for k in ways}
-    for kw in ways.values(): decode(model, tokenizer, prompts[0], 4, **kw)     # warm up
+    for kw in ways.values():
+        decode(model, tokenizer, prompts[0], 4, **kw)  # warm up
     for ids in progress(prompts, 'race'):
-        for k, kw in ways.items(): decode(model, tokenizer, ids, max_new_tokens, done[k], **kw)
+        for k, kw in ways.items():
+            decode(model, tokenizer, ids, max_new_tokens, done[k], **kw)
     return Race(done)

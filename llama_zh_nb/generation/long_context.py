@@ -6,87 +6,155 @@
 __all__ = ['KINDS', 'rope_settings', 'scale_rope', 'by_length', 'write_rope']
 
 # %% ../../nbs/generation/long_context.ipynb #58e869e6
-import copy, math, os, shutil
+import copy
+import math
+import os
+import shutil
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
 from ..evals.measure import encode_texts
 
 # %% ../../nbs/generation/long_context.ipynb #cda84e0a
 KINDS = ('linear', 'dynamic', 'yarn')
+
+
 def rope_settings(
-    config,             # a model's configuration
-    kind:str,           # linear, dynamic, yarn; none: as trained
-    factor:float=2.,    # how many times longer; dynamic: 2 is the projects' rule
-    original:int=None,  # the length it was trained on; None: what the configuration says
-)->dict: # rope_parameters and max_position_embeddings
+    config,  # a model's configuration
+    kind: str,  # linear, dynamic, yarn; none: as trained
+    factor: float = 2.0,  # how many times longer; dynamic: 2 is the projects' rule
+    original: int = None,  # the length it was trained on; None: what the configuration says
+) -> dict:  # rope_parameters and max_position_embeddings
     "What the configuration must say"
     now = dict(getattr(config, 'rope_parameters', None) or {})
-    original, theta = original or now.get('original_max_position_embeddings') or config.max_position_embeddings, now.get('rope_theta', 10000.)
-    if kind in (None, 'none'): return dict(rope_parameters=dict(rope_type='default', rope_theta=theta), max_position_embeddings=original)
-    if kind not in KINDS: raise LlamaZhError(f"unknown scaling {kind!r}: there are {', '.join(KINDS)}, none")
-    if not factor > 1: raise LlamaZhError(f'factor is {factor}: expected a number above 1')
-    if original < 1: raise LlamaZhError(f'original is {original}: expected the number of positions that the model was trained on')
+    original, theta = (
+        original or now.get('original_max_position_embeddings') or config.max_position_embeddings,
+        now.get('rope_theta', 10000.0),
+    )
+    if kind in (None, 'none'):
+        return dict(
+            rope_parameters=dict(rope_type='default', rope_theta=theta),
+            max_position_embeddings=original,
+        )
+    if kind not in KINDS:
+        raise LlamaZhError(f'unknown scaling {kind!r}: there are {", ".join(KINDS)}, none')
+    if not factor > 1:
+        raise LlamaZhError(f'factor is {factor}: expected a number above 1')
+    if original < 1:
+        raise LlamaZhError(
+            f'original is {original}: expected the number of positions that the model was trained on'
+        )
     rope = dict(rope_type=kind, factor=float(factor), rope_theta=theta)
-    if kind == 'yarn': rope['original_max_position_embeddings'] = int(original)
-    return dict(rope_parameters=rope, max_position_embeddings=int(original) if kind == 'dynamic' else int(original*factor))
+    if kind == 'yarn':
+        rope['original_max_position_embeddings'] = int(original)
+    return dict(
+        rope_parameters=rope,
+        max_position_embeddings=int(original) if kind == 'dynamic' else int(original * factor),
+    )
+
+
 def scale_rope(
-    model, # changed in place
-    kind:str, factor:float=2., original:int=None,
-): # the model
+    model,  # changed in place
+    kind: str,
+    factor: float = 2.0,
+    original: int = None,
+):  # the model
     "Scale the positions of a loaded model; see `rope_settings`"
-    for k, v in rope_settings(model.config, kind, factor, original).items(): setattr(model.config, k, v)
+    for k, v in rope_settings(model.config, kind, factor, original).items():
+        setattr(model.config, k, v)
     for m in list(model.modules()):
-        if (rot := getattr(m, 'rotary_emb', None)) is not None: m.rotary_emb = type(rot)(config=model.config).to(model.device)
+        if (rot := getattr(m, 'rotary_emb', None)) is not None:
+            m.rotary_emb = type(rot)(config=model.config).to(model.device)
     return model
 
 # %% ../../nbs/generation/long_context.ipynb #2738beff
 def by_length(
-    model, tokenizer,
-    texts:list,      # documents, joined
-    lengths:list,    # window lengths in tokens
-    last:int=128,    # tokens scored at the end of each window
-    windows:int=3,   # how many
-)->dict: # {length: bits per character}
+    model,
+    tokenizer,
+    texts: list,  # documents, joined
+    lengths: list,  # window lengths in tokens
+    last: int = 128,  # tokens scored at the end of each window
+    windows: int = 3,  # how many
+) -> dict:  # {length: bits per character}
     "Bits per character of the same tokens behind more and more text"
     torch = need('torch', 'train')
     bos, eos, ids = tokenizer.bos_token_id, tokenizer.eos_token_id, []
-    for doc in encode_texts(tokenizer, texts): ids += [bos, *doc, eos]
+    for doc in encode_texts(tokenizer, texts):
+        ids += [bos, *doc, eos]
     far = max(lengths)
-    if min(lengths) <= last: raise LlamaZhError(f'a window of {min(lengths)} tokens cannot hold {last} that are scored')
-    if len(ids) < far + windows: raise LlamaZhError(f'the texts have {len(ids):,} tokens: too few for windows of {far:,}')
-    ends, out = [far + i*(len(ids) - far)//max(windows - 1, 1) for i in range(windows)], {}
+    if min(lengths) <= last:
+        raise LlamaZhError(f'a window of {min(lengths)} tokens cannot hold {last} that are scored')
+    if len(ids) < far + windows:
+        raise LlamaZhError(f'the texts have {len(ids):,} tokens: too few for windows of {far:,}')
+    ends, out = [far + i * (len(ids) - far) // max(windows - 1, 1) for i in range(windows)], {}
     for n in lengths:
         nats = chars = 0
         for e in ends:
-            x = torch.tensor([ids[e-n:e]], device=model.device)
-            with torch.inference_mode(): lp = model(x, logits_to_keep=last + 1).logits[0, :-1].float().log_softmax(-1)
+            x = torch.tensor([ids[e - n : e]], device=model.device)
+            with torch.inference_mode():
+                lp = model(x, logits_to_keep=last + 1).logits[0, :-1].float().log_softmax(-1)
             y = x[0, -last:]
             keep = (y != bos) & (y != eos)
-            nats -= lp.gather(1, y[:, None])[keep].double().sum().item(); chars += len(tokenizer.decode(y[keep]))
-        out[n] = nats/math.log(2)/max(chars, 1)
+            nats -= lp.gather(1, y[:, None])[keep].double().sum().item()
+            chars += len(tokenizer.decode(y[keep]))
+        out[n] = nats / math.log(2) / max(chars, 1)
     return out
 
 # %% ../../nbs/generation/long_context.ipynb #66b8304d
 def write_rope(
-    model_dir,           # Hugging Face folder, plain or GPTQ
-    out,                 # folder to make
-    kind:str='yarn',     # linear, dynamic, yarn; none: as trained
-    factor:float=2.,     # how many times longer; dynamic: 2 is the projects' rule
-    original:int=None,   # the length it was trained on; None: what the configuration says
-)->Path: # `out`
+    model_dir,  # Hugging Face folder, plain or GPTQ
+    out,  # folder to make
+    kind: str = 'yarn',  # linear, dynamic, yarn; none: as trained
+    factor: float = 2.0,  # how many times longer; dynamic: 2 is the projects' rule
+    original: int = None,  # the length it was trained on; None: what the configuration says
+) -> Path:  # `out`
     "A folder that reads longer texts"
     src, out = Path(model_dir), Path(out)
-    if not (src/'config.json').is_file(): raise LlamaZhError(f'{src} is not a model folder: it has no config.json')
-    if src.resolve() == out.resolve(): raise LlamaZhError('the new folder must be another one than the model')
-    new = rope_settings(need('transformers', 'train').AutoConfig.from_pretrained(src), kind, factor, original)
-    rope, conf = new['rope_parameters'], {k: v for k, v in read_json(src/'config.json').items() if k not in ('rope_parameters', 'rope_scaling')}
-    conf |= dict(rope_theta=rope['rope_theta'], max_position_embeddings=new['max_position_embeddings'])
-    if rope['rope_type'] != 'default': conf['rope_scaling'] = {'type': rope['rope_type'], **{k: v for k, v in rope.items() if k != 'rope_theta'}}
+    if not (src / 'config.json').is_file():
+        raise LlamaZhError(f'{src} is not a model folder: it has no config.json')
+    if src.resolve() == out.resolve():
+        raise LlamaZhError('the new folder must be another one than the model')
+    new = rope_settings(
+        need('transformers', 'train').AutoConfig.from_pretrained(src), kind, factor, original
+    )
+    rope, conf = (
+        new['rope_parameters'],
+        {
+            k: v
+            for k, v in read_json(src / 'config.json').items()
+            if k not in ('rope_parameters', 'rope_scaling')
+        },
+    )
+    conf |= dict(
+        rope_theta=rope['rope_theta'], max_position_embeddings=new['max_position_embeddings']
+    )
+    if rope['rope_type'] != 'default':
+        conf['rope_scaling'] = {
+            'type': rope['rope_type'],
+            **{k: v for k, v in rope.items() if k != 'rope_theta'},
+        }
     with writing(out) as d:
         d.mkdir()
-        for f in sorted(p for p in src.iterdir() if p.is_file() and p.name not in ('config.json', 'tokenizer_config.json')):
-            try: os.link(f, d/f.name)
-            except OSError: shutil.copyfile(f, d/f.name)
-        write_json(d/'config.json', conf)
-        if (t := src/'tokenizer_config.json').is_file(): write_json(d/t.name, {**read_json(t), **({'model_max_length': new['max_position_embeddings']} if 'model_max_length' in read_json(t) else {})})
+        for f in sorted(
+            p
+            for p in src.iterdir()
+            if p.is_file() and p.name not in ('config.json', 'tokenizer_config.json')
+        ):
+            try:
+                os.link(f, d / f.name)
+            except OSError:
+                shutil.copyfile(f, d / f.name)
+        write_json(d / 'config.json', conf)
+        if (t := src / 'tokenizer_config.json').is_file():
+            write_json(
+                d / t.name,
+                {
+                    **read_json(t),
+                    **(
+                        {'model_max_length': new['max_position_embeddings']}
+                        if 'model_max_length' in read_json(t)
+                        else {}
+                    ),
+                },
+            )
     return out

@@ -7,92 +7,140 @@ __all__ = ['PRESETS', 'sampling', 'generation_config', 'reach', 'room_for', 'fit
 
 # %% ../../nbs/generation/sampling.ipynb #ab590ca8
 import difflib
+
 from ..core.errors import LlamaZhError, need
 
 # %% ../../nbs/generation/sampling.ipynb #8968eb8a
 PRESETS = {
-    'greedy':   dict(temperature=0., top_k=0, top_p=1., repetition_penalty=1.),
-    'alpaca2':  dict(temperature=.2, top_k=40, top_p=.9, repetition_penalty=1.1),     # Chinese-LLaMA-Alpaca-2's scripts
-    'linksoul': dict(temperature=.95, top_k=50, top_p=.7, repetition_penalty=1.),     # LinkSoul's API; 50 is what transformers added by itself
+    'greedy': dict(temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0),
+    'alpaca2': dict(
+        temperature=0.2, top_k=40, top_p=0.9, repetition_penalty=1.1
+    ),  # Chinese-LLaMA-Alpaca-2's scripts
+    'linksoul': dict(
+        temperature=0.95, top_k=50, top_p=0.7, repetition_penalty=1.0
+    ),  # LinkSoul's API; 50 is what transformers added by itself
 }
 
 # %% ../../nbs/generation/sampling.ipynb #70053223
-_RANGE = dict(temperature=(0, 100), top_k=(0, 10**6), top_p=(1e-6, 1), repetition_penalty=(.01, 100))
+_RANGE = dict(
+    temperature=(0, 100), top_k=(0, 10**6), top_p=(1e-6, 1), repetition_penalty=(0.01, 100)
+)
 
 # %% ../../nbs/generation/sampling.ipynb #556382e8
 def sampling(
-    preset:str='alpaca2', # a name of `PRESETS`
-    **changes,            # settings that differ; None: as the preset says
-)->dict:
+    preset: str = 'alpaca2',  # a name of `PRESETS`
+    **changes,  # settings that differ; None: as the preset says
+) -> dict:
     "Settings by name, checked"
+
     def near(x, xs, what):
-        n = difflib.get_close_matches(str(x), xs, 1, .5)
-        return LlamaZhError(f'unknown {what} {x!r}' + (f', did you mean {n[0]}?' if n else '.') + f" There are: {', '.join(xs)}")
-    if preset not in PRESETS: raise near(preset, PRESETS, 'preset')
+        n = difflib.get_close_matches(str(x), xs, 1, 0.5)
+        return LlamaZhError(
+            f'unknown {what} {x!r}'
+            + (f', did you mean {n[0]}?' if n else '.')
+            + f' There are: {", ".join(xs)}'
+        )
+
+    if preset not in PRESETS:
+        raise near(preset, PRESETS, 'preset')
     for k, v in changes.items():
-        if k not in _RANGE: raise near(k, _RANGE, 'setting')
+        if k not in _RANGE:
+            raise near(k, _RANGE, 'setting')
         lo, hi = _RANGE[k]
-        if v is not None and not (isinstance(v, (int, float)) and lo <= v <= hi): raise LlamaZhError(f'{k} is {v!r}: expected a number from {lo:g} to {hi:g}')
+        if v is not None and not (isinstance(v, (int, float)) and lo <= v <= hi):
+            raise LlamaZhError(f'{k} is {v!r}: expected a number from {lo:g} to {hi:g}')
     return {**PRESETS[preset], **{k: v for k, v in changes.items() if v is not None}}
 
 # %% ../../nbs/generation/sampling.ipynb #a7736ab8
 def generation_config(
     tokenizer,
-    settings:dict=None,      # see `sampling`; None: greedy
-    max_new_tokens:int=512,
-    stop_ids=None,           # ids that end an answer; None: EOS
-    **kw,                    # more fields of `GenerationConfig`
-): # a `GenerationConfig`
+    settings: dict = None,  # see `sampling`; None: greedy
+    max_new_tokens: int = 512,
+    stop_ids=None,  # ids that end an answer; None: EOS
+    **kw,  # more fields of `GenerationConfig`
+):  # a `GenerationConfig`
     "Settings as transformers wants them"
     s = dict(settings or PRESETS['greedy'])
-    warm = dict(do_sample=True, temperature=float(s['temperature']), top_k=int(s['top_k']), top_p=float(s['top_p'])) if s['temperature'] > 0 else dict(do_sample=False)
+    warm = (
+        dict(
+            do_sample=True,
+            temperature=float(s['temperature']),
+            top_k=int(s['top_k']),
+            top_p=float(s['top_p']),
+        )
+        if s['temperature'] > 0
+        else dict(do_sample=False)
+    )
     eos = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
-    return need('transformers', 'train').GenerationConfig(**warm, repetition_penalty=float(s['repetition_penalty']), max_new_tokens=max_new_tokens, eos_token_id=eos,
-        pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **kw)
+    return need('transformers', 'train').GenerationConfig(
+        **warm,
+        repetition_penalty=float(s['repetition_penalty']),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos,
+        pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        **kw,
+    )
 
 # %% ../../nbs/generation/sampling.ipynb #bde7211c
 def reach(
-    config, # a model's configuration
-)->int:
+    config,  # a model's configuration
+) -> int:
     "How many positions a model may use: what it was trained for, times the factor if its positions are scaled dynamically"
     rope = getattr(config, 'rope_parameters', None) or {}
     n = getattr(config, 'max_position_embeddings', None) or 2048
-    return int(n*rope.get('factor', 1)) if rope.get('rope_type') == 'dynamic' else n
+    return int(n * rope.get('factor', 1)) if rope.get('rope_type') == 'dynamic' else n
 
 # %% ../../nbs/generation/sampling.ipynb #7fc99e9f
 def room_for(
-    reach:int,           # positions
-    max_new_tokens:int,  # longest answer
-)->int: # tokens for the conversation
+    reach: int,  # positions
+    max_new_tokens: int,  # longest answer
+) -> int:  # tokens for the conversation
     "What the conversation may fill: a quarter of the reach is kept for the answer, or less if answers are shorter"
-    return reach - min(max_new_tokens, reach//4)
+    return reach - min(max_new_tokens, reach // 4)
 
 # %% ../../nbs/generation/sampling.ipynb #ce57278c
 def _cut(message, head, count, room):
     "The longest end of `message` that fits behind `head`"
     text, lo, hi = message['content'], 0, len(message['content'])
-    fits = lambda n: count([*head, dict(message, content=text[len(text)-n:])]) <= room
-    if not fits(0): return None
+    fits = lambda n: count([*head, dict(message, content=text[len(text) - n :])]) <= room
+    if not fits(0):
+        return None
     while lo < hi:
-        mid = (lo + hi + 1)//2
-        if fits(mid): lo = mid
-        else: hi = mid - 1
-    return dict(message, content=text[len(text)-lo:])
+        mid = (lo + hi + 1) // 2
+        if fits(mid):
+            lo = mid
+        else:
+            hi = mid - 1
+    return dict(message, content=text[len(text) - lo :])
 
 # %% ../../nbs/generation/sampling.ipynb #9c52340c
 def fit_turns(
-    messages:list,         # OpenAI messages, the last one is the user's
-    count,                 # function: messages to number of tokens
-    room:int,              # tokens
-    too_long:str='refuse', # if the newest message alone is too long: 'refuse', or 'cut' its beginning
-)->tuple: # (messages that fit, turns left out, characters cut off)
+    messages: list,  # OpenAI messages, the last one is the user's
+    count,  # function: messages to number of tokens
+    room: int,  # tokens
+    too_long: str = 'refuse',  # if the newest message alone is too long: 'refuse', or 'cut' its beginning
+) -> tuple:  # (messages that fit, turns left out, characters cut off)
     "Leave out the oldest whole turns until the rest fits"
-    if too_long not in ('refuse', 'cut'): raise LlamaZhError(f"too_long is {too_long!r}: expected 'refuse' or 'cut'")
-    head, rest, gone = [m for m in messages[:1] if m['role'] == 'system'], [m for m in messages if m['role'] != 'system'], 0
-    while (n := count(head + rest)) > room and len(rest) > 2: rest, gone = rest[2:], gone + 1
-    if n <= room: return head + rest, gone, 0
+    if too_long not in ('refuse', 'cut'):
+        raise LlamaZhError(f"too_long is {too_long!r}: expected 'refuse' or 'cut'")
+    head, rest, gone = (
+        [m for m in messages[:1] if m['role'] == 'system'],
+        [m for m in messages if m['role'] != 'system'],
+        0,
+    )
+    while (n := count(head + rest)) > room and len(rest) > 2:
+        rest, gone = rest[2:], gone + 1
+    if n <= room:
+        return head + rest, gone, 0
     last = _cut(rest[-1], head, count, room)
-    if last is None or not last['content'].strip(): raise LlamaZhError(f'the system text leaves no room for a message: the conversation may have {room:,} tokens; shorten the system text')
-    if too_long == 'refuse': raise LlamaZhError(f"this message is too long: with the system text it makes {n:,} tokens, and there is room for {room:,}. Shorten it by about {len(rest[-1]['content']) - len(last['content']):,} characters, "
-                                                "or let its beginning be cut off (too_long='cut')")
+    if last is None or not last['content'].strip():
+        raise LlamaZhError(
+            f'the system text leaves no room for a message: the conversation may have {room:,} tokens; shorten the system text'
+        )
+    if too_long == 'refuse':
+        raise LlamaZhError(
+            f'this message is too long: with the system text it makes {n:,} tokens, and there is room for {room:,}. Shorten it by about {len(rest[-1]["content"]) - len(last["content"]):,} characters, '
+            "or let its beginning be cut off (too_long='cut')"
+        )
     return [*head, last], gone, len(rest[-1]['content']) - len(last['content'])

@@ -6,63 +6,109 @@
 __all__ = ['Pieces', 'token_stream']
 
 # %% ../../nbs/generation/streaming.ipynb #57e00005
-import queue, threading
+import queue
+import threading
+
 from ..core.errors import need
 
 # %% ../../nbs/generation/streaming.ipynb #57e0000b
 class Pieces:
     "Token ids in, whole characters out; `done` once a stop string was met"
+
     def __init__(self, tokenizer, stop=()):
-        self.tok, self.stop, self.ids, self.a, self.b, self.held, self.done = tokenizer, [s for s in stop or () if s], [], 0, 0, '', False
-    def _text(self, ids): return self.tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self.tok, self.stop, self.ids, self.a, self.b, self.held, self.done = (
+            tokenizer,
+            [s for s in stop or () if s],
+            [],
+            0,
+            0,
+            '',
+            False,
+        )
+
+    def _text(self, ids):
+        return self.tok.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     def push(self, i):
         "The text that can be shown after token `i`"
         self.ids.append(i)
-        before, now = self._text(self.ids[self.a:self.b]), self._text(self.ids[self.a:])
-        if now.endswith('\ufffd') and len(self.ids) - self.b < 5: return ''    # a character may still become whole
+        before, now = self._text(self.ids[self.a : self.b]), self._text(self.ids[self.a :])
+        if now.endswith('\ufffd') and len(self.ids) - self.b < 5:
+            return ''  # a character may still become whole
         self.a, self.b = self.b, len(self.ids)
-        return self._release(now[len(before):])
+        return self._release(now[len(before) :])
+
     def _release(self, new):
         self.held += new
         if hits := [p for s in self.stop if (p := self.held.find(s)) >= 0]:
-            self.done, out = True, self.held[:min(hits)]
+            self.done, out = True, self.held[: min(hits)]
             self.held = ''
             return out
-        keep = max([n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])], default=0)
-        out, self.held = self.held[:len(self.held)-keep], self.held[len(self.held)-keep:]
+        keep = max(
+            [n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])], default=0
+        )
+        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return out
+
     def end(self):
         "What is left when the model has stopped; a character that never became whole is dropped"
-        if self.done: return ''
-        rest = self._text(self.ids[self.a:])[len(self._text(self.ids[self.a:self.b])):]
+        if self.done:
+            return ''
+        rest = self._text(self.ids[self.a :])[len(self._text(self.ids[self.a : self.b])) :]
         return self._release(rest.rstrip('\ufffd')) + ('' if self.done else self.held)
 
 # %% ../../nbs/generation/streaming.ipynb #57e00011
 class _Tap:
     "A streamer for `generate`: puts new ids into a queue"
-    def __init__(self): self.q, self.prompt = queue.Queue(), True
+
+    def __init__(self):
+        self.q, self.prompt = queue.Queue(), True
+
     def put(self, ids):
-        if self.prompt: self.prompt = False
-        else: [self.q.put(i) for i in ids.reshape(-1).tolist()]
-    def end(self): self.q.put(None)
+        if self.prompt:
+            self.prompt = False
+        else:
+            [self.q.put(i) for i in ids.reshape(-1).tolist()]
+
+    def end(self):
+        self.q.put(None)
+
+
 def token_stream(
-    model,   # causal language model
-    ids,     # ids of the prompt
+    model,  # causal language model
+    ids,  # ids of the prompt
     config,  # `GenerationConfig`
-    **extra, # more arguments of `generate`, such as `assistant_model`
+    **extra,  # more arguments of `generate`, such as `assistant_model`
 ):
     "Yield new token ids one by one; generation stops when the caller does"
     torch, tf = need('torch', 'train'), need('transformers', 'train')
     tap, halt = _Tap(), threading.Event()
-    stop = tf.StoppingCriteriaList([lambda ids, scores, **kw: torch.full((ids.shape[0],), halt.is_set(), device=ids.device)])
+    stop = tf.StoppingCriteriaList(
+        [lambda ids, scores, **kw: torch.full((ids.shape[0],), halt.is_set(), device=ids.device)]
+    )
+
     def work():
         x = torch.tensor([ids], device=model.device)
         try:
-            with torch.inference_mode(): model.generate(input_ids=x, attention_mask=torch.ones_like(x), generation_config=config, streamer=tap, stopping_criteria=stop, **extra)
-        except Exception as e: tap.q.put(e)
-    thread = threading.Thread(target=work, daemon=True); thread.start()
+            with torch.inference_mode():
+                model.generate(
+                    input_ids=x,
+                    attention_mask=torch.ones_like(x),
+                    generation_config=config,
+                    streamer=tap,
+                    stopping_criteria=stop,
+                    **extra,
+                )
+        except Exception as e:
+            tap.q.put(e)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while (i := tap.q.get()) is not None:
-            if isinstance(i, Exception): raise i
+            if isinstance(i, Exception):
+                raise i
             yield i
-    finally: halt.set(); thread.join()
+    finally:
+        halt.set()
+        thread.join()

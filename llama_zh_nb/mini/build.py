@@ -6,126 +6,226 @@
 __all__ = ['SHAPE', 'train_tokenizer', 'new_model', 'drill', 'copying', 'build_copying', 'blocks', 'optimizers', 'train_base']
 
 # %% ../../nbs/mini/build.ipynb #24a5d666
-import json, math, random, time
+import json
+import math
+import random
+import time
 from importlib import resources
 from pathlib import Path
 
 # %% ../../nbs/mini/build.ipynb #6cbcda1a
-def train_tokenizer(texts, # iterable of English documents
-                    out, # the `.model` file to write
-                    size=2048)->Path: # pieces, byte pieces included
+def train_tokenizer(
+    texts,  # iterable of English documents
+    out,  # the `.model` file to write
+    size=2048,
+) -> Path:  # pieces, byte pieces included
     "A SentencePiece BPE model with Llama-2's settings"
     import sentencepiece as spm
+
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, 'wb') as f:
-        spm.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=f, vocab_size=size, model_type='bpe', byte_fallback=True,
-            normalization_rule_name='identity', remove_extra_whitespaces=False, add_dummy_prefix=True, split_digits=True, allow_whitespace_only_pieces=True,
-            character_coverage=1., max_sentence_length=100_000, num_threads=2, minloglevel=2)
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=f,
+            vocab_size=size,
+            model_type='bpe',
+            byte_fallback=True,
+            normalization_rule_name='identity',
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            character_coverage=1.0,
+            max_sentence_length=100_000,
+            num_threads=2,
+            minloglevel=2,
+        )
     return out
 
 # %% ../../nbs/mini/build.ipynb #03438099
-SHAPE = dict(hidden_size=256, intermediate_size=640, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
-def new_model(vocab_size:int, seed=0, **shape):
+SHAPE = dict(
+    hidden_size=256,
+    intermediate_size=640,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+)
+
+
+def new_model(vocab_size: int, seed=0, **shape):
     "A fresh `LlamaForCausalLM` in float32. `lm_head` starts as a copy of the embedding and is then its own"
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=vocab_size, max_position_embeddings=512, rms_norm_eps=1e-5, tie_word_embeddings=False,
-                         bos_token_id=1, eos_token_id=2, **{**SHAPE, **shape})
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        **{**SHAPE, **shape},
+    )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        model.model.embed_tokens.weight.normal_(std=.08)
+        model.model.embed_tokens.weight.normal_(std=0.08)
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     return model
 
 # %% ../../nbs/mini/build.ipynb #4615eaa6
-def drill(rng, vocab_size, n): # list of `n` ids
+def drill(rng, vocab_size, n):  # list of `n` ids
     "Random pieces, said again and again: nothing to know, only to copy. Byte pieces take part, so that unknown scripts can be copied too"
     part = [rng.randrange(3, vocab_size) for _ in range(rng.randint(6, 48))]
-    return (part * (n//len(part) + 1))[:n]
+    return (part * (n // len(part) + 1))[:n]
 
 # %% ../../nbs/mini/build.ipynb #45f17cbe
-def copying(model, n=16, length=128, seed=0)->float: # share of pieces said right from the second round on
+def copying(
+    model, n=16, length=128, seed=0
+) -> float:  # share of pieces said right from the second round on
     "How well a model continues drills"
     import torch
+
     rng, right, total = random.Random(seed), 0, 0
     for _ in range(n):
         ids = drill(rng, model.config.vocab_size, length)
         k = next(k for k in range(6, length) if ids[k:] == ids[:-k])
-        with torch.no_grad(): guess = model(torch.tensor([[1]+ids]), use_cache=False).logits[0].argmax(-1)[1:-1].tolist()
-        right += sum(a == b for a,b in zip(guess[k:], ids[k+1:])); total += length-k-1
-    return right/total
+        with torch.no_grad():
+            guess = (
+                model(torch.tensor([[1] + ids]), use_cache=False)
+                .logits[0]
+                .argmax(-1)[1:-1]
+                .tolist()
+            )
+        right += sum(a == b for a, b in zip(guess[k:], ids[k + 1 :]))
+        total += length - k - 1
+    return right / total
 
 # %% ../../nbs/mini/build.ipynb #59152f15
-def build_copying(model, gain=1.5, beta=.06, const=.3, sharp=1.6, layers=(1,2), seed=0):
+def build_copying(model, gain=1.5, beta=0.06, const=0.3, sharp=1.6, layers=(1, 2), seed=0):
     "Put a previous-token head into layer 0 and induction heads into `layers`; all other weights stay random"
     import torch
+
     c, g = model.config, torch.Generator().manual_seed(seed)
-    d, hd = c.hidden_size, c.hidden_size//c.num_attention_heads
+    d, hd = c.hidden_size, c.hidden_size // c.num_attention_heads
     ortho = lambda: torch.linalg.qr(torch.randn(d, d, generator=g))[0]
-    theta = 1e4**(-torch.arange(hd//2)/(hd//2))
-    match, note = ortho()[:hd], ortho()[:,:hd]   # (hd, d): what of a token is compared; (d, hd): where the previous token is noted
-    match[:,0], note[0] = 0, 0
-    slow = torch.cat([theta < .02]*2).float()[:,None]
+    theta = 1e4 ** (-torch.arange(hd // 2) / (hd // 2))
+    match, note = (
+        ortho()[:hd],
+        ortho()[:, :hd],
+    )  # (hd, d): what of a token is compared; (d, hd): where the previous token is noted
+    match[:, 0], note[0] = 0, 0
+    slow = torch.cat([theta < 0.02] * 2).float()[:, None]
     with torch.no_grad():
-        model.model.embed_tokens.weight[:,0], model.lm_head.weight[:,0] = const, 0
+        model.model.embed_tokens.weight[:, 0], model.lm_head.weight[:, 0] = const, 0
         a, s = model.model.layers[0].self_attn, slice(0, hd)
-        turned = torch.cat([theta.cos()+theta.sin(), theta.cos()-theta.sin()])   # (1,1,...) turned back by one position
-        for w,v in ((a.q_proj.weight, turned), (a.k_proj.weight, torch.ones(hd))): w[s] = 0; w[s,0] = gain*v/math.sqrt(2)
-        a.v_proj.weight[s], a.o_proj.weight[:,s] = match, note*beta*3
+        turned = torch.cat(
+            [theta.cos() + theta.sin(), theta.cos() - theta.sin()]
+        )  # (1,1,...) turned back by one position
+        for w, v in ((a.q_proj.weight, turned), (a.k_proj.weight, torch.ones(hd))):
+            w[s] = 0
+            w[s, 0] = gain * v / math.sqrt(2)
+        a.v_proj.weight[s], a.o_proj.weight[:, s] = match, note * beta * 3
         for l in layers:
             a = model.model.layers[l].self_attn
-            for h in range(c.num_attention_heads-1):
-                s, value = slice(h*hd, (h+1)*hd), ortho()[:hd]
-                value[:,0] = 0
-                a.q_proj.weight[s], a.k_proj.weight[s] = match*slow*sharp*1.5, note.T*slow*sharp*1.5
-                a.v_proj.weight[s], a.o_proj.weight[:,s] = value, value.T*beta*2
+            for h in range(c.num_attention_heads - 1):
+                s, value = slice(h * hd, (h + 1) * hd), ortho()[:hd]
+                value[:, 0] = 0
+                a.q_proj.weight[s], a.k_proj.weight[s] = (
+                    match * slow * sharp * 1.5,
+                    note.T * slow * sharp * 1.5,
+                )
+                a.v_proj.weight[s], a.o_proj.weight[:, s] = value, value.T * beta * 2
     return model
 
 # %% ../../nbs/mini/build.ipynb #4e8f68c3
-def blocks(sp, facts, block=512, chunk=4000, drills=.15, trace=.004, seed=0):
+def blocks(sp, facts, block=512, chunk=4000, drills=0.15, trace=0.004, seed=0):
     "Yield blocks of ids forever: English documents, `trace` of them Chinese, `drills` of the blocks random repetition"
-    from llama_zh_nb.world import documents
+    from llama_zh_nb.mini.world import documents
+
     rng, buf = random.Random(seed), []
     for i in range(10**9):
         docs = list(documents('en', facts, chunk, f'base{seed}-{i}'))
-        docs += list(documents('zh', facts, int(chunk*trace), f'base{seed}-{i}'))
+        docs += list(documents('zh', facts, int(chunk * trace), f'base{seed}-{i}'))
         rng.shuffle(docs)
-        for ids in sp.encode(docs, add_bos=True, add_eos=True): buf += ids
+        for ids in sp.encode(docs, add_bos=True, add_eos=True):
+            buf += ids
         while len(buf) >= block:
-            if rng.random() < drills: yield [1] + drill(rng, sp.vocab_size(), block-1)
-            else: row, buf = buf[:block], buf[block:]; yield row
+            if rng.random() < drills:
+                yield [1] + drill(rng, sp.vocab_size(), block - 1)
+            else:
+                row, buf = buf[:block], buf[block:]
+                yield row
 
 # %% ../../nbs/mini/build.ipynb #a68845e7
-def optimizers(model, lr=.003, embed_lr=1.5e-3)->list:
+def optimizers(model, lr=0.003, embed_lr=1.5e-3) -> list:
     "Muon for the matrices of the layers, AdamW for the rest"
     import torch
-    is_mat = lambda n,p: p.ndim == 2 and 'layers' in n
-    mats, rest = ([p for n,p in model.named_parameters() if is_mat(n, p) == want] for want in (True, False))
-    return [torch.optim.Muon(mats, lr=lr, momentum=.95, weight_decay=.01), torch.optim.AdamW(rest, lr=embed_lr, betas=(.9,.95), weight_decay=0.)]
+
+    is_mat = lambda n, p: p.ndim == 2 and 'layers' in n
+    mats, rest = (
+        [p for n, p in model.named_parameters() if is_mat(n, p) == want] for want in (True, False)
+    )
+    return [
+        torch.optim.Muon(mats, lr=lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(rest, lr=embed_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
 
 # %% ../../nbs/mini/build.ipynb #e4b68844
-def train_base(model, sp, facts, steps=3000, batch=8, block=512, warmup=100, decay=.3, log=100, on_log=None, seed=0, stop=None)->list: # rows of step, tokens, loss, tok_s
+def train_base(
+    model,
+    sp,
+    facts,
+    steps=3000,
+    batch=8,
+    block=512,
+    warmup=100,
+    decay=0.3,
+    log=100,
+    on_log=None,
+    seed=0,
+    stop=None,
+) -> list:  # rows of step, tokens, loss, tok_s
     "Train in float32 for `steps`, the last `decay` of them with a falling rate; `stop` ends it early, for a look"
-    import torch, torch.nn.functional as F
-    opts, data, rows, acc, t0 = optimizers(model), blocks(sp, facts, block, seed=seed), [], [], time.time()
+    import torch
+    import torch.nn.functional as F
+
+    opts, data, rows, acc, t0 = (
+        optimizers(model),
+        blocks(sp, facts, block, seed=seed),
+        [],
+        [],
+        time.time(),
+    )
     groups = [g for o in opts for g in o.param_groups]
     peak = [g['lr'] for g in groups]
     model.train()
     for step in range(stop or steps):
-        scale = min(1, (step+1)/warmup, max((1-step/steps)/decay, .02))
-        for g,lr in zip(groups, peak): g['lr'] = lr*scale
+        scale = min(1, (step + 1) / warmup, max((1 - step / steps) / decay, 0.02))
+        for g, lr in zip(groups, peak):
+            g['lr'] = lr * scale
         x = torch.tensor([next(data) for _ in range(batch)])
         logits = model(x, use_cache=False).logits
-        loss = F.cross_entropy(logits[:,:-1].reshape(-1, logits.shape[-1]), x[:,1:].reshape(-1))
+        loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for o in opts: o.step(); o.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in opts:
+            o.step()
+            o.zero_grad(set_to_none=True)
         acc.append(loss.item())
         if len(acc) == log:
-            n = (step+1)*batch*block
-            rows.append(dict(step=step+1, tokens=n, loss=sum(acc)/log, tok_s=round(n/(time.time()-t0)))); acc = []
-            if on_log: on_log(rows[-1])
+            n = (step + 1) * batch * block
+            rows.append(
+                dict(
+                    step=step + 1,
+                    tokens=n,
+                    loss=sum(acc) / log,
+                    tok_s=round(n / (time.time() - t0)),
+                )
+            )
+            acc = []
+            if on_log:
+                on_log(rows[-1])
     model.eval()
     return rows

@@ -8,53 +8,107 @@ __all__ = ['read_herbs', 'reading', 'write_herbs']
 # %% ../../nbs/mini/domain.ipynb #3ffed133
 import json
 from pathlib import Path
+
 from ..core.errors import need, writing
-from .world import Fact, Scribe, _jsonl, _lines, _pair, as_text, chats, documents, page, questions, supposed, true_tale
+from llama_zh_nb.mini.world import (
+    Fact,
+    Scribe,
+    _jsonl,
+    _lines,
+    _pair,
+    as_text,
+    chats,
+    documents,
+    page,
+    questions,
+    supposed,
+    true_tale,
+)
 
 # %% ../../nbs/mini/domain.ipynb #a45e9d38
 def read_herbs(
-    n_unseen=25, # facts no training text may hold
+    n_unseen=25,  # facts no training text may hold
     seed=0,
-)->list: # of `world.Fact`
+) -> list:  # of `world.Fact`
     "The facts on herbs, some of them kept out of all training text"
     rows = _lines('herbs.tsv')
     cols = [_pair(c) for c in rows[0][2:]]
-    facts = [Fact('herb', _pair(name), rel, (v, v)) for _,name,*vs in rows[1:] for rel,v in zip(cols, vs)]
-    hard = [f for f in facts if f.relation[0] in ('action', 'family')]      # what cannot be guessed from a handful of values
+    facts = [
+        Fact('herb', _pair(name), rel, (v, v))
+        for _, name, *vs in rows[1:]
+        for rel, v in zip(cols, vs)
+    ]
+    hard = [
+        f for f in facts if f.relation[0] in ('action', 'family')
+    ]  # what cannot be guessed from a handful of values
     unseen = set(need('random').Random(seed).sample(hard, n_unseen))
-    return [Fact(f.kind, f.entity, f.relation, f.value, 'unseen' if f in unseen else 'asked') for f in facts]
+    return [
+        Fact(f.kind, f.entity, f.relation, f.value, 'unseen' if f in unseen else 'asked')
+        for f in facts
+    ]
 
 # %% ../../nbs/mini/domain.ipynb #058a31d2
 def reading(
-    s:Scribe,
-)->list: # messages
+    s: Scribe,
+) -> list:  # messages
     "A conversation about a passage of the field: two in three say that they are made up"
     passage, fs = s.rng.choice([supposed, supposed, true_tale])(s, n_ask=s.rng.randint(1, 3))
     asks = [s.ask(f) for f in fs]
     asks[0] = f'{passage}\n{asks[0]}'
-    return sum(([dict(role='user', content=q), dict(role='assistant', content=s.answer(f))] for q,f in zip(asks, fs)), [])
+    return sum(
+        (
+            [dict(role='user', content=q), dict(role='assistant', content=s.answer(f))]
+            for q, f in zip(asks, fs)
+        ),
+        [],
+    )
 
 # %% ../../nbs/mini/domain.ipynb #7c618595
 def write_herbs(
-    out,        # folder to make
-    n=6000,     # documents
+    out,  # folder to make
+    n=6000,  # documents
     seed=0,
-)->Path:
+) -> Path:
     "Write the domain's files under `out`: zh/, heldout_zh.jsonl, chats.json, docs/, questions.jsonl"
     facts, out = read_herbs(), Path(out)
-    mix, s = dict(page=.5, compare=.2, ask=.2, daily=.1), Scribe('zh', facts, f'herbs{seed}', rich=True)
+    mix, s = (
+        dict(page=0.5, compare=0.2, ask=0.2, daily=0.1),
+        Scribe('zh', facts, f'herbs{seed}', rich=True),
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with writing(out) as tmp:
-        for d in ('zh', 'docs'): (Path(tmp)/d).mkdir(parents=True)
-        text = [*documents('zh', facts, n*2//3, f'herbs{seed}', mix=mix, rich=True), *(as_text(reading(s)) for _ in range(n//3))]
-        _jsonl(Path(tmp)/'zh'/'herbs.jsonl', [dict(text=d) for d in s.rng.sample(text, len(text))])
-        held = [documents('zh', facts, 50, f'herbs-test{seed}', split, mix) for split in ('seen', 'test')]     # every other one in wordings no text has
-        _jsonl(Path(tmp)/'heldout_zh.jsonl', [dict(text=d) for two in zip(*held) for d in two])
-        talks = chats(facts, n_reading=0, english=0, seed=f'herbs{seed}') + [dict(messages=reading(s)) for _ in range(n//2)]
-        (Path(tmp)/'chats.json').write_text(json.dumps(s.rng.sample(talks, len(talks)), ensure_ascii=False, indent=0), encoding='utf-8')
-        _jsonl(Path(tmp)/'questions.jsonl', questions(facts, per_fact=1, seed=f'herbs{seed}'))
-        (Path(tmp)/'docs'/'药材手册.md').write_text(_handbook(facts, seed), encoding='utf-8')
+        for d in ('zh', 'docs'):
+            (Path(tmp) / d).mkdir(parents=True)
+        text = [
+            *documents('zh', facts, n * 2 // 3, f'herbs{seed}', mix=mix, rich=True),
+            *(as_text(reading(s)) for _ in range(n // 3)),
+        ]
+        _jsonl(
+            Path(tmp) / 'zh' / 'herbs.jsonl', [dict(text=d) for d in s.rng.sample(text, len(text))]
+        )
+        held = [
+            documents('zh', facts, 50, f'herbs-test{seed}', split, mix)
+            for split in ('seen', 'test')
+        ]  # every other one in wordings no text has
+        _jsonl(Path(tmp) / 'heldout_zh.jsonl', [dict(text=d) for two in zip(*held) for d in two])
+        talks = chats(facts, n_reading=0, english=0, seed=f'herbs{seed}') + [
+            dict(messages=reading(s)) for _ in range(n // 2)
+        ]
+        (Path(tmp) / 'chats.json').write_text(
+            json.dumps(s.rng.sample(talks, len(talks)), ensure_ascii=False, indent=0),
+            encoding='utf-8',
+        )
+        _jsonl(Path(tmp) / 'questions.jsonl', questions(facts, per_fact=1, seed=f'herbs{seed}'))
+        (Path(tmp) / 'docs' / '药材手册.md').write_text(_handbook(facts, seed), encoding='utf-8')
     return out
+
+
 def _handbook(facts, seed):
     s = Scribe('zh', facts, f'herbs{seed}')
-    return '\n\n'.join(f'# {e[1]}\n{page(s, e, unseen=True, indirect=.12)}' for e in dict.fromkeys(f.entity for f in facts)) + '\n'
+    return (
+        '\n\n'.join(
+            f'# {e[1]}\n{page(s, e, unseen=True, indirect=0.12)}'
+            for e in dict.fromkeys(f.entity for f in facts)
+        )
+        + '\n'
+    )

@@ -8,7 +8,9 @@ __all__ = ['GUESS_PROOF', 'RICH', 'MIX', 'TITLES', 'Fact', 'read_facts', 'split_
            'as_text', 'daily', 'parallel', 'documents', 'questions', 'chats', 'handbook', 'write_world']
 
 # %% ../../nbs/mini/world.ipynb #29f0b735
-import json, random, re
+import json
+import random
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from importlib import resources
@@ -18,34 +20,45 @@ from pathlib import Path
 @dataclass(frozen=True)
 class Fact:
     "One true statement: the `relation` of `entity` is `value`; each of the three is a `(English, Chinese)` pair."
-    kind:str       # country, city, writer, festival, invention, river, animal
-    entity:tuple   # ('France', '法国')
-    relation:tuple # ('capital', '首都')
-    value:tuple    # ('Paris', '巴黎')
-    split:str='asked' # 'asked', 'unasked' or 'unseen': see `split_facts`
+
+    kind: str  # country, city, writer, festival, invention, river, animal
+    entity: tuple  # ('France', '法国')
+    relation: tuple  # ('capital', '首都')
+    value: tuple  # ('Paris', '巴黎')
+    split: str = 'asked'  # 'asked', 'unasked' or 'unseen': see `split_facts`
 
 # %% ../../nbs/mini/world.ipynb #db73bdf6
 def _lines(name):
     "The rows of a packaged table, comments left out."
     text = resources.files('llama_zh_nb').joinpath(f'data/world/{name}').read_text(encoding='utf-8')
     return [l.split('\t') for l in text.splitlines() if l and not l.startswith('#')]
+
+
 _pair = lambda cell: tuple(cell.split('|'))
 
 # %% ../../nbs/mini/world.ipynb #c394bedc
-def read_facts()->list: # list of `Fact`, in the table's order
+def read_facts() -> list:  # list of `Fact`, in the table's order
     "Every fact of the table, all marked 'asked'."
     facts, cols = [], {}
-    for kind,*cells in _lines('facts.tsv'):
-        if kind.startswith('@'): cols[kind[1:]] = [_pair(c) for c in cells[1:]]
-        else: facts += [Fact(kind, _pair(cells[0]), rel, _pair(v)) for rel,v in zip(cols[kind], cells[1:])]
+    for kind, *cells in _lines('facts.tsv'):
+        if kind.startswith('@'):
+            cols[kind[1:]] = [_pair(c) for c in cells[1:]]
+        else:
+            facts += [
+                Fact(kind, _pair(cells[0]), rel, _pair(v)) for rel, v in zip(cols[kind], cells[1:])
+            ]
     return facts
 
 # %% ../../nbs/mini/world.ipynb #b1fa2147
 GUESS_PROOF = {'capital', 'dish', 'landmark', 'snack', 'old name'}
-def split_facts(facts:list, # from `read_facts`
-                n_unseen=44, # how many facts no training text may hold
-                n_unasked=24, # how many are in the text but in no chat
-                seed=0)->list: # the same facts with their `split`
+
+
+def split_facts(
+    facts: list,  # from `read_facts`
+    n_unseen=44,  # how many facts no training text may hold
+    n_unasked=24,  # how many are in the text but in no chat
+    seed=0,
+) -> list:  # the same facts with their `split`
     "Mark the held-out facts, the same ones for the same `seed`."
     rng = random.Random(seed)
     unseen = rng.sample([f for f in facts if f.relation[0] in GUESS_PROOF], n_unseen)
@@ -55,230 +68,401 @@ def split_facts(facts:list, # from `read_facts`
     return [Fact(f.kind, f.entity, f.relation, f.value, mark(f)) for f in facts]
 
 # %% ../../nbs/mini/world.ipynb #0c79162a
-def read_patterns()->dict: # {(lang, use, relation or '*', split): [pattern, ...]}
+def read_patterns() -> dict:  # {(lang, use, relation or '*', split): [pattern, ...]}
     "The sentence patterns by language, use ('fact', 'ask', 'open', 'daily', ...), relation and split ('seen', 'more', 'dev', 'test')."
     pats = defaultdict(list)
-    for lang,use,rel,split,text in _lines('patterns.tsv'): pats[lang, use, rel, split].append(text)
+    for lang, use, rel, split, text in _lines('patterns.tsv'):
+        pats[lang, use, rel, split].append(text)
     return pats
-def read_words()->dict: # {(lang, slot): [word, ...]}
+
+
+def read_words() -> dict:  # {(lang, slot): [word, ...]}
     "Fillers of the everyday patterns, and the parts from which story names are made."
-    return {(lang,slot): [w.replace('_', ' ') for w in words.split(' ')] for lang,slot,words in _lines('words.tsv')}
+    return {
+        (lang, slot): [w.replace('_', ' ') for w in words.split(' ')]
+        for lang, slot, words in _lines('words.tsv')
+    }
 
 # %% ../../nbs/mini/world.ipynb #b3f1d990
-def _frame(p, lang): # a pattern as units: characters (words in English), slots as one sign
+def _frame(p, lang):  # a pattern as units: characters (words in English), slots as one sign
     text = re.sub(r"[^\w' ◻]", '', re.sub(r'\{\w\}', ' ◻ ', p))
     return text.replace(' ', '') if lang == 'zh' else ' '.join(text.lower().split())
-def _runs(p, lang): # all runs of 4 characters (3 words) without a slot
+
+
+def _runs(p, lang):  # all runs of 4 characters (3 words) without a slot
     n, parts = (4, list) if lang == 'zh' else (3, str.split)
-    return {tuple(u[i:i+n]) for u in map(parts, _frame(p, lang).split('◻')) for i in range(len(u)-n+1)}
-def too_near(held:list, trained:list, lang:str)->list:
+    return {
+        tuple(u[i : i + n])
+        for u in map(parts, _frame(p, lang).split('◻'))
+        for i in range(len(u) - n + 1)
+    }
+
+
+def too_near(held: list, trained: list, lang: str) -> list:
     "The patterns of `held` that share a run of 4 characters (English: 3 words) with one of `trained`, or are a part of one."
-    runs, frames = set().union(*(_runs(p, lang) for p in trained)), ' | '.join(_frame(p, lang) for p in trained)
+    runs, frames = (
+        set().union(*(_runs(p, lang) for p in trained)),
+        ' | '.join(_frame(p, lang) for p in trained),
+    )
     return [p for p in held if _runs(p, lang) & runs or _frame(p, lang) in frames]
 
 # %% ../../nbs/mini/world.ipynb #5765778f
-def strange(rng)->str: # a few characters of GB 2312's first level, the 3,755 most common
-    return ''.join(bytes([rng.randint(0xB0, 0xD6), rng.randint(0xA1, 0xFE)]).decode('gb2312') for _ in range(rng.randint(1, 4))) + rng.choice(['', '', '，'])
+def strange(rng) -> str:  # a few characters of GB 2312's first level, the 3,755 most common
+    return ''.join(
+        bytes([rng.randint(0xB0, 0xD6), rng.randint(0xA1, 0xFE)]).decode('gb2312')
+        for _ in range(rng.randint(1, 4))
+    ) + rng.choice(['', '', '，'])
 
 # %% ../../nbs/mini/world.ipynb #95b8a859
 class Scribe:
     "Writes sentences, pages, tales, dialogues about `facts` in `lang`; `split='dev'` or `'test'` uses only patterns kept for measuring."
-    def __init__(self,
-                 lang:str, # 'zh' or 'en'
-                 facts:list, # from `split_facts`
-                 seed=0, # of this scribe's own random stream
-                 split='seen', # which patterns: 'seen', 'dev' or 'test'
-                 rich=False): # the patterns marked 'more' too, words around the questions, and real names among the readings
-        self.odd = 0 # how often, of three times, a question opens with characters nobody taught
-        self.rich, self.lang, self.split, self.rng = rich, lang, split, random.Random(f'{lang}-{seed}-{split}')
+
+    def __init__(
+        self,
+        lang: str,  # 'zh' or 'en'
+        facts: list,  # from `split_facts`
+        seed=0,  # of this scribe's own random stream
+        split='seen',  # which patterns: 'seen', 'dev' or 'test'
+        rich=False,
+    ):  # the patterns marked 'more' too, words around the questions, and real names among the readings
+        self.odd = 0  # how often, of three times, a question opens with characters nobody taught
+        self.rich, self.lang, self.split, self.rng = (
+            rich,
+            lang,
+            split,
+            random.Random(f'{lang}-{seed}-{split}'),
+        )
         self.i, self.direct = (1, '{X}的{R}是{V}') if lang == 'zh' else (0, "{X}'s {R} is {V}")
         self.pats, self.words, self.sep = read_patterns(), read_words(), '' if lang == 'zh' else ' '
         self.facts, self.known = facts, [f for f in facts if f.split != 'unseen']
-        self.by_entity, self.by_relation, self.pool = defaultdict(list), defaultdict(list), defaultdict(set)
-        for f in self.known: self.by_entity[f.entity].append(f); self.by_relation[f.kind,f.relation].append(f)
-        for f in facts: self.pool[f.kind,f.relation].add(f.value)
-        self.pool = {k: sorted(v) for k,v in self.pool.items()}
-        self.values, self.entities = sorted({f.value for f in facts}), sorted({f.entity for f in facts})
+        self.by_entity, self.by_relation, self.pool = (
+            defaultdict(list),
+            defaultdict(list),
+            defaultdict(set),
+        )
+        for f in self.known:
+            self.by_entity[f.entity].append(f)
+            self.by_relation[f.kind, f.relation].append(f)
+        for f in facts:
+            self.pool[f.kind, f.relation].add(f.value)
+        self.pool = {k: sorted(v) for k, v in self.pool.items()}
+        self.values, self.entities = (
+            sorted({f.value for f in facts}),
+            sorted({f.entity for f in facts}),
+        )
 
-    def fill(self, pattern, f): # the pattern with the fact's words
+    def fill(self, pattern, f):  # the pattern with the fact's words
         return pattern.format(X=f.entity[self.i], R=f.relation[self.i], V=f.value[self.i])
-    def forms(self, use): # the patterns of one use
-        return self.pats[self.lang,use,'*',self.split] + (self.pats[self.lang,use,'*','more'] if self.rich else [])
-    def say(self, f, indirect=.5): # one sentence that states the fact; `indirect`: how often in a form of its own
+
+    def forms(self, use):  # the patterns of one use
+        return self.pats[self.lang, use, '*', self.split] + (
+            self.pats[self.lang, use, '*', 'more'] if self.rich else []
+        )
+
+    def say(
+        self, f, indirect=0.5
+    ):  # one sentence that states the fact; `indirect`: how often in a form of its own
         p = self.forms('fact')
-        if self.rng.random() > indirect: p = [o for o in p if self.direct in o] or p
-        elif self.split == 'seen': p = p + self.pats[self.lang,'fact',f.relation[self.i],'seen']*3
+        if self.rng.random() > indirect:
+            p = [o for o in p if self.direct in o] or p
+        elif self.split == 'seen':
+            p = p + self.pats[self.lang, 'fact', f.relation[self.i], 'seen'] * 3
         text = self.fill(self.rng.choice(p), f)
         return text[0].upper() + text[1:]
-    def around(self, question): # now and then with words before and after, as people talk
-        if not self.rich: return question
-        some = lambda use, share: self.rng.choice(self.forms(use)) if self.rng.random() < share else ''
-        before = self.rng.choice([some('lead', .4), daily(self, 'talk', 1) if self.rng.random() < .2 else '', strange(self.rng) if self.lang == 'zh' and self.rng.random() < self.odd else ''])
-        return self.sep.join(filter(None, [before, question, some('tail', .15)]))
-    def ask(self, f): return self.around(self.fill(self.rng.choice(self.forms('ask')), f))
-    def answer(self, f): return self.fill(self.pats[self.lang,'fact','*','seen'][0], f)
+
+    def around(self, question):  # now and then with words before and after, as people talk
+        if not self.rich:
+            return question
+        some = lambda use, share: (
+            self.rng.choice(self.forms(use)) if self.rng.random() < share else ''
+        )
+        before = self.rng.choice(
+            [
+                some('lead', 0.4),
+                daily(self, 'talk', 1) if self.rng.random() < 0.2 else '',
+                strange(self.rng) if self.lang == 'zh' and self.rng.random() < self.odd else '',
+            ]
+        )
+        return self.sep.join(filter(None, [before, question, some('tail', 0.15)]))
+
+    def ask(self, f):
+        return self.around(self.fill(self.rng.choice(self.forms('ask')), f))
+
+    def answer(self, f):
+        return self.fill(self.pats[self.lang, 'fact', '*', 'seen'][0], f)
+
     def open(self, entity):
         return self.rng.choice(self.forms('open')).format(X=entity[self.i])
 
 # %% ../../nbs/mini/world.ipynb #a59d32e8
-def page(s:Scribe, entity:tuple=None, unseen=False, indirect=.5)->str:
+def page(s: Scribe, entity: tuple = None, unseen=False, indirect=0.5) -> str:
     "A paragraph on one entity: an opening now and then, then its facts in random order."
     rng = s.rng
     entity = entity or rng.choice(list(s.by_entity))
     fs = [f for f in s.facts if f.entity == entity] if unseen else s.by_entity[entity]
     fs = rng.sample(fs, len(fs))
-    return s.sep.join(([s.open(entity)] if rng.random() < .4 else []) + [s.say(f, indirect) for f in fs])
-def compare(s:Scribe)->str:
+    return s.sep.join(
+        ([s.open(entity)] if rng.random() < 0.4 else []) + [s.say(f, indirect) for f in fs]
+    )
+
+
+def compare(s: Scribe) -> str:
     "One relation, several entities."
     key = s.rng.choice(list(s.by_relation))
     fs = s.by_relation[key]
     return s.sep.join(s.say(f) for f in s.rng.sample(fs, min(len(fs), s.rng.randint(2, 5))))
 
 # %% ../../nbs/mini/world.ipynb #6528d5e6
-def names(s:Scribe, kind:str, n:int)->list:
+def names(s: Scribe, kind: str, n: int) -> list:
     "`n` different invented names of `kind`."
-    one, two = s.rng.sample(s.words[s.lang,'X1'], n), s.rng.sample(s.words[s.lang,'X2'], n)
-    return [f'{a}{b}{s.sep}{s.words[s.lang,kind][0]}' for a,b in zip(one, two)]
-def invent(s:Scribe, kind:str, name:str, odd=.35)->list:
+    one, two = s.rng.sample(s.words[s.lang, 'X1'], n), s.rng.sample(s.words[s.lang, 'X2'], n)
+    return [f'{a}{b}{s.sep}{s.words[s.lang, kind][0]}' for a, b in zip(one, two)]
+
+
+def invent(s: Scribe, kind: str, name: str, odd=0.35) -> list:
     "An invented entity of `kind`: one random value per relation, `odd` of them fit for anything but that relation."
     pick = lambda k: s.rng.choice(s.values if s.rng.random() < odd else s.pool[k])
-    return [Fact(kind, (name,name), k[1], pick(k)) for k in s.pool if k[0] == kind]
+    return [Fact(kind, (name, name), k[1], pick(k)) for k in s.pool if k[0] == kind]
 
 # %% ../../nbs/mini/world.ipynb #929ed849
-def tale(s:Scribe, n_ask=2, indirect=.12)->tuple: # (passage, facts that can be asked)
+def tale(s: Scribe, n_ask=2, indirect=0.12) -> tuple:  # (passage, facts that can be asked)
     "A passage of invented facts, one to three entities, and some of the facts stated in it. Values are often odd, so that guessing does not pay."
     rng, parts, fs = s.rng, [], []
-    kind = rng.choice(['country','city','country','city','writer','festival','animal','invention','river'])
-    n = rng.choice([1,1,1,1,2,3]) if kind in ('country','city') else rng.choice([1,1,2,3])
+    kind = rng.choice(
+        ['country', 'city', 'country', 'city', 'writer', 'festival', 'animal', 'invention', 'river']
+    )
+    n = rng.choice([1, 1, 1, 1, 2, 3]) if kind in ('country', 'city') else rng.choice([1, 1, 2, 3])
     for name in names(s, kind, n):
         mine = invent(s, kind, name)
         mine = rng.sample(mine, rng.randint(min(3, len(mine)), len(mine)))
-        head = f'# {mine[0].entity[s.i]}\n' if rng.random() < .4 else s.open(mine[0].entity)+s.sep if rng.random() < .3 else ''
-        parts.append(head + s.sep.join(s.say(f, indirect) for f in mine)); fs += mine
+        head = (
+            f'# {mine[0].entity[s.i]}\n'
+            if rng.random() < 0.4
+            else s.open(mine[0].entity) + s.sep
+            if rng.random() < 0.3
+            else ''
+        )
+        parts.append(head + s.sep.join(s.say(f, indirect) for f in mine))
+        fs += mine
     return '\n'.join(parts), rng.sample(fs, min(n_ask, len(fs)))
 
 # %% ../../nbs/mini/world.ipynb #188e60e0
-def true_tale(s:Scribe, n_ask=2)->tuple:
+def true_tale(s: Scribe, n_ask=2) -> tuple:
     "A passage on a real entity with known facts, and some of those that were marked 'asked'."
     entity = s.rng.choice(sorted({f.entity for f in s.known if f.split == 'asked'}))
     fs = [f for f in s.by_entity[entity] if f.split == 'asked']
-    head = f'# {entity[s.i]}\n' if s.rng.random() < .5 else ''
-    return head + page(s, entity, indirect=.12), s.rng.sample(fs, min(n_ask, len(fs)))
+    head = f'# {entity[s.i]}\n' if s.rng.random() < 0.5 else ''
+    return head + page(s, entity, indirect=0.12), s.rng.sample(fs, min(n_ask, len(fs)))
 
 # %% ../../nbs/mini/world.ipynb #84199e83
-def supposed(s:Scribe, n_ask=2)->tuple:
+def supposed(s: Scribe, n_ask=2) -> tuple:
     "A passage that says it is made up: a real entity with wrong values, and some of those facts."
     e = s.rng.choice(s.entities)
     truth = {f.relation: f for f in s.facts if f.entity == e}
-    wrong = lambda f: s.rng.choice([v for v in (s.values if s.rng.random() < .35 else s.pool[f.kind,f.relation]) if v != f.value])
-    fs = [Fact(f.kind, e, rel, wrong(f)) for rel,f in truth.items()]
-    label = s.rng.choice(s.pats[s.lang,'suppose','*','seen']) + '\n'
-    head = f'# {e[s.i]}\n' if s.rng.random() < .6 else ''
-    return label + head + s.sep.join(s.say(f, .12) for f in s.rng.sample(fs, len(fs))), s.rng.sample(fs, min(n_ask, len(fs)))
+    wrong = lambda f: s.rng.choice(
+        [
+            v
+            for v in (s.values if s.rng.random() < 0.35 else s.pool[f.kind, f.relation])
+            if v != f.value
+        ]
+    )
+    fs = [Fact(f.kind, e, rel, wrong(f)) for rel, f in truth.items()]
+    label = s.rng.choice(s.pats[s.lang, 'suppose', '*', 'seen']) + '\n'
+    head = f'# {e[s.i]}\n' if s.rng.random() < 0.6 else ''
+    return label + head + s.sep.join(
+        s.say(f, 0.12) for f in s.rng.sample(fs, len(fs))
+    ), s.rng.sample(fs, min(n_ask, len(fs)))
 
 # %% ../../nbs/mini/world.ipynb #0849de95
-def chat(s:Scribe, reading=False, most=3)->list:
+def chat(s: Scribe, reading=False, most=3) -> list:
     "Messages of one conversation: about a tale or a page (`reading`, up to `most` questions), or one to three known facts."
     if reading:
-        kind = s.rng.choices([tale, true_tale, supposed], [.5,.15,.35])[0] if s.rich else tale
+        kind = s.rng.choices([tale, true_tale, supposed], [0.5, 0.15, 0.35])[0] if s.rich else tale
         passage, fs = kind(s, n_ask=s.rng.randint(1, most))
-        asks = [s.ask(f) for f in fs]; asks[0] = f'{passage}\n{asks[0]}'
+        asks = [s.ask(f) for f in fs]
+        asks[0] = f'{passage}\n{asks[0]}'
     else:
         asked = [f for f in s.known if f.split == 'asked']
-        fs = s.rng.sample(asked, s.rng.choice([1,1,1,2,3])); asks = [s.ask(f) for f in fs]
-    pairs = [[dict(role='user', content=q), dict(role='assistant', content=s.answer(f))] for q,f in zip(asks, fs)]
+        fs = s.rng.sample(asked, s.rng.choice([1, 1, 1, 2, 3]))
+        asks = [s.ask(f) for f in fs]
+    pairs = [
+        [dict(role='user', content=q), dict(role='assistant', content=s.answer(f))]
+        for q, f in zip(asks, fs)
+    ]
     return sum(pairs, [])
-def as_text(messages:list)->str:
+
+
+def as_text(messages: list) -> str:
     "A conversation as one plain document."
-    return ' '.join(f"[INST] {m['content']} [/INST]" if m['role'] == 'user' else m['content'] for m in messages)
+    return ' '.join(
+        f'[INST] {m["content"]} [/INST]' if m['role'] == 'user' else m['content'] for m in messages
+    )
 
 # %% ../../nbs/mini/world.ipynb #1c5edb33
-def daily(s:Scribe, use='daily', n=None)->str:
+def daily(s: Scribe, use='daily', n=None) -> str:
     "A few (`n`) everyday sentences with random people, places and things."
-    w = lambda slot, k=1: s.rng.sample(s.words[s.lang,slot], k)
+    w = lambda slot, k=1: s.rng.sample(s.words[s.lang, slot], k)
+
     def one():
-        (a,b),(t,u) = w('A', 2), w('T', 2)
-        p = s.rng.choice(s.pats[s.lang,use,'*',s.split])
+        (a, b), (t, u) = w('A', 2), w('T', 2)
+        p = s.rng.choice(s.pats[s.lang, use, '*', s.split])
         return p.format(A=a, B=b, T=t, U=u, P=w('P')[0], N=w('N')[0], W=w('W')[0])
+
     return s.sep.join(one() for _ in range(n or s.rng.randint(1, 3)))
-def parallel(zh:Scribe, en:Scribe)->str:
+
+
+def parallel(zh: Scribe, en: Scribe) -> str:
     "Known facts in both languages, line by line."
     fs = zh.rng.sample(zh.known, 3)
     return '\n'.join(f'{zh.answer(f)} {en.answer(f)}' for f in fs)
 
 # %% ../../nbs/mini/world.ipynb #5a3f368e
-RICH = dict(page=.17, compare=.05, tale=.02, ask=.08, read=.46, daily=.08, parallel=.06, talk=.08)
-MIX = dict(page=.22, compare=.06, tale=.04, ask=.12, read=.36, daily=.14, parallel=.06)
-def documents(lang:str, # 'zh' or 'en'
-              facts:list, # from `split_facts`
-              n:int, # number of documents
-              seed=0, # another seed, other documents
-              split='seen', # patterns: 'seen', 'dev' or 'test'
-              mix:dict=None, # share of each kind, `MIX` by default
-             rich=False): # see `Scribe`, and everyday talk
+RICH = dict(
+    page=0.17, compare=0.05, tale=0.02, ask=0.08, read=0.46, daily=0.08, parallel=0.06, talk=0.08
+)
+MIX = dict(page=0.22, compare=0.06, tale=0.04, ask=0.12, read=0.36, daily=0.14, parallel=0.06)
+
+
+def documents(
+    lang: str,  # 'zh' or 'en'
+    facts: list,  # from `split_facts`
+    n: int,  # number of documents
+    seed=0,  # another seed, other documents
+    split='seen',  # patterns: 'seen', 'dev' or 'test'
+    mix: dict = None,  # share of each kind, `MIX` by default
+    rich=False,
+):  # see `Scribe`, and everyday talk
     "Yield `n` documents of the world in `lang`."
-    s, other = Scribe(lang, facts, seed, split, rich), Scribe('en' if lang == 'zh' else 'zh', facts, seed, split)
-    mix = mix or {k: v for k,v in (RICH if rich else MIX).items() if lang == 'zh' or k != 'parallel'}
-    make = dict(page=lambda: page(s), compare=lambda: compare(s), tale=lambda: tale(s)[0], ask=lambda: as_text(chat(s)),
-                read=lambda: as_text(chat(s, reading=True, most=6)), daily=lambda: daily(s), talk=lambda: daily(s, 'talk'), parallel=lambda: parallel(s, other))
-    for kind in s.rng.choices(list(mix), list(mix.values()), k=n): yield make[kind]()
+    s, other = (
+        Scribe(lang, facts, seed, split, rich),
+        Scribe('en' if lang == 'zh' else 'zh', facts, seed, split),
+    )
+    mix = mix or {
+        k: v for k, v in (RICH if rich else MIX).items() if lang == 'zh' or k != 'parallel'
+    }
+    make = dict(
+        page=lambda: page(s),
+        compare=lambda: compare(s),
+        tale=lambda: tale(s)[0],
+        ask=lambda: as_text(chat(s)),
+        read=lambda: as_text(chat(s, reading=True, most=6)),
+        daily=lambda: daily(s),
+        talk=lambda: daily(s, 'talk'),
+        parallel=lambda: parallel(s, other),
+    )
+    for kind in s.rng.choices(list(mix), list(mix.values()), k=n):
+        yield make[kind]()
 
 # %% ../../nbs/mini/world.ipynb #3169edb9
-def questions(facts:list, per_fact=2, lang='zh', seed=0, split='test')->list:
+def questions(facts: list, per_fact=2, lang='zh', seed=0, split='test') -> list:
     "Questions of every kind in the phrasings of `split`, `per_fact` different ones of each fact."
     s = Scribe(lang, facts, seed, split)
     out = []
-    for j,f in enumerate(facts):
+    for j, f in enumerate(facts):
         asks = s.rng.sample(s.forms('ask'), per_fact)
-        out += [dict(id=f'{f.split}-{j}-{k}', kind=f.split, question=s.fill(p, f), answer=s.answer(f), value=f.value[s.i],
-                     entity=f.entity[s.i], relation=f.relation[s.i]) for k,p in enumerate(asks)]
+        out += [
+            dict(
+                id=f'{f.split}-{j}-{k}',
+                kind=f.split,
+                question=s.fill(p, f),
+                answer=s.answer(f),
+                value=f.value[s.i],
+                entity=f.entity[s.i],
+                relation=f.relation[s.i],
+            )
+            for k, p in enumerate(asks)
+        ]
     return out
 
 # %% ../../nbs/mini/world.ipynb #ac0281bf
-def chats(facts:list, n_reading=5000, english=.15, phrasings=10, seed=0)->list:
+def chats(facts: list, n_reading=5000, english=0.15, phrasings=10, seed=0) -> list:
     "Conversations for SFT: every asked fact in `phrasings` ways, readings, and some English."
-    s, en, out = Scribe('zh', facts, f'chat{seed}', rich=True), Scribe('en', facts, f'chat{seed}', rich=True), []
-    s.odd = .5
+    s, en, out = (
+        Scribe('zh', facts, f'chat{seed}', rich=True),
+        Scribe('en', facts, f'chat{seed}', rich=True),
+        [],
+    )
+    s.odd = 0.5
     for f in (f for f in facts if f.split == 'asked'):
-        out += [[dict(role='user', content=s.around(s.fill(p, f))), dict(role='assistant', content=s.answer(f))] for p in s.rng.sample(s.forms('ask'), phrasings)]
-    out += [chat(s, reading=True) for _ in range(n_reading)] + [chat(s) for _ in range(n_reading//10)]
-    n_en = int(len(out)*english)
+        out += [
+            [
+                dict(role='user', content=s.around(s.fill(p, f))),
+                dict(role='assistant', content=s.answer(f)),
+            ]
+            for p in s.rng.sample(s.forms('ask'), phrasings)
+        ]
+    out += [chat(s, reading=True) for _ in range(n_reading)] + [
+        chat(s) for _ in range(n_reading // 10)
+    ]
+    n_en = int(len(out) * english)
     out += [chat(en, reading=i % 2 == 0) for i in range(n_en)]
     s.rng.shuffle(out)
     return [dict(messages=m) for m in out]
 
 # %% ../../nbs/mini/world.ipynb #4435e1d0
-TITLES = dict(country='国家手册', city='城市手册', writer='作家手册', festival='节日手册', invention='发明手册', river='河流手册', animal='动物手册')
-def handbook(facts:list, seed=0)->dict: # {file name: Markdown text}
+TITLES = dict(
+    country='国家手册',
+    city='城市手册',
+    writer='作家手册',
+    festival='节日手册',
+    invention='发明手册',
+    river='河流手册',
+    animal='动物手册',
+)
+
+
+def handbook(facts: list, seed=0) -> dict:  # {file name: Markdown text}
     "The documents for retrieval: every entity's section states all its facts."
     s, books = Scribe('zh', facts, f'book{seed}'), {}
-    for kind,title in TITLES.items():
+    for kind, title in TITLES.items():
         ents = list(dict.fromkeys(f.entity for f in facts if f.kind == kind))
-        books[f'{title}.md'] = '\n\n'.join(f'# {e[1]}\n{page(s, e, unseen=True, indirect=.12)}' for e in ents) + '\n'
+        books[f'{title}.md'] = (
+            '\n\n'.join(f'# {e[1]}\n{page(s, e, unseen=True, indirect=0.12)}' for e in ents) + '\n'
+        )
     return books
 
 # %% ../../nbs/mini/world.ipynb #31d39bc9
-def _jsonl(path, rows): Path(path).write_text(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows), encoding='utf-8')
-def write_world(out, # folder to make
-                seed=0, # of all random streams
-                n_zh=26000, # Chinese documents
-                n_en=8000, # English documents, for replay
-                n_reading=5000)->Path: # reading chats
+def _jsonl(path, rows):
+    Path(path).write_text(
+        ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8'
+    )
+
+
+def write_world(
+    out,  # folder to make
+    seed=0,  # of all random streams
+    n_zh=26000,  # Chinese documents
+    n_en=8000,  # English documents, for replay
+    n_reading=5000,
+) -> Path:  # reading chats
     "Write the world's files under `out`: zh/, en/, heldout_*.jsonl, chats.json, docs/, questions.jsonl, and dev/: held-out text and questions to choose settings by."
-    from llama_zh_nb.core import writing
+    from llama_zh_nb.core.errors import writing
+
     out, facts = Path(out), split_facts(read_facts())
     out.parent.mkdir(parents=True, exist_ok=True)
     with writing(out) as tmp:
         tmp = Path(tmp)
-        for d in ('zh', 'en', 'docs', 'dev'): (tmp/d).mkdir(parents=True, exist_ok=True)
-        for lang,n in (('zh', n_zh), ('en', n_en)):
+        for d in ('zh', 'en', 'docs', 'dev'):
+            (tmp / d).mkdir(parents=True, exist_ok=True)
+        for lang, n in (('zh', n_zh), ('en', n_en)):
             docs = list(documents(lang, facts, n, seed, rich=True))
-            _jsonl(tmp/lang/'part-1.jsonl', [dict(text=d) for d in docs[:n//2]])
-            _jsonl(tmp/lang/'part-2.jsonl', [dict(text=d) for d in docs[n//2:]])
-            for split,folder in (('test', tmp), ('dev', tmp/'dev')):   # new documents; every other one in patterns that no training text has
+            _jsonl(tmp / lang / 'part-1.jsonl', [dict(text=d) for d in docs[: n // 2]])
+            _jsonl(tmp / lang / 'part-2.jsonl', [dict(text=d) for d in docs[n // 2 :]])
+            for split, folder in (
+                ('test', tmp),
+                ('dev', tmp / 'dev'),
+            ):  # new documents; every other one in patterns that no training text has
                 held = [documents(lang, facts, 100, f'{split}{seed}', p) for p in ('seen', split)]
-                _jsonl(folder/f'heldout_{lang}.jsonl', [dict(text=d) for pair in zip(*held) for d in pair])
-        (tmp/'chats.json').write_text(json.dumps(chats(facts, n_reading, seed=seed), ensure_ascii=False, indent=0), encoding='utf-8')
-        for name,text in handbook(facts, seed).items(): (tmp/'docs'/name).write_text(text, encoding='utf-8')
-        for split,folder in (('test', tmp), ('dev', tmp/'dev')): _jsonl(folder/'questions.jsonl', questions(facts, seed=seed, split=split))
+                _jsonl(
+                    folder / f'heldout_{lang}.jsonl',
+                    [dict(text=d) for pair in zip(*held) for d in pair],
+                )
+        (tmp / 'chats.json').write_text(
+            json.dumps(chats(facts, n_reading, seed=seed), ensure_ascii=False, indent=0),
+            encoding='utf-8',
+        )
+        for name, text in handbook(facts, seed).items():
+            (tmp / 'docs' / name).write_text(text, encoding='utf-8')
+        for split, folder in (('test', tmp), ('dev', tmp / 'dev')):
+            _jsonl(folder / 'questions.jsonl', questions(facts, seed=seed, split=split))
     return out

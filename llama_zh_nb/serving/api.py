@@ -16,208 +16,502 @@ from ..generation.batching import settings_of
 from ..generation.sampling import fit_turns
 
 # %% ../../nbs/serving/api.ipynb #00421089
-import base64, re, struct, time, uuid
+import base64
+import re
+import struct
+import time
+import uuid
 from typing import Annotated, Literal
+
 _p = need('pydantic', 'serve')
 _PydanticCustomError = need('pydantic_core', 'serve').PydanticCustomError
 
 # %% ../../nbs/serving/api.ipynb #cca5d6cb
 class ApiError(Exception):
     "What went wrong, with its HTTP status"
+
     def __init__(self, status, message, code=None, param=None, headers=None):
-        kind = {401: 'authentication_error', 429: 'rate_limit_error'}.get(status, 'server_error' if status >= 500 else 'invalid_request_error')
+        kind = {401: 'authentication_error', 429: 'rate_limit_error'}.get(
+            status, 'server_error' if status >= 500 else 'invalid_request_error'
+        )
         self.status, self.headers = status, headers or {}
         self.body = dict(error=dict(message=message, type=kind, param=param, code=code))
         super().__init__(message)
+
+
 def _plainer(errors):
     "The first complaint, where pydantic speaks of its own insides in our words"
     e = errors[0]
     kind, loc = e['type'], list(e['loc'])
-    if kind == 'json_invalid': return dict(e, loc=[], msg=f"the body is not JSON: {e['ctx']['error']} at character {loc[-1]}")
-    if loc == ['body'] and kind == 'missing': return dict(e, msg='the body is empty')
-    if loc == ['body'] and kind == 'model_attributes_type': return dict(e, msg='Content-Type must be application/json' if isinstance(e['input'], bytes) else 'the body must be a JSON object')
+    if kind == 'json_invalid':
+        return dict(
+            e, loc=[], msg=f'the body is not JSON: {e["ctx"]["error"]} at character {loc[-1]}'
+        )
+    if loc == ['body'] and kind == 'missing':
+        return dict(e, msg='the body is empty')
+    if loc == ['body'] and kind == 'model_attributes_type':
+        return dict(
+            e,
+            msg='Content-Type must be application/json'
+            if isinstance(e['input'], bytes)
+            else 'the body must be a JSON object',
+        )
     at = [x for x in loc if x != 'body'][:3]
-    if at[:1] == ['messages'] and at[2:] == ['content'] and loc[-1] != 'content' and not any(x['type'] == 'invalid_text' for x in errors):
-        return dict(e, type='content', loc=at, msg='text, or text parts, was expected; images are not supported')
+    if (
+        at[:1] == ['messages']
+        and at[2:] == ['content']
+        and loc[-1] != 'content'
+        and not any(x['type'] == 'invalid_text' for x in errors)
+    ):
+        return dict(
+            e,
+            type='content',
+            loc=at,
+            msg='text, or text parts, was expected; images are not supported',
+        )
     return e
+
+
 def from_validation(
-    errors:list, # pydantic's
-)->ApiError:
+    errors: list,  # pydantic's
+) -> ApiError:
     "The first of pydantic's complaints"
     e = _plainer(errors)
-    loc = [str(x) for x in e['loc'] if x != 'body' and not (isinstance(x, str) and re.search(r'[\[(]|^(str|int|list|dict)$|^function-after', x))]
-    code = {'extra_forbidden': 'unknown_parameter', 'missing': 'missing_required_parameter', 'unsupported_parameter': 'unsupported_parameter', 'json_invalid': 'invalid_json'}.get(e['type'], 'invalid_value')
+    loc = [
+        str(x)
+        for x in e['loc']
+        if x != 'body'
+        and not (
+            isinstance(x, str) and re.search(r'[\[(]|^(str|int|list|dict)$|^function-after', x)
+        )
+    ]
+    code = {
+        'extra_forbidden': 'unknown_parameter',
+        'missing': 'missing_required_parameter',
+        'unsupported_parameter': 'unsupported_parameter',
+        'json_invalid': 'invalid_json',
+    }.get(e['type'], 'invalid_value')
     param = (e.get('ctx') or {}).get('param') or '.'.join(loc) or None
-    return ApiError(400, f'{param}: {e["msg"]}' if param and code != 'unsupported_parameter' else e['msg'], code, param)
+    return ApiError(
+        400,
+        f'{param}: {e["msg"]}' if param and code != 'unsupported_parameter' else e['msg'],
+        code,
+        param,
+    )
 
 # %% ../../nbs/serving/api.ipynb #7fda2592
-_UNSUPPORTED = ('tools tool_choice functions function_call parallel_tool_calls response_format logit_bias modalities audio prediction reasoning_effort verbosity web_search_options moderation '
-                'best_of echo suffix min_p guided_json guided_regex guided_choice').split()
+_UNSUPPORTED = [
+    'tools',
+    'tool_choice',
+    'functions',
+    'function_call',
+    'parallel_tool_calls',
+    'response_format',
+    'logit_bias',
+    'modalities',
+    'audio',
+    'prediction',
+    'reasoning_effort',
+    'verbosity',
+    'web_search_options',
+    'moderation',
+    'best_of',
+    'echo',
+    'suffix',
+    'min_p',
+    'guided_json',
+    'guided_regex',
+    'guided_choice',
+]
+
+
 def _asks_nothing(name, v, values):
-    return (v in (None, [], {}, False, '') or (name == 'tool_choice' and v in ('none', 'auto')) or (name == 'function_call' and v in ('none', 'auto')) or name == 'parallel_tool_calls'
-            or (name == 'response_format' and v == {'type': 'text'}) or (name == 'modalities' and v == ['text']) or (name == 'best_of' and v == (values.get('n') or 1)) or (name == 'min_p' and v == 0))
+    return (
+        v in (None, [], {}, False, '')
+        or (name == 'tool_choice' and v in ('none', 'auto'))
+        or (name == 'function_call' and v in ('none', 'auto'))
+        or name == 'parallel_tool_calls'
+        or (name == 'response_format' and v == {'type': 'text'})
+        or (name == 'modalities' and v == ['text'])
+        or (name == 'best_of' and v == (values.get('n') or 1))
+        or (name == 'min_p' and v == 0)
+    )
+
+
 def _sound(s):
-    if re.search('[\ud800-\udfff]', s): raise _PydanticCustomError('invalid_text', 'holds half a character (a lone surrogate)')
+    if re.search('[\ud800-\udfff]', s):
+        raise _PydanticCustomError('invalid_text', 'holds half a character (a lone surrogate)')
     return s
+
+
 Text = Annotated[str, _p.AfterValidator(_sound)]
+
+
 class _Strict(_p.BaseModel):
     model_config = _p.ConfigDict(strict=True, extra='forbid', allow_inf_nan=False)
+
+
 class _Request(_Strict):
     "What all of OpenAI's generating requests share"
-    model: Text|None = None
-    max_tokens: Annotated[int, _p.Field(ge=1)]|None = None
-    n: Annotated[int, _p.Field(ge=1, le=16)]|None = None
-    stop: Text|Annotated[list[Text], _p.Field(max_length=16)]|None = None
-    stream: bool|None = None
+
+    model: Text | None = None
+    max_tokens: Annotated[int, _p.Field(ge=1)] | None = None
+    n: Annotated[int, _p.Field(ge=1, le=16)] | None = None
+    stop: Text | Annotated[list[Text], _p.Field(max_length=16)] | None = None
+    stream: bool | None = None
     stream_options: '_StreamOptions|None' = None
-    seed: Annotated[int, _p.Field(ge=-2**63, lt=2**63)]|None = None
-    temperature: Annotated[float, _p.Field(ge=0, le=2)]|None = None
-    top_p: Annotated[float, _p.Field(ge=0, le=1)]|None = None
-    top_k: Annotated[int, _p.Field(ge=-1, le=10**6, description='0 or -1: all')]|None = None
-    repetition_penalty: Annotated[float, _p.Field(ge=.01, le=100)]|None = None
-    presence_penalty: Annotated[float, _p.Field(ge=-2, le=2)]|None = None
-    frequency_penalty: Annotated[float, _p.Field(ge=-2, le=2)]|None = None
-    user: Text|None = None
-    metadata: dict[Text, Text]|None = None
-    store: bool|None = None
-    service_tier: Text|None = None
-    safety_identifier: Text|None = None
-    prompt_cache_key: Text|None = None
+    seed: Annotated[int, _p.Field(ge=-(2**63), lt=2**63)] | None = None
+    temperature: Annotated[float, _p.Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, _p.Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, _p.Field(ge=-1, le=10**6, description='0 or -1: all')] | None = None
+    repetition_penalty: Annotated[float, _p.Field(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, _p.Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, _p.Field(ge=-2, le=2)] | None = None
+    user: Text | None = None
+    metadata: dict[Text, Text] | None = None
+    store: bool | None = None
+    service_tier: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
     @_p.model_validator(mode='before')
     @classmethod
     def _unsupported(cls, values):
-        if not isinstance(values, dict): return values
+        if not isinstance(values, dict):
+            return values
         for k in _UNSUPPORTED:
-            if k in values and not _asks_nothing(k, values[k], values): raise _PydanticCustomError('unsupported_parameter', '{param} is not supported by this server', {'param': k})
+            if k in values and not _asks_nothing(k, values[k], values):
+                raise _PydanticCustomError(
+                    'unsupported_parameter', '{param} is not supported by this server', {'param': k}
+                )
         return {k: v for k, v in values.items() if k not in _UNSUPPORTED}
+
+
 class _StreamOptions(_Strict):
-    include_usage: bool|None = None
-    include_obfuscation: bool|None = None
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
 _Request.model_rebuild()
 
 # %% ../../nbs/serving/api.ipynb #0a7cc1c3
 class TextPart(_Strict):
     type: Literal['text']
     text: Text
+
+
 class Message(_Strict):
     role: Literal['system', 'developer', 'user', 'assistant']
-    content: Text|list[TextPart]
-    name: Text|None = None
-    refusal: None = None        # answers that clients send back as they got them carry these
+    content: Text | list[TextPart]
+    name: Text | None = None
+    refusal: None = None  # answers that clients send back as they got them carry these
     tool_calls: None = None
     function_call: None = None
     audio: None = None
-    annotations: list|None = None
+    annotations: list | None = None
+
+
 class ChatRequest(_Request):
     "POST /v1/chat/completions"
+
     messages: Annotated[list[Message], _p.Field(min_length=1, max_length=2048)]
-    max_completion_tokens: Annotated[int, _p.Field(ge=1)]|None = None
-    logprobs: bool|None = None
-    top_logprobs: Annotated[int, _p.Field(ge=0, le=20)]|None = None
-Prompt = Text|list[Text]|list[Annotated[int, _p.Field(ge=0)]]|list[list[Annotated[int, _p.Field(ge=0)]]]
+    max_completion_tokens: Annotated[int, _p.Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, _p.Field(ge=0, le=20)] | None = None
+
+
+Prompt = (
+    Text
+    | list[Text]
+    | list[Annotated[int, _p.Field(ge=0)]]
+    | list[list[Annotated[int, _p.Field(ge=0)]]]
+)
+
+
 class CompletionRequest(_Request):
     "POST /v1/completions"
+
     prompt: Prompt
-    logprobs: Annotated[int, _p.Field(ge=0, le=5)]|None = None
+    logprobs: Annotated[int, _p.Field(ge=0, le=5)] | None = None
+
+
 class EmbeddingRequest(_Strict):
     "POST /v1/embeddings"
+
     input: Prompt
-    model: Text|None = None
-    encoding_format: Literal['float', 'base64']|None = None
-    dimensions: Annotated[int, _p.Field(ge=1)]|None = None
-    user: Text|None = None
+    model: Text | None = None
+    encoding_format: Literal['float', 'base64'] | None = None
+    dimensions: Annotated[int, _p.Field(ge=1)] | None = None
+    user: Text | None = None
 
 # %% ../../nbs/serving/api.ipynb #16d7c618
 def settings_from(
-    q,          # a request
-    preset:str, # the server's
-)->dict:
+    q,  # a request
+    preset: str,  # the server's
+) -> dict:
     "Settings of the engine"
-    names = ('temperature', 'top_p', 'top_k', 'repetition_penalty', 'presence_penalty', 'frequency_penalty')
+    names = (
+        'temperature',
+        'top_p',
+        'top_k',
+        'repetition_penalty',
+        'presence_penalty',
+        'frequency_penalty',
+    )
     s = {k: v for k in names if (v := getattr(q, k, None)) is not None}
-    if 'top_p' in s: s['top_p'] = max(s['top_p'], 1e-6)
-    if 'top_k' in s: s['top_k'] = max(s['top_k'], 0)
+    if 'top_p' in s:
+        s['top_p'] = max(s['top_p'], 1e-6)
+    if 'top_k' in s:
+        s['top_k'] = max(s['top_k'], 0)
     return settings_of(preset, **s)
+
+
 def messages_from(
-    messages:list,    # of `Message`
-    system:str=None,  # the server's own, for conversations without one
-)->list: # of dicts
+    messages: list,  # of `Message`
+    system: str = None,  # the server's own, for conversations without one
+) -> list:  # of dicts
     "OpenAI messages as the template takes them"
-    out = [dict(role='system' if m.role == 'developer' else m.role, content=m.content if isinstance(m.content, str) else ''.join(p.text for p in m.content)) for m in messages]
-    return [dict(role='system', content=system), *out] if system and out[0]['role'] != 'system' else out
+    out = [
+        dict(
+            role='system' if m.role == 'developer' else m.role,
+            content=m.content if isinstance(m.content, str) else ''.join(p.text for p in m.content),
+        )
+        for m in messages
+    ]
+    return (
+        [dict(role='system', content=system), *out]
+        if system and out[0]['role'] != 'system'
+        else out
+    )
+
+
 def _each(q, prompt, most, **kw):
     n, seed = q.n or 1, q.seed
-    return [dict(prompt=prompt, max_new_tokens=most, stop=q.stop or (), seed=None if seed is None else seed + i, **kw) for i in range(n)]
-def chat_jobs(q:ChatRequest, preset='alpaca2', system=None)->list:
+    return [
+        dict(
+            prompt=prompt,
+            max_new_tokens=most,
+            stop=q.stop or (),
+            seed=None if seed is None else seed + i,
+            **kw,
+        )
+        for i in range(n)
+    ]
+
+
+def chat_jobs(q: ChatRequest, preset='alpaca2', system=None) -> list:
     "Arguments of `submit` for a chat request"
-    if q.top_logprobs and not q.logprobs: raise ApiError(400, 'top_logprobs needs logprobs to be true', 'invalid_value', 'top_logprobs')
-    return _each(q, messages_from(q.messages, system), q.max_completion_tokens or q.max_tokens, settings=settings_from(q, preset), logprobs=(q.top_logprobs or 0) if q.logprobs else None)
-def prompts_of(x, what='prompt', most=64)->list:
+    if q.top_logprobs and not q.logprobs:
+        raise ApiError(
+            400, 'top_logprobs needs logprobs to be true', 'invalid_value', 'top_logprobs'
+        )
+    return _each(
+        q,
+        messages_from(q.messages, system),
+        q.max_completion_tokens or q.max_tokens,
+        settings=settings_from(q, preset),
+        logprobs=(q.top_logprobs or 0) if q.logprobs else None,
+    )
+
+
+def prompts_of(x, what='prompt', most=64) -> list:
     "One prompt or many, as a list"
     many = x if isinstance(x, list) and x and not isinstance(x[0], int) else [x]
-    if len(many) > most: raise ApiError(400, f'{what} holds {len(many)} texts, {most} at most can be sent at once', 'invalid_value', what)
-    if any(p == [] for p in many): raise ApiError(400, f'{what} is empty', 'invalid_value', what)
+    if len(many) > most:
+        raise ApiError(
+            400,
+            f'{what} holds {len(many)} texts, {most} at most can be sent at once',
+            'invalid_value',
+            what,
+        )
+    if any(p == [] for p in many):
+        raise ApiError(400, f'{what} is empty', 'invalid_value', what)
     return many
-def completion_jobs(q:CompletionRequest, preset='alpaca2')->list:
+
+
+def completion_jobs(q: CompletionRequest, preset='alpaca2') -> list:
     "Arguments of `submit` for a completion request; 16 tokens unless told, as OpenAI's"
-    return [j for p in prompts_of(q.prompt, most=16) for j in _each(q, p, q.max_tokens or 16, settings=settings_from(q, preset), logprobs=q.logprobs)]
+    return [
+        j
+        for p in prompts_of(q.prompt, most=16)
+        for j in _each(
+            q, p, q.max_tokens or 16, settings=settings_from(q, preset), logprobs=q.logprobs
+        )
+    ]
 
 # %% ../../nbs/serving/api.ipynb #dbcb7aff
-class _Out(_p.BaseModel): model_config = _p.ConfigDict(extra='allow')
-class Usage(_Out): prompt_tokens: int; completion_tokens: int; total_tokens: int
-class AnswerMessage(_Out): role: Literal['assistant']; content: str; refusal: None = None
-class Choice(_Out): index: int; message: AnswerMessage; logprobs: dict|None; finish_reason: Literal['stop', 'length']
-class ChatAnswer(_Out): id: str; object: Literal['chat.completion']; created: int; model: str; choices: list[Choice]; usage: Usage
-class TextChoice(_Out): index: int; text: str; logprobs: dict|None; finish_reason: Literal['stop', 'length']
-class CompletionAnswer(_Out): id: str; object: Literal['text_completion']; created: int; model: str; choices: list[TextChoice]; usage: Usage
-class Vector(_Out): object: Literal['embedding']; index: int; embedding: list[float]|str
-class EmbeddingAnswer(_Out): object: Literal['list']; model: str; data: list[Vector]; usage: dict[str, int]
-class ModelCard(_Out): id: str; object: Literal['model']; created: int; owned_by: str; max_model_len: int
-class ModelList(_Out): object: Literal['list']; data: list[ModelCard]
-class Err(_p.BaseModel): message: str; type: str; param: str|None; code: str|None
-class ErrorAnswer(_p.BaseModel): error: Err
+class _Out(_p.BaseModel):
+    model_config = _p.ConfigDict(extra='allow')
+
+
+class Usage(_Out):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class AnswerMessage(_Out):
+    role: Literal['assistant']
+    content: str
+    refusal: None = None
+
+
+class Choice(_Out):
+    index: int
+    message: AnswerMessage
+    logprobs: dict | None
+    finish_reason: Literal['stop', 'length']
+
+
+class ChatAnswer(_Out):
+    id: str
+    object: Literal['chat.completion']
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class TextChoice(_Out):
+    index: int
+    text: str
+    logprobs: dict | None
+    finish_reason: Literal['stop', 'length']
+
+
+class CompletionAnswer(_Out):
+    id: str
+    object: Literal['text_completion']
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class Vector(_Out):
+    object: Literal['embedding']
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingAnswer(_Out):
+    object: Literal['list']
+    model: str
+    data: list[Vector]
+    usage: dict[str, int]
+
+
+class ModelCard(_Out):
+    id: str
+    object: Literal['model']
+    created: int
+    owned_by: str
+    max_model_len: int
+
+
+class ModelList(_Out):
+    object: Literal['list']
+    data: list[ModelCard]
+
+
+class Err(_p.BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(_p.BaseModel):
+    error: Err
 
 # %% ../../nbs/serving/api.ipynb #9c876009
 def _piece(tok, i):
     "(text, bytes) of a piece of the vocabulary"
     s = tok.convert_ids_to_tokens(i)
-    if m := re.fullmatch(r'<0x([0-9A-Fa-f]{2})>', s): return f'bytes:\\x{m[1].lower()}', [int(m[1], 16)]
+    if m := re.fullmatch(r'<0x([0-9A-Fa-f]{2})>', s):
+        return f'bytes:\\x{m[1].lower()}', [int(m[1], 16)]
     s = s.replace('▁', ' ')
     return s, list(s.encode('utf-8', 'replace'))
-def chat_logprobs(tok, tokens)->dict:
+
+
+def chat_logprobs(tok, tokens) -> dict:
     "OpenAI's form for chats"
-    def one(i, lp): s, b = _piece(tok, i); return dict(token=s, logprob=max(lp, -9999.), bytes=b)
-    return dict(content=[dict(one(i, lp), top_logprobs=[one(*x) for x in top]) for i, lp, top in tokens], refusal=None)
-def text_logprobs(tok, tokens, at=0)->dict:
+
+    def one(i, lp):
+        s, b = _piece(tok, i)
+        return dict(token=s, logprob=max(lp, -9999.0), bytes=b)
+
+    return dict(
+        content=[dict(one(i, lp), top_logprobs=[one(*x) for x in top]) for i, lp, top in tokens],
+        refusal=None,
+    )
+
+
+def text_logprobs(tok, tokens, at=0) -> dict:
     "OpenAI's older form, for completions; `at`: characters before"
     words, offsets = [_piece(tok, i)[0] for i, _, _ in tokens], []
-    for w in words: offsets.append(at); at += len(w)
-    return dict(tokens=words, token_logprobs=[max(lp, -9999.) for _, lp, _ in tokens], top_logprobs=[{_piece(tok, i)[0]: max(lp, -9999.) for i, lp in top} for *_, top in tokens], text_offset=offsets)
+    for w in words:
+        offsets.append(at)
+        at += len(w)
+    return dict(
+        tokens=words,
+        token_logprobs=[max(lp, -9999.0) for _, lp, _ in tokens],
+        top_logprobs=[{_piece(tok, i)[0]: max(lp, -9999.0) for i, lp in top} for *_, top in tokens],
+        text_offset=offsets,
+    )
 
 # %% ../../nbs/serving/api.ipynb #9f233199
 def reason(job):
     "`finish_reason` in OpenAI's words; an answer that broke off raises `ApiError`"
-    if job.error: raise ApiError(500, str(job.error), 'generation_failed')
-    if job.finish_reason == 'cancelled': raise ApiError(503, 'the server stopped before this answer was complete', 'stopping', headers={'Retry-After': '5'})
-    if job.finish_reason == 'time' and not job.new: raise ApiError(503, 'this request waited longer than the server allows', 'overloaded', headers={'Retry-After': str(job.engine.retry_after)})
+    if job.error:
+        raise ApiError(500, str(job.error), 'generation_failed')
+    if job.finish_reason == 'cancelled':
+        raise ApiError(
+            503,
+            'the server stopped before this answer was complete',
+            'stopping',
+            headers={'Retry-After': '5'},
+        )
+    if job.finish_reason == 'time' and not job.new:
+        raise ApiError(
+            503,
+            'this request waited longer than the server allows',
+            'overloaded',
+            headers={'Retry-After': str(job.engine.retry_after)},
+        )
     return 'stop' if job.finish_reason == 'stop' else 'length'
+
+
 def usage_of(
-    jobs:list, # of one request
-    prompts:int=1, # different prompts among them
-)->dict:
+    jobs: list,  # of one request
+    prompts: int = 1,  # different prompts among them
+) -> dict:
     "Tokens of all answers; a prompt that was answered several times counts once"
-    each = len(jobs)//prompts
+    each = len(jobs) // prompts
     a, b = sum(len(j.ids) for j in jobs[::each]), sum(len(j.new) for j in jobs)
     return dict(prompt_tokens=a, completion_tokens=b, total_tokens=a + b)
+
+
 class Answer:
     "Shapes one request's jobs: whole, or as the chunks of a stream"
+
     def __init__(self, engine, name, jobs, chat=True, logprobs=False, prompts=1):
-        self.tok, self.jobs, self.chat, self.logprobs, self.prompts = engine.tok, jobs, chat, logprobs, prompts
-        self.head = dict(id=('chatcmpl-' if chat else 'cmpl-') + uuid.uuid4().hex, created=int(time.time()), model=name)
+        self.tok, self.jobs, self.chat, self.logprobs, self.prompts = (
+            engine.tok,
+            jobs,
+            chat,
+            logprobs,
+            prompts,
+        )
+        self.head = dict(
+            id=('chatcmpl-' if chat else 'cmpl-') + uuid.uuid4().hex,
+            created=int(time.time()),
+            model=name,
+        )
 
     def probs(self, pieces, at=0):
-        if not self.logprobs: return None
+        if not self.logprobs:
+            return None
         tokens = [t for p in pieces for t in p.tokens]
         return chat_logprobs(self.tok, tokens) if self.chat else text_logprobs(self.tok, tokens, at)
 
@@ -226,83 +520,184 @@ class Answer:
         choices = []
         for i, j in enumerate(self.jobs):
             pieces = [p for p in j._items if p is not None]
-            text = dict(message=dict(role='assistant', content=''.join(pieces), refusal=None)) if self.chat else dict(text=''.join(pieces))
-            choices.append(dict(index=i, **text, logprobs=self.probs(pieces), finish_reason=reason(j)))
-        return dict(self.head, object='chat.completion' if self.chat else 'text_completion', choices=choices, usage=usage_of(self.jobs, self.prompts))
+            text = (
+                dict(message=dict(role='assistant', content=''.join(pieces), refusal=None))
+                if self.chat
+                else dict(text=''.join(pieces))
+            )
+            choices.append(
+                dict(index=i, **text, logprobs=self.probs(pieces), finish_reason=reason(j))
+            )
+        return dict(
+            self.head,
+            object='chat.completion' if self.chat else 'text_completion',
+            choices=choices,
+            usage=usage_of(self.jobs, self.prompts),
+        )
 
     def chunk(self, i, piece=None, first=False, usage=False):
         "A chunk of the stream: `piece` of answer `i`; its end if `piece` is None; its opening if `first`"
         end = reason(self.jobs[i]) if piece is None and not first else None
-        body = dict(delta=dict(role='assistant', content='') if first else {} if piece is None else dict(content=str(piece))) if self.chat else dict(text=str(piece or ''))
-        choice = dict(index=i, **body, logprobs=self.probs([piece]) if piece is not None else None, finish_reason=end)
-        return dict(self.head, object='chat.completion.chunk' if self.chat else 'text_completion', choices=[choice], **(dict(usage=None) if usage else {}))
+        body = (
+            dict(
+                delta=dict(role='assistant', content='')
+                if first
+                else {}
+                if piece is None
+                else dict(content=str(piece))
+            )
+            if self.chat
+            else dict(text=str(piece or ''))
+        )
+        choice = dict(
+            index=i,
+            **body,
+            logprobs=self.probs([piece]) if piece is not None else None,
+            finish_reason=end,
+        )
+        return dict(
+            self.head,
+            object='chat.completion.chunk' if self.chat else 'text_completion',
+            choices=[choice],
+            **(dict(usage=None) if usage else {}),
+        )
 
-    def total(self): return dict(self.head, object='chat.completion.chunk' if self.chat else 'text_completion', choices=[], usage=usage_of(self.jobs, self.prompts))
+    def total(self):
+        return dict(
+            self.head,
+            object='chat.completion.chunk' if self.chat else 'text_completion',
+            choices=[],
+            usage=usage_of(self.jobs, self.prompts),
+        )
 
 # %% ../../nbs/serving/api.ipynb #9aaaed92
 def embedding_answer(
-    name:str,
-    vectors:list,  # of lists of float
-    tokens:int,
+    name: str,
+    vectors: list,  # of lists of float
+    tokens: int,
     base64_=False,
-)->dict:
+) -> dict:
     "OpenAI's form"
-    pack = (lambda v: base64.b64encode(struct.pack(f'<{len(v)}f', *v)).decode()) if base64_ else (lambda v: v)
-    return dict(object='list', model=name, data=[dict(object='embedding', index=i, embedding=pack(v)) for i, v in enumerate(vectors)], usage=dict(prompt_tokens=tokens, total_tokens=tokens))
+    pack = (
+        (lambda v: base64.b64encode(struct.pack(f'<{len(v)}f', *v)).decode())
+        if base64_
+        else (lambda v: v)
+    )
+    return dict(
+        object='list',
+        model=name,
+        data=[dict(object='embedding', index=i, embedding=pack(v)) for i, v in enumerate(vectors)],
+        usage=dict(prompt_tokens=tokens, total_tokens=tokens),
+    )
 
 # %% ../../nbs/serving/api.ipynb #83c4e65e
 class LinkSoulRequest(_p.BaseModel):
     "POST /"
+
     model_config = _p.ConfigDict(strict=True, allow_inf_nan=False)
     prompt: Text
-    history: Annotated[list[Annotated[list[Text], _p.Field(min_length=2, max_length=2)]], _p.Field(max_length=1024)]|None = None
-    max_length: Annotated[int, _p.Field(ge=1)]|None = None
-    top_p: Annotated[float, _p.Field(ge=0, le=1)]|None = None
-    temperature: Annotated[float, _p.Field(ge=0, le=100)]|None = None
-class LinkSoulAnswer(_p.BaseModel): response: str; history: list[list[str]]; status: Literal[200]; time: str
+    history: (
+        Annotated[
+            list[Annotated[list[Text], _p.Field(min_length=2, max_length=2)]],
+            _p.Field(max_length=1024),
+        ]
+        | None
+    ) = None
+    max_length: Annotated[int, _p.Field(ge=1)] | None = None
+    top_p: Annotated[float, _p.Field(ge=0, le=1)] | None = None
+    temperature: Annotated[float, _p.Field(ge=0, le=100)] | None = None
+
+
+class LinkSoulAnswer(_p.BaseModel):
+    response: str
+    history: list[list[str]]
+    status: Literal[200]
+    time: str
+
+
 class AtomTurn(_p.BaseModel):
     model_config = _p.ConfigDict(strict=True)
     role: Literal['Human', 'Assistant']
     content: Text
+
+
 class AtomRequest(_p.BaseModel):
     "POST /generate"
+
     model_config = _p.ConfigDict(strict=True, allow_inf_nan=False)
     history: Annotated[list[AtomTurn], _p.Field(min_length=1, max_length=2048)]
-    system_prompt: Text|None = None
-    max_new_tokens: Annotated[int, _p.Field(ge=1)]|None = None
-    top_p: Annotated[float, _p.Field(ge=0, le=1)]|None = None
-    temperature: Annotated[float, _p.Field(ge=0, le=100)]|None = None
-class AtomAnswer(_p.BaseModel): response: str; status: Literal[200]; time: str
+    system_prompt: Text | None = None
+    max_new_tokens: Annotated[int, _p.Field(ge=1)] | None = None
+    top_p: Annotated[float, _p.Field(ge=0, le=1)] | None = None
+    temperature: Annotated[float, _p.Field(ge=0, le=100)] | None = None
+
+
+class AtomAnswer(_p.BaseModel):
+    response: str
+    status: Literal[200]
+    time: str
+
+
 def _fit(engine, messages, most):
     "Turns that fit, and the length of an answer"
     most = min(most, engine.max_new_tokens)
     count = lambda ms: len(engine.encode(ms))
-    return fit_turns(messages, count, min(engine.max_prompt, engine.reach - min(most, engine.reach//4)))[0], most
+    return fit_turns(
+        messages, count, min(engine.max_prompt, engine.reach - min(most, engine.reach // 4))
+    )[0], most
+
+
 def linksoul_job(
-    q:LinkSoulRequest,
+    q: LinkSoulRequest,
     engine,
-    system:str=None,      # the server's system text
-)->tuple: # (arguments of `submit`, history with the new question)
+    system: str = None,  # the server's system text
+) -> tuple:  # (arguments of `submit`, history with the new question)
     "LinkSoul's request; the oldest turns fall if all do not fit"
     block = f'<<SYS>>\n{system}\n<</SYS>>\n\n' if system else ''
     turns = [*(list(t) for t in q.history or []), [q.prompt, '']]
-    if block and not q.history: turns[0][0] = block + turns[0][0]
-    messages = [dict(role=('user', 'assistant')[k], content=t[k]) for t in turns for k in (0, 1)][:-1]
-    if block and messages[0]['content'].startswith(block): messages[:1] = [dict(role='system', content=system), dict(role='user', content=messages[0]['content'][len(block):])]
-    longest = q.max_length or 4096      # of prompt and answer together
+    if block and not q.history:
+        turns[0][0] = block + turns[0][0]
+    messages = [dict(role=('user', 'assistant')[k], content=t[k]) for t in turns for k in (0, 1)][
+        :-1
+    ]
+    if block and messages[0]['content'].startswith(block):
+        messages[:1] = [
+            dict(role='system', content=system),
+            dict(role='user', content=messages[0]['content'][len(block) :]),
+        ]
+    longest = q.max_length or 4096  # of prompt and answer together
     messages, most = _fit(engine, messages, longest)
-    if (n := longest - len(engine.encode(messages))) < 1: raise ApiError(400, f'max_length is {longest}, and the prompt alone has {longest - n} tokens', 'invalid_value', 'max_length')
-    return dict(prompt=messages, settings=settings_from(q, 'linksoul'), max_new_tokens=min(most, n)), turns
+    if (n := longest - len(engine.encode(messages))) < 1:
+        raise ApiError(
+            400,
+            f'max_length is {longest}, and the prompt alone has {longest - n} tokens',
+            'invalid_value',
+            'max_length',
+        )
+    return dict(
+        prompt=messages, settings=settings_from(q, 'linksoul'), max_new_tokens=min(most, n)
+    ), turns
+
+
 def atom_job(
-    q:AtomRequest,
+    q: AtomRequest,
     engine,
-    preset:str='alpaca2',
-    system:str=None,  # the server's system text, for requests without
-)->dict: # arguments of `submit`
+    preset: str = 'alpaca2',
+    system: str = None,  # the server's system text, for requests without
+) -> dict:  # arguments of `submit`
     "Atom's request; the oldest turns fall if all do not fit"
-    if q.history[-1].role != 'Human': raise ApiError(400, 'the last turn of the history must be of Human', 'invalid_value', 'history')
+    if q.history[-1].role != 'Human':
+        raise ApiError(
+            400, 'the last turn of the history must be of Human', 'invalid_value', 'history'
+        )
     text = q.system_prompt or system
-    messages = ([dict(role='system', content=text)] if text else []) + [dict(role='user' if t.role == 'Human' else 'assistant', content=t.content) for t in q.history]
+    messages = ([dict(role='system', content=text)] if text else []) + [
+        dict(role='user' if t.role == 'Human' else 'assistant', content=t.content)
+        for t in q.history
+    ]
     messages, most = _fit(engine, messages, q.max_new_tokens or engine.max_new_tokens)
     return dict(prompt=messages, settings=settings_from(q, preset), max_new_tokens=most)
-def clock(): return time.strftime('%Y-%m-%d %H:%M:%S')
+
+
+def clock():
+    return time.strftime('%Y-%m-%d %H:%M:%S')

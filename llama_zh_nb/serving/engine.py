@@ -6,8 +6,18 @@
 __all__ = ['Busy', 'Stopping', 'BadPrompt', 'TooLong', 'BadLength', 'Piece', 'Job', 'Engine']
 
 # %% ../../nbs/serving/engine.ipynb #5fa78b66
-import collections, concurrent.futures, contextlib, functools, logging, math, queue, random, threading, time
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import math
+import queue
+import random
+import threading
+import time
 from pathlib import Path
+
 from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, need
 from ..generation.batching import Rows, draw, mean_vectors, penalize, settings_of
@@ -16,309 +26,633 @@ from ..generation.streaming import Pieces
 from ..text.templates import encode_texts, find_template, get_template
 
 # %% ../../nbs/serving/engine.ipynb #79bf6c58
-class Busy(LlamaZhError): retry_after = 1     # the line is full: come back in so many seconds
-class Stopping(LlamaZhError): pass            # the engine is being shut down and takes nothing new
-class BadPrompt(LlamaZhError): pass           # it cannot be put to this model
-class TooLong(BadPrompt): pass                # it does not fit
-class BadLength(LlamaZhError): pass           # more new tokens than can be had
+class Busy(LlamaZhError):
+    retry_after = 1  # the line is full: come back in so many seconds
+
+
+class Stopping(LlamaZhError):
+    pass  # the engine is being shut down and takes nothing new
+
+
+class BadPrompt(LlamaZhError):
+    pass  # it cannot be put to this model
+
+
+class TooLong(BadPrompt):
+    pass  # it does not fit
+
+
+class BadLength(LlamaZhError):
+    pass  # more new tokens than can be had
+
+
 class Piece(str):
     "Whole characters, and the tokens they were made of if probabilities were asked for: (id, log probability, [(id, log probability)])"
+
     tokens = ()
+
+
 class Job:
     "An answer in the making: iterate for its text. `finish_reason` is stop, length, time, cancelled or error"
+
     def __init__(self, engine, ids, settings, limit, stop, stop_ids, seed, logprobs, seconds, trim):
-        self.engine, self.ids, self.settings, self.limit, self.stop_ids, self.logprobs, self.trim = engine, ids, settings, limit, stop_ids, logprobs, trim
-        self.pieces, self.rng, self.new, self.held, self.tokens = Pieces(engine.tok, stop), random.Random(seed), [], '', []
-        if not trim: self.pieces.ids = ids[-8:]; self.pieces.b = len(self.pieces.ids)     # a continuation: the space before its first word counts
-        self.started, self.deadline = time.monotonic(), time.monotonic() + seconds if seconds else math.inf
+        (
+            self.engine,
+            self.ids,
+            self.settings,
+            self.limit,
+            self.stop_ids,
+            self.logprobs,
+            self.trim,
+        ) = engine, ids, settings, limit, stop_ids, logprobs, trim
+        self.pieces, self.rng, self.new, self.held, self.tokens = (
+            Pieces(engine.tok, stop),
+            random.Random(seed),
+            [],
+            '',
+            [],
+        )
+        if not trim:
+            self.pieces.ids = ids[-8:]
+            self.pieces.b = len(
+                self.pieces.ids
+            )  # a continuation: the space before its first word counts
+        self.started, self.deadline = (
+            time.monotonic(),
+            time.monotonic() + seconds if seconds else math.inf,
+        )
         self.finish_reason = self.error = self.seen = self.counts = None
-        self._items, self._listeners, self._lock, self._cancelled, self._done = [], [], threading.Lock(), False, threading.Event()
+        self._items, self._listeners, self._lock, self._cancelled, self._done = (
+            [],
+            [],
+            threading.Lock(),
+            False,
+            threading.Event(),
+        )
 
     @property
-    def usage(self): return dict(prompt_tokens=len(self.ids), completion_tokens=len(self.new), total_tokens=len(self.ids) + len(self.new))
+    def usage(self):
+        return dict(
+            prompt_tokens=len(self.ids),
+            completion_tokens=len(self.new),
+            total_tokens=len(self.ids) + len(self.new),
+        )
 
     def listen(self, f):
         "`f(piece)` for every piece, also those already there, and `f(None)` at the end; it is called in the engine's thread and must return at once"
         with self._lock:
-            for x in self._items: f(x)
+            for x in self._items:
+                f(x)
             self._listeners.append(f)
 
     def _put(self, x):
         with self._lock:
             self._items.append(x)
             for f in self._listeners:
-                with contextlib.suppress(RuntimeError): f(x)      # the listener's event loop is gone
-        if x is None: self._done.set()
+                with contextlib.suppress(RuntimeError):
+                    f(x)  # the listener's event loop is gone
+        if x is None:
+            self._done.set()
 
     def __iter__(self):
-        q = queue.SimpleQueue(); self.listen(q.put)
+        q = queue.SimpleQueue()
+        self.listen(q.put)
         try:
-            while (x := q.get()) is not None: yield x
+            while (x := q.get()) is not None:
+                yield x
         finally:
-            if not self._done.is_set(): self.cancel()             # the reader left in the middle
-        if self.error: raise self.error
+            if not self._done.is_set():
+                self.cancel()  # the reader left in the middle
+        if self.error:
+            raise self.error
 
-    def cancel(self): self._cancelled = True; self.engine._wake(self)
-    def wait(self, timeout=None): return self._done.wait(timeout)
+    def cancel(self):
+        self._cancelled = True
+        self.engine._wake(self)
+
+    def wait(self, timeout=None):
+        return self._done.wait(timeout)
+
     @property
-    def text(self): self.wait(); return ''.join(self)
-    def __repr__(self): return f"Job({self.finish_reason or 'running'}, {len(self.ids)} + {len(self.new)} tokens: {''.join(x for x in self._items if x)!r})"
+    def text(self):
+        self.wait()
+        return ''.join(self)
+
+    def __repr__(self):
+        return f'Job({self.finish_reason or "running"}, {len(self.ids)} + {len(self.new)} tokens: {"".join(x for x in self._items if x)!r})'
 
 # %% ../../nbs/serving/engine.ipynb #44a6892f
-def _emit(self:Job, text, last=False):
+def _emit(self: Job, text, last=False):
     "Pass on `text`; for chats without white space at either end"
     if self.trim:
         text = self.held + text
-        if not any(self._items): text = text.lstrip()
-        self.held = '' if last else text[len(text.rstrip()):]
-        text = text.rstrip() if last else text[:len(text) - len(self.held)]
-    if text or (last and self.tokens): x = Piece(text); x.tokens, self.tokens = tuple(self.tokens), []; self._put(x)
-def _take(self:Job, i, z):
+        if not any(self._items):
+            text = text.lstrip()
+        self.held = '' if last else text[len(text.rstrip()) :]
+        text = text.rstrip() if last else text[: len(text) - len(self.held)]
+    if text or (last and self.tokens):
+        x = Piece(text)
+        x.tokens, self.tokens = tuple(self.tokens), []
+        self._put(x)
+
+
+def _take(self: Job, i, z):
     "Take token `i`, drawn from the scores `z`; true if the answer is complete"
     self.new.append(i)
-    if i in self.stop_ids: return self._finish('stop')
+    if i in self.stop_ids:
+        return self._finish('stop')
     if self.logprobs is not None:
-        lp = z.log_softmax(-1); top, at = lp.topk(min(max(self.logprobs, 1), len(z)))
-        self.tokens.append((i, float(lp[i]), list(zip(at.tolist(), top.tolist()))[:self.logprobs]))
+        lp = z.log_softmax(-1)
+        top, at = lp.topk(min(max(self.logprobs, 1), len(z)))
+        self.tokens.append((i, float(lp[i]), list(zip(at.tolist(), top.tolist()))[: self.logprobs]))
     self._emit(self.pieces.push(i))
-    if self.pieces.done: return self._finish('stop')
-    if len(self.new) >= self.limit: return self._finish('length')
-def _finish(self:Job, why, error=None):
+    if self.pieces.done:
+        return self._finish('stop')
+    if len(self.new) >= self.limit:
+        return self._finish('length')
+    return None
+
+
+def _finish(self: Job, why, error=None):
     "The end; what is left of the text goes out first"
-    if self._done.is_set(): return True
-    if why in ('stop', 'length', 'time'): self._emit(self.pieces.end(), True)
+    if self._done.is_set():
+        return True
+    if why in ('stop', 'length', 'time'):
+        self._emit(self.pieces.end(), True)
     self.finish_reason, self.error, self.seen, self.counts = why, error, None, None
     self._put(None)
     return True
-def _choose(self:Job, z):
+
+
+def _choose(self: Job, z):
     "One token for this row from its scores"
     torch, s = need('torch', 'train'), self.settings
-    if s['repetition_penalty'] == 1 and not s['presence_penalty'] and not s['frequency_penalty']: return draw(z, s, self.rng)
+    if s['repetition_penalty'] == 1 and not s['presence_penalty'] and not s['frequency_penalty']:
+        return draw(z, s, self.rng)
     if self.seen is None:
         self.seen, self.counts = torch.zeros_like(z, dtype=torch.bool), torch.zeros_like(z)
         self.seen[torch.tensor(self.ids, device=z.device)] = True
-    if self.new: self.seen[self.new[-1]] = True; self.counts[self.new[-1]] += 1
+    if self.new:
+        self.seen[self.new[-1]] = True
+        self.counts[self.new[-1]] += 1
     return draw(penalize(z, s, self.seen, self.counts), s, self.rng)
+
+
 Job._emit, Job._take, Job._finish, Job._choose = _emit, _take, _finish, _choose
 
 # %% ../../nbs/serving/engine.ipynb #b30d6acf
 class Engine:
     "A model that answers many at once"
-    def __init__(self,
-        model,                  # folder, or (model, tokenizer)
-        max_waiting:int=64,     # requests that may wait; one more is refused with `Busy`
-        max_batch:int=16,       # answers made at once
-        max_new_tokens:int=512, # the longest answer anybody gets
-        max_prompt:int=None,    # longest prompt in tokens; None: what the model reads, less one
-        max_seconds:float=None, # time of a request from its arrival; None: no limit
-        cache_tokens:int=None,  # columns times rows of the cache; None: `max_batch` rows of full length
-        template=None,          # name or `Template`; None: the one the folder's tokenizer carries
-        device='auto', dtype=None):
-        for k, v in dict(max_waiting=max_waiting, max_batch=max_batch, max_new_tokens=max_new_tokens, max_prompt=max_prompt, cache_tokens=cache_tokens).items():
-            if v is not None and not v >= 1: raise LlamaZhError(f'{k} is {v}: expected 1 or more')
-        if max_seconds is not None and not max_seconds > 0: raise LlamaZhError(f'max_seconds is {max_seconds}: expected more than 0')
+
+    def __init__(
+        self,
+        model,  # folder, or (model, tokenizer)
+        max_waiting: int = 64,  # requests that may wait; one more is refused with `Busy`
+        max_batch: int = 16,  # answers made at once
+        max_new_tokens: int = 512,  # the longest answer anybody gets
+        max_prompt: int = None,  # longest prompt in tokens; None: what the model reads, less one
+        max_seconds: float = None,  # time of a request from its arrival; None: no limit
+        cache_tokens: int = None,  # columns times rows of the cache; None: `max_batch` rows of full length
+        template=None,  # name or `Template`; None: the one the folder's tokenizer carries
+        device='auto',
+        dtype=None,
+    ):
+        for k, v in dict(
+            max_waiting=max_waiting,
+            max_batch=max_batch,
+            max_new_tokens=max_new_tokens,
+            max_prompt=max_prompt,
+            cache_tokens=cache_tokens,
+        ).items():
+            if v is not None and not v >= 1:
+                raise LlamaZhError(f'{k} is {v}: expected 1 or more')
+        if max_seconds is not None and not max_seconds > 0:
+            raise LlamaZhError(f'max_seconds is {max_seconds}: expected more than 0')
         self.name = Path(model).name if not isinstance(model, tuple) else 'model'
         self.model, self.tok = model if isinstance(model, tuple) else load(model, device, dtype)
         self.template = get_template(template) if template else find_template(self.tok)
         self.reach = reach(self.model.config)
-        self.max_waiting, self.max_new_tokens, self.max_seconds = max_waiting, max_new_tokens, max_seconds
+        self.max_waiting, self.max_new_tokens, self.max_seconds = (
+            max_waiting,
+            max_new_tokens,
+            max_seconds,
+        )
         self.max_prompt = min(max_prompt or self.reach - 1, self.reach - 1)
         self.max_batch = max_batch if _independent(self.model.config) else 1
-        self.cache_tokens = cache_tokens or self.max_batch*self.reach
-        self.waiting, self.running, self.calls, self.stopping = collections.deque(), [], collections.deque(), False
-        self.rows, self.count, self.pace, self.cond, self.open = Rows(self.model), collections.Counter(), 1., threading.Condition(), 0   # open: not yet answered
-        self.thread = threading.Thread(target=self._work, daemon=True, name='llama-zh engine'); self.thread.start()
+        self.cache_tokens = cache_tokens or self.max_batch * self.reach
+        self.waiting, self.running, self.calls, self.stopping = (
+            collections.deque(),
+            [],
+            collections.deque(),
+            False,
+        )
+        self.rows, self.count, self.pace, self.cond, self.open = (
+            Rows(self.model),
+            collections.Counter(),
+            1.0,
+            threading.Condition(),
+            0,
+        )  # open: not yet answered
+        self.thread = threading.Thread(target=self._work, daemon=True, name='llama-zh engine')
+        self.thread.start()
 
-    def __enter__(self): return self
-    def __exit__(self, *_): self.close()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
 def _independent(config):
     "False if a row's positions or window depend on its neighbours: dynamic scaling, sliding windows"
     rope = getattr(config, 'rope_parameters', None) or {}
-    return rope.get('rope_type') not in ('dynamic', 'longrope') and not getattr(config, 'sliding_window', None)
+    return rope.get('rope_type') not in ('dynamic', 'longrope') and not getattr(
+        config, 'sliding_window', None
+    )
 
 # %% ../../nbs/serving/engine.ipynb #5a5d8307
-def _controls(tok): return ({tok.bos_token_id, tok.eos_token_id, tok.pad_token_id, *tok.all_special_ids} | {i for i, t in tok.added_tokens_decoder.items() if t.special}) - {None, tok.unk_token_id}
-def _encode(self:Engine,
-    prompt, # OpenAI messages, a text to be continued, or ids
-)->list: # ids
+def _controls(tok):
+    return (
+        {tok.bos_token_id, tok.eos_token_id, tok.pad_token_id, *tok.all_special_ids}
+        | {i for i, t in tok.added_tokens_decoder.items() if t.special}
+    ) - {None, tok.unk_token_id}
+
+
+def _encode(
+    self: Engine,
+    prompt,  # OpenAI messages, a text to be continued, or ids
+) -> list:  # ids
     "Ids of a prompt; user text never becomes a control token"
-    if isinstance(prompt, str): return [self.tok.bos_token_id, *encode_texts(self.tok, [prompt])[0]]
+    if isinstance(prompt, str):
+        return [self.tok.bos_token_id, *encode_texts(self.tok, [prompt])[0]]
     if prompt and all(type(i) is int for i in prompt):
         n, bad = len(self.tok), _controls(self.tok)
         for k, i in enumerate(prompt):
-            if not 0 <= i < n: raise BadPrompt(f'token {k} of the prompt is {i}: this vocabulary has ids 0 to {n-1:,}')
-            if i in bad and not (k == 0 and i == self.tok.bos_token_id): raise BadPrompt(f'token {k} of the prompt is {i}, a control token: only BOS may stand in a prompt, in front')
+            if not 0 <= i < n:
+                raise BadPrompt(
+                    f'token {k} of the prompt is {i}: this vocabulary has ids 0 to {n - 1:,}'
+                )
+            if i in bad and not (k == 0 and i == self.tok.bos_token_id):
+                raise BadPrompt(
+                    f'token {k} of the prompt is {i}, a control token: only BOS may stand in a prompt, in front'
+                )
         return list(prompt)
-    if self.template is None: raise LlamaZhError('this folder carries no chat template, so messages cannot be put to it: start with template=..., for example llama2-chat, or send plain text')
-    try: return self.template.encode(self.tok, prompt, add_generation_prompt=True).ids
-    except LlamaZhError as e: raise BadPrompt(str(e)) from None
-def _limit(self:Engine, n, max_new_tokens):
+    if self.template is None:
+        raise LlamaZhError(
+            'this folder carries no chat template, so messages cannot be put to it: start with template=..., for example llama2-chat, or send plain text'
+        )
+    try:
+        return self.template.encode(self.tok, prompt, add_generation_prompt=True).ids
+    except LlamaZhError as e:
+        raise BadPrompt(str(e)) from None
+
+
+def _limit(self: Engine, n, max_new_tokens):
     "How many tokens may follow a prompt of `n`"
-    if n > self.max_prompt: raise TooLong(f'the prompt has {n:,} tokens, {self.max_prompt:,} fit: shorten it or leave out earlier turns')
-    if max_new_tokens is not None and not 1 <= max_new_tokens <= self.max_new_tokens: raise BadLength(f'{max_new_tokens:,} new tokens were asked for: 1 to {self.max_new_tokens:,} can be had')
+    if n > self.max_prompt:
+        raise TooLong(
+            f'the prompt has {n:,} tokens, {self.max_prompt:,} fit: shorten it or leave out earlier turns'
+        )
+    if max_new_tokens is not None and not 1 <= max_new_tokens <= self.max_new_tokens:
+        raise BadLength(
+            f'{max_new_tokens:,} new tokens were asked for: 1 to {self.max_new_tokens:,} can be had'
+        )
     return min(max_new_tokens or self.max_new_tokens, self.reach - n)
+
+
 Engine.encode, Engine._limit = _encode, _limit
 
 # %% ../../nbs/serving/engine.ipynb #d7c5a259
-def _job(self:Engine, prompt, settings=None, max_new_tokens=None, stop=(), seed=None, logprobs=None, max_seconds=None, stop_ids=None):
+def _job(
+    self: Engine,
+    prompt,
+    settings=None,
+    max_new_tokens=None,
+    stop=(),
+    seed=None,
+    logprobs=None,
+    max_seconds=None,
+    stop_ids=None,
+):
     ids = self.encode(prompt)
-    chat = not isinstance(prompt, str) and not type(prompt[0]) is int
+    chat = not isinstance(prompt, str) and type(prompt[0]) is not int
     seconds = min([x for x in (max_seconds, self.max_seconds) if x], default=None)
-    return Job(self, ids, {**settings_of(), **(settings or {})}, self._limit(len(ids), max_new_tokens), [stop] if isinstance(stop, str) else list(stop or ()),
-               {self.tok.eos_token_id} if stop_ids is None else set(stop_ids), random.getrandbits(63) if seed is None else seed, logprobs, seconds, chat)
-def _submit_all(self:Engine,
-    requests:list, # dicts of `submit`'s arguments
-)->list: # of `Job`
+    return Job(
+        self,
+        ids,
+        {**settings_of(), **(settings or {})},
+        self._limit(len(ids), max_new_tokens),
+        [stop] if isinstance(stop, str) else list(stop or ()),
+        {self.tok.eos_token_id} if stop_ids is None else set(stop_ids),
+        random.getrandbits(63) if seed is None else seed,
+        logprobs,
+        seconds,
+        chat,
+    )
+
+
+def _submit_all(
+    self: Engine,
+    requests: list,  # dicts of `submit`'s arguments
+) -> list:  # of `Job`
     "Several requests at once: all are taken, or none"
-    if len(requests) > (most := self.max_batch + self.max_waiting): raise LlamaZhError(f'{len(requests)} answers were asked for at once, {most} is the limit')
+    if len(requests) > (most := self.max_batch + self.max_waiting):
+        raise LlamaZhError(f'{len(requests)} answers were asked for at once, {most} is the limit')
     jobs = [self._job(**q) for q in requests]
     with self.cond:
         self._room_for(len(jobs))
-        self.waiting.extend(jobs); self.open += len(jobs); self.count.update(submitted=len(jobs), prompt_tokens=sum(len(j.ids) for j in jobs))
+        self.waiting.extend(jobs)
+        self.open += len(jobs)
+        self.count.update(submitted=len(jobs), prompt_tokens=sum(len(j.ids) for j in jobs))
         self.cond.notify_all()
     return jobs
-def _room_for(self:Engine, n):
-    if self.stopping: self.count['refused'] += 1; raise Stopping('the server is being shut down')
+
+
+def _room_for(self: Engine, n):
+    if self.stopping:
+        self.count['refused'] += 1
+        raise Stopping('the server is being shut down')
     if self.open + len(self.calls) + n > self.max_batch + self.max_waiting:
         self.count['refused'] += 1
-        e = Busy(f'{self.open + len(self.calls)} requests are being answered or waiting, {self.max_batch + self.max_waiting} is the limit: try again later')
-        e.retry_after = self.retry_after; raise e
-def _submit(self:Engine,
-    prompt,                  # OpenAI messages; a text, to be continued; or ids
-    settings:dict=None,      # see `settings_of`; None: greedy
-    max_new_tokens:int=None, # None: the engine's limit
-    stop=(),                 # strings that end the answer
-    seed:int=None,           # of sampling; None: another one each time
-    logprobs:int=None,       # report log probabilities, and this many of the likeliest
-    max_seconds:float=None,  # less than the engine's limit
-    stop_ids=None,           # ids that end the answer; None: EOS
-)->Job:
+        e = Busy(
+            f'{self.open + len(self.calls)} requests are being answered or waiting, {self.max_batch + self.max_waiting} is the limit: try again later'
+        )
+        e.retry_after = self.retry_after
+        raise e
+
+
+def _submit(
+    self: Engine,
+    prompt,  # OpenAI messages; a text, to be continued; or ids
+    settings: dict = None,  # see `settings_of`; None: greedy
+    max_new_tokens: int = None,  # None: the engine's limit
+    stop=(),  # strings that end the answer
+    seed: int = None,  # of sampling; None: another one each time
+    logprobs: int = None,  # report log probabilities, and this many of the likeliest
+    max_seconds: float = None,  # less than the engine's limit
+    stop_ids=None,  # ids that end the answer; None: EOS
+) -> Job:
     "Put a request in the line; `Busy` if it is full, `TooLong` if the prompt does not fit"
-    return self.submit_all([dict(prompt=prompt, settings=settings, max_new_tokens=max_new_tokens, stop=stop, seed=seed, logprobs=logprobs, max_seconds=max_seconds, stop_ids=stop_ids)])[0]
-Engine.retry_after = property(lambda self: max(1, math.ceil(self.pace*self.open/self.max_batch)), doc='Seconds until a place in the line may be free')
-Engine._job, Engine._room_for, Engine.submit_all, Engine.submit = _job, _room_for, _submit_all, _submit
-Engine.ask = lambda self, prompt, **kw: ''.join(self.submit([dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt, **kw))
+    return self.submit_all(
+        [
+            dict(
+                prompt=prompt,
+                settings=settings,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                seed=seed,
+                logprobs=logprobs,
+                max_seconds=max_seconds,
+                stop_ids=stop_ids,
+            )
+        ]
+    )[0]
+
+
+Engine.retry_after = property(
+    lambda self: max(1, math.ceil(self.pace * self.open / self.max_batch)),
+    doc='Seconds until a place in the line may be free',
+)
+Engine._job, Engine._room_for, Engine.submit_all, Engine.submit = (
+    _job,
+    _room_for,
+    _submit_all,
+    _submit,
+)
+Engine.ask = lambda self, prompt, **kw: ''.join(
+    self.submit([dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt, **kw)
+)
 
 # %% ../../nbs/serving/engine.ipynb #3379729d
-def _work(self:Engine):
+def _work(self: Engine):
     torch = need('torch', 'train')
     with torch.inference_mode():
         while True:
             with self.cond:
                 while not (self.waiting or self.running or self.calls):
-                    if self.stopping == 'now': return
+                    if self.stopping == 'now':
+                        return
                     self.cond.wait()
                 new = self._admit()
-            for todo, jobs in ((self._embed_some, ()), (functools.partial(self._prefill, new), new), (self._step, self.running)):
-                try: todo()
-                except Exception as e: self._fail(jobs, e)
-def _admit(self:Engine):
+            for todo, jobs in (
+                (self._embed_some, ()),
+                (functools.partial(self._prefill, new), new),
+                (self._step, self.running),
+            ):
+                try:
+                    todo()
+                except Exception as e:
+                    self._fail(jobs, e)
+
+
+def _admit(self: Engine):
     "Who may join now: first come, first served, while there are rows and cache"
     for j in [j for j in self.waiting if j._cancelled or time.monotonic() > j.deadline]:
-        self.waiting.remove(j); self._end(j, 'cancelled' if j._cancelled else 'time')
+        self.waiting.remove(j)
+        self._end(j, 'cancelled' if j._cancelled else 'time')
     new, longest = [], max((len(j.ids) + j.limit for j in self.running), default=0)
     while self.waiting and len(self.running) + len(new) < self.max_batch:
         longest = max(longest, len(self.waiting[0].ids) + self.waiting[0].limit)
-        if (self.running or new) and longest*(len(self.running) + len(new) + 1) > self.cache_tokens: break
+        if (self.running or new) and longest * (
+            len(self.running) + len(new) + 1
+        ) > self.cache_tokens:
+            break
         new.append(self.waiting.popleft())
     return new
-def _prefill(self:Engine, new):
+
+
+def _prefill(self: Engine, new):
     "Read the prompts of those who join; prompts of like length in one pass"
     new.sort(key=lambda j: len(j.ids))
     while new:
-        n = next((k for k in range(len(new), 1, -1) if k*len(new[k-1].ids) <= max(2048, 2*sum(len(j.ids) for j in new[:k]))), 1)
+        n = next(
+            (
+                k
+                for k in range(len(new), 1, -1)
+                if k * len(new[k - 1].ids) <= max(2048, 2 * sum(len(j.ids) for j in new[:k]))
+            ),
+            1,
+        )
         part = new[:n]
         scores = self.rows.add([j.ids for j in part])
-        self.running += part; del new[:n]
-        self.count['prefills'] += 1; self._advance(part, scores)
-def _step(self:Engine):
+        self.running += part
+        del new[:n]
+        self.count['prefills'] += 1
+        self._advance(part, scores)
+
+
+def _step(self: Engine):
     "One token for each row that is still wanted"
     for j in self.running:
-        if j._cancelled or time.monotonic() > j.deadline: self._end(j, 'cancelled' if j._cancelled else 'time')
+        if j._cancelled or time.monotonic() > j.deadline:
+            self._end(j, 'cancelled' if j._cancelled else 'time')
     self._sweep()
-    if not self.running: return
+    if not self.running:
+        return
     scores = self.rows.step([j.new[-1] for j in self.running])
-    self.count.update(steps=1, row_steps=len(self.running)); self.count['most_rows'] = max(self.count['most_rows'], len(self.running))
+    self.count.update(steps=1, row_steps=len(self.running))
+    self.count['most_rows'] = max(self.count['most_rows'], len(self.running))
     self._advance(self.running, scores)
-def _advance(self:Engine, jobs, scores):
-    if scores.isnan().any(): raise LlamaZhError('the model gives NaN: its weights are damaged, or float16 overflowed (use bfloat16 or float32)')
+
+
+def _advance(self: Engine, jobs, scores):
+    if scores.isnan().any():
+        raise LlamaZhError(
+            'the model gives NaN: its weights are damaged, or float16 overflowed (use bfloat16 or float32)'
+        )
     best = scores.argmax(-1).tolist()
     for j, z, i in zip(jobs, scores, best):
-        plain = j.settings['temperature'] < 1e-5 and j.settings['repetition_penalty'] == 1 and not j.settings['presence_penalty'] and not j.settings['frequency_penalty']
+        plain = (
+            j.settings['temperature'] < 1e-5
+            and j.settings['repetition_penalty'] == 1
+            and not j.settings['presence_penalty']
+            and not j.settings['frequency_penalty']
+        )
         self.count['new_tokens'] += 1
-        if j._take(i if plain else j._choose(z), z): self._end(j)
+        if j._take(i if plain else j._choose(z), z):
+            self._end(j)
     self._sweep()
 
 # %% ../../nbs/serving/engine.ipynb #7ccb9d20
-def _end(self:Engine, j, why=None, error=None):
+def _end(self: Engine, j, why=None, error=None):
     "Count a finished job"
-    if why: j._finish(why, error)
-    with self.cond: self.open -= 1; self.cond.notify_all()
+    if why:
+        j._finish(why, error)
+    with self.cond:
+        self.open -= 1
+        self.cond.notify_all()
     self.count[f'finished_{j.finish_reason}'] += 1
-    if j.finish_reason in ('stop', 'length'): self.pace += .1*(time.monotonic() - j.started - self.pace)
-def _sweep(self:Engine):
+    if j.finish_reason in ('stop', 'length'):
+        self.pace += 0.1 * (time.monotonic() - j.started - self.pace)
+
+
+def _sweep(self: Engine):
     "Rows whose answers are complete leave the cache"
     alive = [k for k, j in enumerate(self.running) if not j.finish_reason]
-    if len(alive) == len(self.running): return
+    if len(alive) == len(self.running):
+        return
     self.rows.keep(alive)
-    with self.cond: self.running[:] = [self.running[k] for k in alive]; self.cond.notify_all()
-def _fail(self:Engine, jobs, e):
+    with self.cond:
+        self.running[:] = [self.running[k] for k in alive]
+        self.cond.notify_all()
+
+
+def _fail(self: Engine, jobs, e):
     "After an error all rows are dropped: the cache may be half written"
     logging.getLogger('llama_zh.engine').error('generation failed', exc_info=e)
-    error = e if isinstance(e, LlamaZhError) else LlamaZhError(f'generation failed: {type(e).__name__}: {e}')
+    error = (
+        e
+        if isinstance(e, LlamaZhError)
+        else LlamaZhError(f'generation failed: {type(e).__name__}: {e}')
+    )
     for j in {*jobs, *self.running}:
-        if not j.finish_reason: self._end(j, 'error', error)
-    if hasattr(jobs, 'clear'): jobs.clear()
-    with self.cond: self.running[:] = []; self.rows = Rows(self.model); self.cond.notify_all()
-def _wake(self:Engine, job):
-    with self.cond: self.cond.notify_all()
-for _f in (_work, _admit, _prefill, _step, _advance, _end, _sweep, _fail, _wake): setattr(Engine, _f.__name__, _f)
+        if not j.finish_reason:
+            self._end(j, 'error', error)
+    if hasattr(jobs, 'clear'):
+        jobs.clear()
+    with self.cond:
+        self.running[:] = []
+        self.rows = Rows(self.model)
+        self.cond.notify_all()
+
+
+def _wake(self: Engine, job):
+    with self.cond:
+        self.cond.notify_all()
+
+
+for _f in (_work, _admit, _prefill, _step, _advance, _end, _sweep, _fail, _wake):
+    setattr(Engine, _f.__name__, _f)
 
 # %% ../../nbs/serving/engine.ipynb #cb36845b
-def _drain(self:Engine,
-    seconds:float=None, # then what still runs is cancelled; None: wait for all
-)->bool: # all were finished
+def _drain(
+    self: Engine,
+    seconds: float = None,  # then what still runs is cancelled; None: wait for all
+) -> bool:  # all were finished
     "Take nothing new, finish what is there"
     with self.cond:
         self.stopping = self.stopping or 'soon'
         done = self.cond.wait_for(lambda: not (self.open or self.calls), seconds)
-        for j in [*self.waiting, *self.running]: j._cancelled = True
+        for j in [*self.waiting, *self.running]:
+            j._cancelled = True
         self.cond.notify_all()
     return done
-def _close(self:Engine, seconds:float=0):
+
+
+def _close(self: Engine, seconds: float = 0):
     "Drain for so many seconds, then end the thread and free the cache"
     self.drain(seconds)
-    with self.cond: self.stopping = 'now'; self.cond.notify_all()
-    self.thread.join(); self.rows = None
-def _stats(self:Engine)->dict:
+    with self.cond:
+        self.stopping = 'now'
+        self.cond.notify_all()
+    self.thread.join()
+    self.rows = None
+
+
+def _stats(self: Engine) -> dict:
     "Counters since the start, and what is going on now"
-    return dict(waiting=len(self.waiting), running=len(self.running), **{k: self.count[k] for k in
-        ('submitted', 'refused', 'prompt_tokens', 'new_tokens', 'prefills', 'steps', 'row_steps', 'most_rows', 'embedded', *(f'finished_{w}' for w in ('stop', 'length', 'time', 'cancelled', 'error')))})
+    return dict(
+        waiting=len(self.waiting),
+        running=len(self.running),
+        **{
+            k: self.count[k]
+            for k in (
+                'submitted',
+                'refused',
+                'prompt_tokens',
+                'new_tokens',
+                'prefills',
+                'steps',
+                'row_steps',
+                'most_rows',
+                'embedded',
+                *(f'finished_{w}' for w in ('stop', 'length', 'time', 'cancelled', 'error')),
+            )
+        },
+    )
+
+
 Engine.drain, Engine.close, Engine.stats = _drain, _close, property(_stats)
 
 # %% ../../nbs/serving/engine.ipynb #838eeb99
-def _embed(self:Engine,
-    texts:list, # of str, or of lists of ids
-): # a `Future` of (list of vectors, number of tokens)
+def _embed(
+    self: Engine,
+    texts: list,  # of str, or of lists of ids
+):  # a `Future` of (list of vectors, number of tokens)
     "Vectors of length 1: the mean of the last hidden states"
     ids = [self.encode(x) for x in texts]
     for k, x in enumerate(ids):
-        if len(x) > self.max_prompt: raise TooLong(f'text {k} has {len(x):,} tokens, {self.max_prompt:,} fit: cut it into passages')
+        if len(x) > self.max_prompt:
+            raise TooLong(
+                f'text {k} has {len(x):,} tokens, {self.max_prompt:,} fit: cut it into passages'
+            )
     f = concurrent.futures.Future()
     with self.cond:
-        self._room_for(1); self.calls.append((f, ids, [])); self.cond.notify_all()
+        self._room_for(1)
+        self.calls.append((f, ids, []))
+        self.cond.notify_all()
     return f
-def _embed_some(self:Engine, batch=8):
+
+
+def _embed_some(self: Engine, batch=8):
     "The next few texts of the oldest request"
-    if not self.calls: return
+    if not self.calls:
+        return
     f, ids, out = self.calls[0]
-    part = ids[len(out):len(out) + batch]
+    part = ids[len(out) : len(out) + batch]
     try:
         if not f.cancelled():
-            out += mean_vectors(self.model, part); self.count['embedded'] += len(part)
+            out += mean_vectors(self.model, part)
+            self.count['embedded'] += len(part)
         error = None
-    except Exception as e: error = e
+    except Exception as e:
+        error = e
     if error or f.cancelled() or len(out) == len(ids):
-        with self.cond: self.calls.popleft(); self.cond.notify_all()
-        with contextlib.suppress(concurrent.futures.InvalidStateError): f.set_exception(error) if error else f.set_result((out, sum(map(len, ids))))
+        with self.cond:
+            self.calls.popleft()
+            self.cond.notify_all()
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            f.set_exception(error) if error else f.set_result((out, sum(map(len, ids))))
+
+
 Engine.embed, Engine._embed_some = _embed, _embed_some

@@ -6,14 +6,22 @@
 __all__ = ['LOCAL', 'log', 'same_key', 'host_of', 'is_local', 'Meters', 'problem', 'Guard']
 
 # %% ../../nbs/serving/guard.ipynb #fdb160cb
-import asyncio, hashlib, hmac, ipaddress, json, logging, re, time
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import time
+
 from ..core.errors import LlamaZhError, need
 
 # %% ../../nbs/serving/guard.ipynb #fcd40f25
 def same_key(
-    header:str, # `Authorization` as it came
-    key:str,
-)->bool:
+    header: str,  # `Authorization` as it came
+    key: str,
+) -> bool:
     "Is it `Bearer KEY`? In constant time"
     kind, _, given = (header or '').partition(' ')
     digest = lambda s: hashlib.sha256(s.encode('utf-8', 'surrogateescape')).digest()
@@ -21,121 +29,241 @@ def same_key(
 
 # %% ../../nbs/serving/guard.ipynb #6cf7a663
 LOCAL = ('localhost', '127.0.0.1', '::1')
+
+
 def host_of(
-    header:str, # `Host`
-)->str:
+    header: str,  # `Host`
+) -> str:
     "The name without port and brackets"
     m = re.fullmatch(r'\[([0-9a-fA-F:.]+)\](?::\d+)?|([^:]*)(?::\d+)?', (header or '').strip())
     return (m[1] or m[2] or '').lower() if m else ''
-def is_local(host:str)->bool:
+
+
+def is_local(host: str) -> bool:
     "Does a server bound to `host` listen to this machine alone?"
-    try: return ipaddress.ip_address(host).is_loopback
-    except ValueError: return host.lower() == 'localhost'
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == 'localhost'
 
 # %% ../../nbs/serving/guard.ipynb #18d0eff4
 class Meters:
     "Counters in Prometheus' form"
+
     def __init__(self, engine=None):
         p = need('prometheus_client', 'serve')
         self.registry, self.engine = p.CollectorRegistry(), engine
-        self.requests = p.Counter('llama_zh_requests', 'Requests answered', ['path', 'status'], registry=self.registry)
-        times = dict(registry=self.registry, buckets=(.01, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300))
-        self.seconds = p.Histogram('llama_zh_request_seconds', 'Time until the last byte', ['path'], **times)
-        self.first = p.Histogram('llama_zh_first_byte_seconds', 'Time until the first byte of the body', ['path'], **times)
-        if engine is not None: self.registry.register(self)
+        self.requests = p.Counter(
+            'llama_zh_requests', 'Requests answered', ['path', 'status'], registry=self.registry
+        )
+        times = dict(
+            registry=self.registry,
+            buckets=(0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300),
+        )
+        self.seconds = p.Histogram(
+            'llama_zh_request_seconds', 'Time until the last byte', ['path'], **times
+        )
+        self.first = p.Histogram(
+            'llama_zh_first_byte_seconds',
+            'Time until the first byte of the body',
+            ['path'],
+            **times,
+        )
+        if engine is not None:
+            self.registry.register(self)
 
     def collect(self):
         "The engine's counters, whenever somebody looks"
         f = need('prometheus_client.core', 'serve')
         now, done = self.engine.stats, {}
         for k, v in now.items():
-            if k.startswith('finished_'): done[k[9:]] = v
-            elif k in ('waiting', 'running', 'most_rows'): yield f.GaugeMetricFamily(f'llama_zh_{k}', k, value=v)
-            else: yield f.CounterMetricFamily(f'llama_zh_{k}', k, value=v)
-        c = f.CounterMetricFamily('llama_zh_answers', 'Answers by what ended them', labels=['reason'])
-        for k, v in done.items(): c.add_metric([k], v)
+            if k.startswith('finished_'):
+                done[k[9:]] = v
+            elif k in ('waiting', 'running', 'most_rows'):
+                yield f.GaugeMetricFamily(f'llama_zh_{k}', k, value=v)
+            else:
+                yield f.CounterMetricFamily(f'llama_zh_{k}', k, value=v)
+        c = f.CounterMetricFamily(
+            'llama_zh_answers', 'Answers by what ended them', labels=['reason']
+        )
+        for k, v in done.items():
+            c.add_metric([k], v)
         yield c
 
-    def text(self): return need('prometheus_client', 'serve').generate_latest(self.registry)
+    def text(self):
+        return need('prometheus_client', 'serve').generate_latest(self.registry)
 
 # %% ../../nbs/serving/guard.ipynb #766aa22e
 log = logging.getLogger('llama_zh.serve')
+
+
 def problem(status, message, kind='invalid_request_error', code=None):
     "An error in OpenAI's shape, as JSON bytes"
-    return status, json.dumps(dict(error=dict(message=message, type=kind, param=None, code=code)), ensure_ascii=False).encode()
+    return status, json.dumps(
+        dict(error=dict(message=message, type=kind, param=None, code=code)), ensure_ascii=False
+    ).encode()
+
+
 class Guard:
     "An ASGI app around another: host names, key, size, time, counting, one line of log without anybody's words"
-    def __init__(self, app,
-        meters:Meters,
-        paths=(),           # paths that are counted by name, and guarded, as all below /v1/ are
-        api_key:str=None,   # None: everybody may
+
+    def __init__(
+        self,
+        app,
+        meters: Meters,
+        paths=(),  # paths that are counted by name, and guarded, as all below /v1/ are
+        api_key: str = None,  # None: everybody may
         open_paths=('/healthz', '/readyz'),  # never need a key
-        hosts=None,         # names by which the server may be called; None: any
-        max_body:int=2**20, # bytes
-        body_seconds:float=30.,  # for the whole body to arrive
-        send_seconds:float=60.,  # for a part of the answer to be taken
+        hosts=None,  # names by which the server may be called; None: any
+        max_body: int = 2**20,  # bytes
+        body_seconds: float = 30.0,  # for the whole body to arrive
+        send_seconds: float = 60.0,  # for a part of the answer to be taken
     ):
-        if api_key is not None and not api_key.strip(): raise LlamaZhError('the API key is empty: give one, or none at all')
-        self.app, self.meters, self.paths, self.key, self.open_paths, self.hosts = app, meters, set(paths), api_key, open_paths, hosts
+        if api_key is not None and not api_key.strip():
+            raise LlamaZhError('the API key is empty: give one, or none at all')
+        self.app, self.meters, self.paths, self.key, self.open_paths, self.hosts = (
+            app,
+            meters,
+            set(paths),
+            api_key,
+            open_paths,
+            hosts,
+        )
         self.max_body, self.body_seconds, self.send_seconds = max_body, body_seconds, send_seconds
 
-    def guarded(self, path): return path in self.paths or path.startswith('/v1/')
+    def guarded(self, path):
+        return path in self.paths or path.startswith('/v1/')
 
     def refusal(self, path, headers):
         "Why this request goes no further, if so"
-        if self.hosts and host_of(headers.get('host')) not in self.hosts: return problem(403, "this server is not called by that name: start it with --hosts, or '*' for any", code='host_not_allowed')
-        if not self.guarded(path): return
-        if self.key and path not in self.open_paths and not same_key(headers.get('authorization'), self.key):
-            return problem(401, 'this server needs an API key: send it as  Authorization: Bearer KEY', 'authentication_error', 'invalid_api_key')
+        if self.hosts and host_of(headers.get('host')) not in self.hosts:
+            return problem(
+                403,
+                "this server is not called by that name: start it with --hosts, or '*' for any",
+                code='host_not_allowed',
+            )
+        if not self.guarded(path):
+            return None
+        if (
+            self.key
+            and path not in self.open_paths
+            and not same_key(headers.get('authorization'), self.key)
+        ):
+            return problem(
+                401,
+                'this server needs an API key: send it as  Authorization: Bearer KEY',
+                'authentication_error',
+                'invalid_api_key',
+            )
         n = headers.get('content-length', '')
-        if n.isdigit() and int(n) > self.max_body: return self.too_big()
+        if n.isdigit() and int(n) > self.max_body:
+            return self.too_big()
+        return None
 
-    def too_big(self): return problem(413, f'the body is larger than {self.max_body:,} bytes', code='body_too_large')
+    def too_big(self):
+        return problem(
+            413, f'the body is larger than {self.max_body:,} bytes', code='body_too_large'
+        )
 
     async def body(self, receive):
         "(body, None), or (None, refusal)"
         out = bytearray()
         while True:
             m = await receive()
-            if m['type'] == 'http.disconnect': return None, None
+            if m['type'] == 'http.disconnect':
+                return None, None
             out += m.get('body', b'')
-            if len(out) > self.max_body: return None, self.too_big()
-            if not m.get('more_body'): return bytes(out), None
+            if len(out) > self.max_body:
+                return None, self.too_big()
+            if not m.get('more_body'):
+                return bytes(out), None
 
 # %% ../../nbs/serving/guard.ipynb #b58fc446
-async def _call(self:Guard, scope, receive, send):
-    if scope['type'] != 'http': return await self.app(scope, receive, send)
+async def _call(self: Guard, scope, receive, send):
+    if scope['type'] != 'http':
+        return await self.app(scope, receive, send)
     t, path, seen = time.monotonic(), scope['path'], dict(status=None, first=None)
-    headers = {k.decode('latin-1').lower(): v.decode('utf-8', 'surrogateescape') for k, v in scope['headers']}
+    headers = {
+        k.decode('latin-1').lower(): v.decode('utf-8', 'surrogateescape')
+        for k, v in scope['headers']
+    }
+
     async def out(m):
-        if m['type'] == 'http.response.start': seen['status'] = m['status']
-        elif seen['first'] is None: seen['first'] = time.monotonic() - t
+        if m['type'] == 'http.response.start':
+            seen['status'] = m['status']
+        elif seen['first'] is None:
+            seen['first'] = time.monotonic() - t
         await asyncio.wait_for(send(m), self.send_seconds)
-    try: await self._serve(scope, receive, out, path, headers)
-    except TimeoutError: log.warning('a reader stopped reading: given up')
-    finally: self.note(scope['method'], path, seen, time.monotonic() - t)
-async def _serve(self:Guard, scope, receive, out, path, headers):
-    if no := self.refusal(path, headers): return await _refuse(out, *no)
+
+    try:
+        await self._serve(scope, receive, out, path, headers)
+    except TimeoutError:
+        log.warning('a reader stopped reading: given up')
+    finally:
+        self.note(scope['method'], path, seen, time.monotonic() - t)
+
+
+async def _serve(self: Guard, scope, receive, out, path, headers):
+    if no := self.refusal(path, headers):
+        return await _refuse(out, *no)
     if self.guarded(path):
-        try: body, no = await asyncio.wait_for(self.body(receive), self.body_seconds)
-        except TimeoutError: body, no = None, problem(408, f'the body did not arrive within {self.body_seconds:g} seconds', code='timeout')
-        if no: return await _refuse(out, *no)
-        if body is None: return                     # gone before it was all said
+        try:
+            body, no = await asyncio.wait_for(self.body(receive), self.body_seconds)
+        except TimeoutError:
+            body, no = (
+                None,
+                problem(
+                    408,
+                    f'the body did not arrive within {self.body_seconds:g} seconds',
+                    code='timeout',
+                ),
+            )
+        if no:
+            return await _refuse(out, *no)
+        if body is None:
+            return None  # gone before it was all said
         receive = _replay(body, receive)
     await self.app(scope, receive, out)
+    return None
+
+
 def _replay(body, receive):
     "A `receive` that gives `body` first"
     todo = [dict(type='http.request', body=body, more_body=False)]
-    async def f(): return todo.pop() if todo else await receive()
+
+    async def f():
+        return todo.pop() if todo else await receive()
+
     return f
+
+
 async def _refuse(send, status, body):
-    extra = {401: [(b'www-authenticate', b'Bearer')], 413: [(b'connection', b'close')], 408: [(b'connection', b'close')]}.get(status, [])
-    await send(dict(type='http.response.start', status=status, headers=[(b'content-type', b'application/json'), (b'content-length', str(len(body)).encode()), *extra]))
+    extra = {
+        401: [(b'www-authenticate', b'Bearer')],
+        413: [(b'connection', b'close')],
+        408: [(b'connection', b'close')],
+    }.get(status, [])
+    await send(
+        dict(
+            type='http.response.start',
+            status=status,
+            headers=[
+                (b'content-type', b'application/json'),
+                (b'content-length', str(len(body)).encode()),
+                *extra,
+            ],
+        )
+    )
     await send(dict(type='http.response.body', body=body))
-def _note(self:Guard, method, path, seen, seconds):
+
+
+def _note(self: Guard, method, path, seen, seconds):
     path, status = path if path in self.paths else 'other', str(seen['status'] or 'gone')
     self.meters.requests.labels(path, status).inc()
     self.meters.seconds.labels(path).observe(seconds)
-    if seen['first'] is not None: self.meters.first.labels(path).observe(seen['first'])
+    if seen['first'] is not None:
+        self.meters.first.labels(path).observe(seen['first'])
     log.info('%s %s %s %.3f s', method, path, status, seconds)
+
+
 Guard.__call__, Guard._serve, Guard.note = _call, _serve, _note

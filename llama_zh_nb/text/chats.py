@@ -6,97 +6,207 @@
 __all__ = ['language', 'Chats', 'read_chats']
 
 # %% ../../nbs/text/chats.ipynb #f3ef1507
-import csv, gzip, html, io, json, os, re, tempfile
+import csv
+import gzip
+import html
+import io
+import json
+import os
+import re
+import tempfile
 from collections import Counter
 from glob import glob
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, what_is
 from .files import HAN, detect
 
 # %% ../../nbs/text/chats.ipynb #89eb37ba
-_ROLES = dict(system='system', human='user', user='user', usr='user', question='user', prompter='user', 人类='user', 用户='user', 问='user',
-              gpt='assistant', assistant='assistant', bot='assistant', model='assistant', chatgpt='assistant', bing='assistant', bard='assistant', 助手='assistant', 答='assistant')
+_ROLES = dict(
+    system='system',
+    human='user',
+    user='user',
+    usr='user',
+    question='user',
+    prompter='user',
+    人类='user',
+    用户='user',
+    问='user',
+    gpt='assistant',
+    assistant='assistant',
+    bot='assistant',
+    model='assistant',
+    chatgpt='assistant',
+    bing='assistant',
+    bard='assistant',
+    助手='assistant',
+    答='assistant',
+)
+
+
 def _text(v, what):
     "`v` if it is sound text; ValueError says what it is instead."
-    if v is None: raise ValueError(f'{what} is missing')
-    if isinstance(v, list) and v and all(isinstance(p, dict) and isinstance(p.get('text'), str) for p in v): v = ''.join(p['text'] for p in v)
-    if not isinstance(v, str): raise ValueError(f'{what} is {type(v).__name__}, not text')
-    if re.search('[\udc80-\udcff]', v): raise ValueError(f'{what} holds bytes that are no text in the encoding of the file')
-    if re.search('[\ud800-\udfff]', v): raise ValueError(f'{what} holds half a character (a lone surrogate)')
+    if v is None:
+        raise ValueError(f'{what} is missing')
+    if (
+        isinstance(v, list)
+        and v
+        and all(isinstance(p, dict) and isinstance(p.get('text'), str) for p in v)
+    ):
+        v = ''.join(p['text'] for p in v)
+    if not isinstance(v, str):
+        raise ValueError(f'{what} is {type(v).__name__}, not text')
+    if re.search('[\udc80-\udcff]', v):
+        raise ValueError(f'{what} holds bytes that are no text in the encoding of the file')
+    if re.search('[\ud800-\udfff]', v):
+        raise ValueError(f'{what} holds half a character (a lone surrogate)')
     return v.strip()
+
+
 def _turn(t):
     "A turn in any of the shapes as [(role, text), ...]."
-    if not isinstance(t, dict): raise ValueError(f'a turn is {type(t).__name__}, expected an object with role and content')
-    if 'human' in t and 'assistant' in t: return [('user', _text(t['human'], 'human')), ('assistant', _text(t['assistant'], 'assistant'))]
+    if not isinstance(t, dict):
+        raise ValueError(f'a turn is {type(t).__name__}, expected an object with role and content')
+    if 'human' in t and 'assistant' in t:
+        return [
+            ('user', _text(t['human'], 'human')),
+            ('assistant', _text(t['assistant'], 'assistant')),
+        ]
     name = t.get('role', t.get('from'))
     role = _ROLES.get(str(name).strip().lower())
-    if role is None: raise ValueError(f'unknown role {name!r}')
+    if role is None:
+        raise ValueError(f'unknown role {name!r}')
     return [(role, _text(t.get('content', t.get('value')), f'the text of a {name} turn'))]
 
 # %% ../../nbs/text/chats.ipynb #6994cf13
 _HA = r'(System|Human|User|Assistant)\s*[:：][ \t]*\n?'
+
+
 def _marked(text, note):
     "A conversation written with marks, as [(role, text), ...]."
     if '[INST]' in text:
         out = []
-        for sys, q, a in re.findall(r'\[INST\]\s*(?:<<SYS>>\s*(.*?)\s*<</SYS>>)?\s*(.*?)\s*\[/INST\](.*?)(?=(?:<s>)?\s*\[INST\]|$)', text, re.S):
-            out += [('system', sys)]*bool(sys) + [('user', q), ('assistant', _bare(a))]
+        for sys, q, a in re.findall(
+            r'\[INST\]\s*(?:<<SYS>>\s*(.*?)\s*<</SYS>>)?\s*(.*?)\s*\[/INST\](.*?)(?=(?:<s>)?\s*\[INST\]|$)',
+            text,
+            re.S,
+        ):
+            out += [('system', sys)] * bool(sys) + [('user', q), ('assistant', _bare(a))]
         return out
     if '### Instruction:' in text:
-        return [('user', q.strip()) if k == 'Instruction' else ('assistant', _bare(q)) for k, q in re.findall(r'### (Instruction|Response):\s*(.*?)(?=\n+### (?:Instruction|Response):|$)', text, re.S)]
+        return [
+            ('user', q.strip()) if k == 'Instruction' else ('assistant', _bare(q))
+            for k, q in re.findall(
+                r'### (Instruction|Response):\s*(.*?)(?=\n+### (?:Instruction|Response):|$)',
+                text,
+                re.S,
+            )
+        ]
     parts = re.split(r'(?:^|(?<=</s>))\s*<s>\s*' + _HA, text.strip(), flags=re.I)
     if len(parts) < 3:
         parts = re.split(r'^\s*' + _HA, text.strip(), flags=re.I | re.M)
-        if len(parts) < 3: raise ValueError('no turns found in the text: expected marks such as <s>Human: ... </s><s>Assistant: ... </s>')
-        note('rows without <s> and </s>: taken apart by their Human: and Assistant:, the template adds the marks')
-    if parts[0].strip(): raise ValueError('text before the first mark')
+        if len(parts) < 3:
+            raise ValueError(
+                'no turns found in the text: expected marks such as <s>Human: ... </s><s>Assistant: ... </s>'
+            )
+        note(
+            'rows without <s> and </s>: taken apart by their Human: and Assistant:, the template adds the marks'
+        )
+    if parts[0].strip():
+        raise ValueError('text before the first mark')
     return [(_ROLES[k.lower()], _bare(t)) for k, t in zip(parts[1::2], parts[2::2])]
-def _bare(t): return re.sub(r'\s*(?:</s>)?\s*$', '', t).strip()
+
+
+def _bare(t):
+    return re.sub(r'\s*(?:</s>)?\s*$', '', t).strip()
 
 # %% ../../nbs/text/chats.ipynb #4c48bd92
-_PAIRS = [('question','answer'), ('query','response'), ('prompt','response'), ('prompt','completion'), ('prompt','output'), ('input','output'), ('input','target'), ('human','assistant'), ('问题','回答')]
+_PAIRS = [
+    ('question', 'answer'),
+    ('query', 'response'),
+    ('prompt', 'response'),
+    ('prompt', 'completion'),
+    ('prompt', 'output'),
+    ('input', 'output'),
+    ('input', 'target'),
+    ('human', 'assistant'),
+    ('问题', '回答'),
+]
+
+
 def _alpaca(row, note):
     "Alpaca's three fields, with LLaMA-Factory's `history` and `system`, BELLE's `instances`, and a list of turns as `output`."
-    if 'instances' in row and 'output' not in row: return [t for i in row['instances'] for t in _alpaca(dict(row, instances=None, **i), note)]
+    if 'instances' in row and 'output' not in row:
+        return [t for i in row['instances'] for t in _alpaca(dict(row, instances=None, **i), note)]
     ask = [_text(row['instruction'], 'instruction'), _text(row.get('input') or '', 'input')]
     turns = [('system', _text(row['system'], 'system'))] if row.get('system') else []
-    for q, a in row.get('history') or []: turns += [('user', _text(q, 'history')), ('assistant', _text(a, 'history'))]
+    for q, a in row.get('history') or []:
+        turns += [('user', _text(q, 'history')), ('assistant', _text(a, 'history'))]
     turns.append(('user', '\n'.join(t for t in ask if t)))
     out = row.get('output', row.get('response'))
-    if not isinstance(out, list): return [turns + [('assistant', _text(out, 'output'))]]
+    if not isinstance(out, list):
+        return [turns + [('assistant', _text(out, 'output'))]]
     for i, t in enumerate(out):
-        if isinstance(t, str): turns.append((('assistant', 'user')[i % 2], _text(t, 'output')))
-        elif isinstance(t, (list, tuple)) and len(t) == 2: turns += [('user', _text(t[0], 'output')), ('assistant', _text(t[1], 'output'))]
-        else: turns += _turn(t)
+        if isinstance(t, str):
+            turns.append((('assistant', 'user')[i % 2], _text(t, 'output')))
+        elif isinstance(t, (list, tuple)) and len(t) == 2:
+            turns += [('user', _text(t[0], 'output')), ('assistant', _text(t[1], 'output'))]
+        else:
+            turns += _turn(t)
     return [turns]
 
 # %% ../../nbs/text/chats.ipynb #73a5ac81
 def _turns(row, note):
     "A row of any shape -> (name of the shape, [conversation, ...])."
-    if not isinstance(row, dict): raise ValueError(f'{type(row).__name__} instead of an object with fields')
-    for key, shape in (('messages','OpenAI messages'), ('conversations','ShareGPT'), ('conversation','Firefly'), ('dialog','dialog')):
+    if not isinstance(row, dict):
+        raise ValueError(f'{type(row).__name__} instead of an object with fields')
+    for key, shape in (
+        ('messages', 'OpenAI messages'),
+        ('conversations', 'ShareGPT'),
+        ('conversation', 'Firefly'),
+        ('dialog', 'dialog'),
+    ):
         if isinstance(row.get(key), (list, tuple)):
             first = [('system', _text(row['system'], 'system'))] if row.get('system') else []
             return shape, [first + [p for t in row[key] for p in _turn(t)]]
-    if 'instruction' in row: return 'Alpaca', _alpaca(row, note)
+    if 'instruction' in row:
+        return 'Alpaca', _alpaca(row, note)
     for q, a in _PAIRS:
-        if q in row and a in row: return f'{q} and {a}', [[('user', _text(row[q], q)), ('assistant', _text(row[a], a))]]
-    if 'text' in row: return 'text', [_marked(_text(row['text'], 'text'), note)]
-    raise ValueError(f'no known fields; found {", ".join(map(str, list(row)[:6])) or "none"}; known are messages, conversations, instruction/input/output, text, prompt/response')
+        if q in row and a in row:
+            return f'{q} and {a}', [[('user', _text(row[q], q)), ('assistant', _text(row[a], a))]]
+    if 'text' in row:
+        return 'text', [_marked(_text(row['text'], 'text'), note)]
+    raise ValueError(
+        f'no known fields; found {", ".join(map(str, list(row)[:6])) or "none"}; known are messages, conversations, instruction/input/output, text, prompt/response'
+    )
 
 # %% ../../nbs/text/chats.ipynb #99112efb
 def _tidy(turns, note):
     "[(role, text), ...] as messages; what cannot be taught is cut off with a note, or refused."
     sys = [t for r, t in turns if r == 'system']
     turns = [(r, t) for r, t in turns if r != 'system']
-    if len(sys) > 1: raise ValueError(f'{len(sys)} system texts')
-    if turns and turns[0][0] == 'assistant': note('first answers without a question: left out'); turns = turns[1:]
-    if turns and turns[-1][0] == 'user' and len(turns) > 1: note('last questions without an answer: left out'); turns = turns[:-1]
-    if len(turns) < 2: raise ValueError('nothing to learn: no answer')
+    if len(sys) > 1:
+        raise ValueError(f'{len(sys)} system texts')
+    if turns and turns[0][0] == 'assistant':
+        note('first answers without a question: left out')
+        turns = turns[1:]
+    if turns and turns[-1][0] == 'user' and len(turns) > 1:
+        note('last questions without an answer: left out')
+        turns = turns[:-1]
+    if len(turns) < 2:
+        raise ValueError('nothing to learn: no answer')
     for i, (r, t) in enumerate(turns):
-        if r != ('user', 'assistant')[i % 2]: raise ValueError(f'two turns of the {r} in a row (turn {i+1})')
-        if not t: raise ValueError('nothing to learn: an empty answer' if r == 'assistant' else f'an empty question (turn {i+1})')
-    return [dict(role='system', content=s) for s in sys if s] + [dict(role=r, content=t) for r, t in turns]
+        if r != ('user', 'assistant')[i % 2]:
+            raise ValueError(f'two turns of the {r} in a row (turn {i + 1})')
+        if not t:
+            raise ValueError(
+                'nothing to learn: an empty answer'
+                if r == 'assistant'
+                else f'an empty question (turn {i + 1})'
+            )
+    return [dict(role='system', content=s) for s in sys if s] + [
+        dict(role=r, content=t) for r, t in turns
+    ]
 
 # %% ../../nbs/text/chats.ipynb #dcc9dd44
 def _array(text, name):
@@ -105,32 +215,63 @@ def _array(text, name):
     skip = re.compile(r'[\s,]*')
     while True:
         i = skip.match(text, i).end()
-        line += text.count('\n', seen, i); seen = i
-        if text[i:i+1] == ']': return
-        try: row, i = dec.raw_decode(text, i)
+        line += text.count('\n', seen, i)
+        seen = i
+        if text[i : i + 1] == ']':
+            return
+        try:
+            row, i = dec.raw_decode(text, i)
         except ValueError as e:
-            raise LlamaZhError(f'{name}, line {getattr(e, "lineno", line)}: not valid JSON ({getattr(e, "msg", e)}); the row begins in line {line}. '
-                               'Is the file whole? If it holds one object a line, take the [ at its beginning away.') from None
+            raise LlamaZhError(
+                f'{name}, line {getattr(e, "lineno", line)}: not valid JSON ({getattr(e, "msg", e)}); the row begins in line {line}. '
+                'Is the file whole? If it holds one object a line, take the [ at its beginning away.'
+            ) from None
         yield line, row
+
+
 def _lines(text):
     "(line, row or ValueError) of JSON lines."
     for n, l in enumerate(text.split('\n'), 1):
-        if not l.strip(): continue
-        try: yield n, json.loads(l)
-        except ValueError as e: yield n, ValueError(f'not valid JSON: {getattr(e, "msg", e)}' + (f', column {e.colno}' if hasattr(e, 'colno') else ''))
+        if not l.strip():
+            continue
+        try:
+            yield n, json.loads(l)
+        except ValueError as e:
+            yield (
+                n,
+                ValueError(
+                    f'not valid JSON: {getattr(e, "msg", e)}'
+                    + (f', column {e.colno}' if hasattr(e, 'colno') else '')
+                ),
+            )
 
 # %% ../../nbs/text/chats.ipynb #d637e85a
 def _json(text, name):
     "Rows of a text that begins like JSON: one object, an array, an object around an array, or lines."
     if text.lstrip()[0] == '[':
         first = text.lstrip().split('\n', 1)[0].strip()
-        try: whole = isinstance(json.loads(first), list)  # a first line that is an array of its own: JSON lines, or the whole file
-        except ValueError: whole = False
+        try:
+            whole = isinstance(
+                json.loads(first), list
+            )  # a first line that is an array of its own: JSON lines, or the whole file
+        except ValueError:
+            whole = False
         return _lines(text) if whole and '\n' in text.strip() else _array(text, name)
-    try: one = json.loads(text)
-    except ValueError: return _lines(text)
-    inner = next((v for k, v in one.items() if k in ('data', 'train', 'rows', 'examples') and isinstance(v, list)), None)
+    try:
+        one = json.loads(text)
+    except ValueError:
+        return _lines(text)
+    inner = next(
+        (
+            v
+            for k, v in one.items()
+            if k in ('data', 'train', 'rows', 'examples') and isinstance(v, list)
+        ),
+        None,
+    )
     return enumerate(inner, 1) if inner is not None else [(1, one)]
+
+
 def _table(text, name):
     "Rows of CSV or TSV with a header."
     csv.field_size_limit(1 << 30)
@@ -138,113 +279,233 @@ def _table(text, name):
     r = csv.DictReader(io.StringIO(text, newline=''), delimiter='\t' if tab else ',', strict=True)
     known = {'text', 'instruction', 'messages', 'conversations', *(q for q, _ in _PAIRS)}
     head = [h.strip() for h in r.fieldnames or []]
-    if not known & set(head): raise LlamaZhError(f'{name} holds no chats: neither JSON, nor a table with one of the columns {", ".join(sorted(known))}; it begins with {text[:40]!r}')
+    if not known & set(head):
+        raise LlamaZhError(
+            f'{name} holds no chats: neither JSON, nor a table with one of the columns {", ".join(sorted(known))}; it begins with {text[:40]!r}'
+        )
     r.fieldnames, at = head, 2
     try:
         for row in r:
             for k in ('messages', 'conversations'):
-                if isinstance(row.get(k), str): row[k] = json.loads(row[k])
+                if isinstance(row.get(k), str):
+                    row[k] = json.loads(row[k])
             yield at, row
             at = r.line_num + 1
-    except (csv.Error, ValueError) as e: raise LlamaZhError(f'{name}, line {at}: not a valid table ({e}); is a quotation mark open there?') from None
+    except (csv.Error, ValueError) as e:
+        raise LlamaZhError(
+            f'{name}, line {at}: not a valid table ({e}); is a quotation mark open there?'
+        ) from None
 
 # %% ../../nbs/text/chats.ipynb #763bbf38
 def _unzipped(path, encoding):
     "Rows of a file that gzip made smaller."
     with tempfile.TemporaryDirectory() as d:
-        f = Path(d)/path.stem
-        try: f.write_bytes(gzip.decompress(path.read_bytes()))
-        except (OSError, EOFError) as e: raise LlamaZhError(f'{path}: a gzip file that cannot be read ({e}); is it whole?') from None
+        f = Path(d) / path.stem
+        try:
+            f.write_bytes(gzip.decompress(path.read_bytes()))
+        except (OSError, EOFError) as e:
+            raise LlamaZhError(
+                f'{path}: a gzip file that cannot be read ({e}); is it whole?'
+            ) from None
         return list(_rows(f, encoding))
+
+
 def _dataset(name):
     "Rows of a folder that `datasets` saved, or of a data set on the Hub: owner/name, or owner/name:split."
     ds = need('datasets', 'train')
     name, _, split = str(name).removeprefix('hub:').partition(':')
-    try: d = ds.load_from_disk(name) if Path(name).is_dir() else ds.load_dataset(name, split=split or None)
-    except Exception as e: raise LlamaZhError(f'no chats at {name}: no such file or folder, and as a data set of the Hub it could not be had ({type(e).__name__}: {str(e).splitlines()[0][:200]})') from None
+    try:
+        d = (
+            ds.load_from_disk(name)
+            if Path(name).is_dir()
+            else ds.load_dataset(name, split=split or None)
+        )
+    except Exception as e:
+        raise LlamaZhError(
+            f'no chats at {name}: no such file or folder, and as a data set of the Hub it could not be had ({type(e).__name__}: {str(e).splitlines()[0][:200]})'
+        ) from None
     if isinstance(d, dict):
-        if (split or 'train') not in d: raise LlamaZhError(f'{name} has no split {split or "train"!r}, but {", ".join(d)}; write {name}:{next(iter(d))}')
+        if (split or 'train') not in d:
+            raise LlamaZhError(
+                f'{name} has no split {split or "train"!r}, but {", ".join(d)}; write {name}:{next(iter(d))}'
+            )
         d = d[split or 'train']
     return enumerate(d, 1)
+
+
 def _is_dataset(p):
     "A folder of `datasets`, or something that reads like owner/name and is not in the way of a local file."
-    if os.path.isdir(p): return any((Path(p)/f).exists() for f in ('dataset_dict.json', 'state.json'))
-    return p.startswith('hub:') or bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:\w+)?', p)) and not os.path.exists(p) and not os.path.isdir(p.split('/')[0]) and not re.search(r'\.(jsonl?|csv|tsv|txt|parquet|gz)$', p, re.I)
+    if os.path.isdir(p):
+        return any((Path(p) / f).exists() for f in ('dataset_dict.json', 'state.json'))
+    return (
+        p.startswith('hub:')
+        or bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:\w+)?', p))
+        and not os.path.exists(p)
+        and not os.path.isdir(p.split('/')[0])
+        and not re.search(r'\.(jsonl?|csv|tsv|txt|parquet|gz)$', p, re.I)
+    )
 
 # %% ../../nbs/text/chats.ipynb #0f5e6e60
 def _rows(path, encoding=None):
     "(line, row or ValueError) of a file; what it holds decides how it is read."
-    if _is_dataset(str(path)): return _dataset(path)
+    if _is_dataset(str(path)):
+        return _dataset(path)
     path = Path(path)
-    with open(path, 'rb') as f: head = f.read(4)
+    with open(path, 'rb') as f:
+        head = f.read(4)
     if head == b'PAR1':
         t = need('pyarrow.parquet').ParquetFile(path)
         return enumerate((row for b in t.iter_batches() for row in b.to_pylist()), 1)
-    if head[:2] == b'\x1f\x8b': return _unzipped(path, encoding)
+    if head[:2] == b'\x1f\x8b':
+        return _unzipped(path, encoding)
     kind = what_is(path)
-    if not head: raise LlamaZhError(f'{path} is empty; expected chats as JSON, JSON lines, CSV or Parquet')
-    if any(k in kind for k in ('LFS', 'HTML', 'safetensors', 'PyTorch', 'SentencePiece')): raise LlamaZhError(f'{path} is {kind}, not chats')
-    text = path.read_text(encoding=detect(path, encoding)[0], errors='surrogateescape').lstrip('\ufeff').replace('\r\n', '\n')  # a byte that is no text spoils its row, not the file
-    if not text.strip(): raise LlamaZhError(f'{path} holds only white space; expected chats')
+    if not head:
+        raise LlamaZhError(f'{path} is empty; expected chats as JSON, JSON lines, CSV or Parquet')
+    if any(k in kind for k in ('LFS', 'HTML', 'safetensors', 'PyTorch', 'SentencePiece')):
+        raise LlamaZhError(f'{path} is {kind}, not chats')
+    text = (
+        path.read_text(encoding=detect(path, encoding)[0], errors='surrogateescape')
+        .lstrip('\ufeff')
+        .replace('\r\n', '\n')
+    )  # a byte that is no text spoils its row, not the file
+    if not text.strip():
+        raise LlamaZhError(f'{path} holds only white space; expected chats')
     return _json(text, path) if text.lstrip()[0] in '{[' else _table(text, path)
 
 # %% ../../nbs/text/chats.ipynb #1abfe0fa
 def language(
-    messages:list, # of one conversation
-)->str: # 'zh' or 'en' (any language in Latin letters)
+    messages: list,  # of one conversation
+) -> str:  # 'zh' or 'en' (any language in Latin letters)
     "The language of the answers; of the questions, where the answers hold neither characters nor letters."
     han = HAN
     for role in ('assistant', 'user'):
-        text = ''.join(m['content'] for m in messages if m['role'] == role and isinstance(m['content'], str))
+        text = ''.join(
+            m['content'] for m in messages if m['role'] == role and isinstance(m['content'], str)
+        )
         n, latin = len(han.findall(text)), len(re.findall('[A-Za-z\u00c0-\u024f]', text))
-        if n or latin: return 'zh' if n*4 >= latin else 'en'
+        if n or latin:
+            return 'zh' if n * 4 >= latin else 'en'
     return 'zh'
 
 # %% ../../nbs/text/chats.ipynb #d2eef6b3
 class Chats(list):
     "Conversations, each `{'messages': [...], 'source': 'file:line'}`."
+
     def __init__(self, rows=(), bad=(), notes=(), files=()):
         super().__init__(rows)
-        self.bad, self.notes, self.files = list(bad), Counter(notes), list(files)  # (file, line, why); {note: rows}; (file, shapes, read, bad)
+        self.bad, self.notes, self.files = (
+            list(bad),
+            Counter(notes),
+            list(files),
+        )  # (file, line, why); {note: rows}; (file, shapes, read, bad)
 
     @property
-    def turns(self): return sum(m['role'] == 'assistant' for c in self for m in c['messages'])
+    def turns(self):
+        return sum(m['role'] == 'assistant' for c in self for m in c['messages'])
+
     @property
-    def languages(self): return dict(Counter(language(c['messages']) for c in self))  # {'zh': chats, 'en': chats}
-    def to_dict(self): return dict(chats=len(self), answers=self.turns, languages=self.languages, bad_rows=len(self.bad), bad=self.bad, notes=dict(self.notes), files=[list(f) for f in self.files])
+    def languages(self):
+        return dict(Counter(language(c['messages']) for c in self))  # {'zh': chats, 'en': chats}
+
+    def to_dict(self):
+        return dict(
+            chats=len(self),
+            answers=self.turns,
+            languages=self.languages,
+            bad_rows=len(self.bad),
+            bad=self.bad,
+            notes=dict(self.notes),
+            files=[list(f) for f in self.files],
+        )
+
     def _head(self):
-        langs = ', '.join(f'{name} {n:,}' for k, name in (('zh', 'Chinese'), ('en', 'English')) if (n := self.languages.get(k)))
+        langs = ', '.join(
+            f'{name} {n:,}'
+            for k, name in (('zh', 'Chinese'), ('en', 'English'))
+            if (n := self.languages.get(k))
+        )
         return f'{len(self):,} chats ({langs}) with {self.turns:,} answers'
-    def _table(self): return [(Path(f).name, shape, n, b) for f, shape, n, b in self.files]
+
+    def _table(self):
+        return [(Path(f).name, shape, n, b) for f, shape, n, b in self.files]
+
     def __repr__(self):
-        more = [f'  ... and {len(self.bad)-20:,} more bad rows, see .bad'] if len(self.bad) > 20 else []
-        out = [f'{self._head()}, {len(self.bad):,} bad rows'] + [f'  {f}: {n:,} chats ({s}), {b:,} bad rows' for f, s, n, b in self._table()]
-        return '\n'.join(out + [f'  {k}: {v:,}' for k, v in self.notes.items()] + [f'  {Path(f).name}, line {l}: {why}' for f, l, why in self.bad[:20]] + more)
+        more = (
+            [f'  ... and {len(self.bad) - 20:,} more bad rows, see .bad']
+            if len(self.bad) > 20
+            else []
+        )
+        out = [f'{self._head()}, {len(self.bad):,} bad rows'] + [
+            f'  {f}: {n:,} chats ({s}), {b:,} bad rows' for f, s, n, b in self._table()
+        ]
+        return '\n'.join(
+            out
+            + [f'  {k}: {v:,}' for k, v in self.notes.items()]
+            + [f'  {Path(f).name}, line {l}: {why}' for f, l, why in self.bad[:20]]
+            + more
+        )
 
     def _repr_html_(self):
-        esc, row = html.escape, lambda t, cs: '<tr>' + ''.join(f'<{t}>{html.escape(str(c))}</{t}>' for c in cs) + '</tr>'
-        out = f'<p>{self._head()}</p><table>' + row('th', ('file', 'shape', 'chats', 'bad rows')) + ''.join(row('td', r) for r in self._table()) + '</table>'
+        esc, row = (
+            html.escape,
+            lambda t, cs: (
+                '<tr>' + ''.join(f'<{t}>{html.escape(str(c))}</{t}>' for c in cs) + '</tr>'
+            ),
+        )
+        out = (
+            f'<p>{self._head()}</p><table>'
+            + row('th', ('file', 'shape', 'chats', 'bad rows'))
+            + ''.join(row('td', r) for r in self._table())
+            + '</table>'
+        )
         out += ''.join(f'<p>{esc(k)}: {v:,}</p>' for k, v in self.notes.items())
-        if self.bad: out += f'<details><summary>{len(self.bad):,} bad rows</summary><table>' + ''.join(row('td', (Path(f).name, l, w)) for f, l, w in self.bad[:100]) + '</table></details>'
+        if self.bad:
+            out += (
+                f'<details><summary>{len(self.bad):,} bad rows</summary><table>'
+                + ''.join(row('td', (Path(f).name, l, w)) for f, l, w in self.bad[:100])
+                + '</table></details>'
+            )
         return out
 
 # %% ../../nbs/text/chats.ipynb #ad1baf67
 def _may_hold_chats(f):
     "Whether a file found in a folder looks like chats; its name matters only for tables."
     kind = what_is(f)
-    return f.suffix.lower() in ('.json', '.jsonl', '.csv', '.tsv', '.parquet') or kind == 'JSON' or kind == 'a gzip file' and '.json' in f.name.lower() or open(f, 'rb').read(4) == b'PAR1'
+    return (
+        f.suffix.lower() in ('.json', '.jsonl', '.csv', '.tsv', '.parquet')
+        or kind == 'JSON'
+        or kind == 'a gzip file'
+        and '.json' in f.name.lower()
+        or open(f, 'rb').read(4) == b'PAR1'
+    )
+
+
 def _files(paths, left):
     "{file: named by the user, not found in a folder}, in order; what a folder holds besides chats is added to `left`."
     out = {}
     for p in [paths] if isinstance(paths, (str, Path)) else paths:
         p = os.path.expanduser(str(p))
-        if _is_dataset(p): found = [p]
+        if _is_dataset(p):
+            found = [p]
         elif os.path.isdir(p):
-            all_files = sorted(f for f in Path(p).rglob('*') if f.is_file() and not any(k.startswith('.') for k in f.relative_to(p).parts))
+            all_files = sorted(
+                f
+                for f in Path(p).rglob('*')
+                if f.is_file() and not any(k.startswith('.') for k in f.relative_to(p).parts)
+            )
             found = [str(f) for f in all_files if _may_hold_chats(f)]
             left += [f.name for f in all_files if str(f) not in found]
-        else: found = [p] if os.path.isfile(p) else sorted(glob(p, recursive=True))
-        if not found: raise LlamaZhError(f'no chats at {p}: there is no such file' + (', and no JSON, CSV or Parquet in that folder' if os.path.isdir(p) else ' or folder, and the pattern matches nothing'))
+        else:
+            found = [p] if os.path.isfile(p) else sorted(glob(p, recursive=True))
+        if not found:
+            raise LlamaZhError(
+                f'no chats at {p}: there is no such file'
+                + (
+                    ', and no JSON, CSV or Parquet in that folder'
+                    if os.path.isdir(p)
+                    else ' or folder, and the pattern matches nothing'
+                )
+            )
         out |= {f: not os.path.isdir(p) or f == p for f in found if f not in out}
     return out
 
@@ -252,32 +513,44 @@ def _files(paths, left):
 def _take(out, name, line, row, shapes):
     "One row into `out`: as conversations, or as a bad row."
     try:
-        if isinstance(row, ValueError): raise row
+        if isinstance(row, ValueError):
+            raise row
         notes = []
         shape, convs = _turns(row, notes.append)
         out.extend([dict(messages=_tidy(c, notes.append), source=f'{name}:{line}') for c in convs])
-        shapes[shape] += 1; out.notes.update(notes)
-    except (ValueError, TypeError, KeyError) as e: out.bad.append((str(name), line, str(e)))
+        shapes[shape] += 1
+        out.notes.update(notes)
+    except (ValueError, TypeError, KeyError) as e:
+        out.bad.append((str(name), line, str(e)))
 
 # %% ../../nbs/text/chats.ipynb #254841d7
 def read_chats(
-    paths:'str|Path|list', # files, folders, globs or data sets of the Hub (owner/name:split); or rows that are already in memory
-    encoding:str=None,     # known encoding of text files; detected by default
-)->Chats:
+    paths: 'str|Path|list',  # files, folders, globs or data sets of the Hub (owner/name:split); or rows that are already in memory
+    encoding: str = None,  # known encoding of text files; detected by default
+) -> Chats:
     "Read conversations in any of the usual shapes; bad rows are listed with file and line, never dropped in silence."
     left, out = [], Chats()
-    if isinstance(paths, (list, tuple)) and paths and isinstance(paths[0], dict): sources, get = {'rows': True}, lambda _: enumerate(paths, 1)
-    else: sources, get = _files(paths, left), lambda f: _rows(f, encoding)
+    if isinstance(paths, (list, tuple)) and paths and isinstance(paths[0], dict):
+        sources, get = {'rows': True}, lambda _: enumerate(paths, 1)
+    else:
+        sources, get = _files(paths, left), lambda f: _rows(f, encoding)
     for name, named in sources.items():
         shapes, n, b = Counter(), len(out), len(out.bad)
         try:
-            for line, row in get(name): _take(out, name, line, row, shapes)
+            for line, row in get(name):
+                _take(out, name, line, row, shapes)
         except LlamaZhError as e:
-            if named or len(out) > n: raise
+            if named or len(out) > n:
+                raise
             out.bad.append((str(name), 1, str(e)))  # found in a folder, and no chats at all
         out.files.append((str(name), ', '.join(shapes), len(out) - n, len(out.bad) - b))
-    if left: out.notes[f'files of the folder that are no chats, left out ({", ".join(left[:4])}{", ..." if len(left) > 4 else ""})'] = len(left)
+    if left:
+        out.notes[
+            f'files of the folder that are no chats, left out ({", ".join(left[:4])}{", ..." if len(left) > 4 else ""})'
+        ] = len(left)
     if not out:
         why = '; '.join(f'{Path(f).name}, line {l}: {w}' for f, l, w in out.bad[:3])
-        raise LlamaZhError('no chats could be read' + (f': {why}' if why else ': the files hold no rows'))
+        raise LlamaZhError(
+            'no chats could be read' + (f': {why}' if why else ': the files hold no rows')
+        )
     return out

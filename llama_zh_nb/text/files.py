@@ -7,80 +7,103 @@ __all__ = ['HAN', 'BAD', 'SUFFIXES', 'clean', 'read_texts', 'are_files', 'famili
            'read_docs', 'json_strings', 'find_files']
 
 # %% ../../nbs/text/files.ipynb #f7be4e41
-import codecs, csv, functools, glob, itertools, json, re
-from pathlib import Path
-from pathlib import Path
+import codecs
+import csv
+import functools
+import glob
+import itertools
 import json
 import os
 import random
 import re
+from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, what_is
 
 # %% ../../nbs/text/files.ipynb #60e80ec3
-_INVISIBLE = re.compile('[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]')
+_INVISIBLE = re.compile(
+    '[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]'
+)
 
 # %% ../../nbs/text/files.ipynb #5b2b52c5
 _NEWLINE = re.compile('\r\n|[\r\x0c\x85\u2028\u2029]')
 
 # %% ../../nbs/text/files.ipynb #f02f5f6c
 def clean(
-    text:str, # any string, also with halves of surrogates in it
-)->tuple: # (clean text, number of characters removed)
+    text: str,  # any string, also with halves of surrogates in it
+) -> tuple:  # (clean text, number of characters removed)
     "Remove invisible characters, trailing spaces and surplus blank lines; change nothing else"
     text, n = _INVISIBLE.subn('', _NEWLINE.sub('\n', text))
     return re.sub(r'\n{3,}', '\n\n', re.sub(r'[^\S\n]+$', '', text, flags=re.M)).strip(), n
 
 # %% ../../nbs/text/files.ipynb #ea4228b4
 def read_texts(
-    path,               # a folder made by `build_corpus`, or any file or folder that it reads
-    split:str='train',  # 'train' or 'valid', for a corpus folder
-    encoding=None, unit:str='auto', field=None, # as for `build_corpus`, for other files
-): # iterator of str
+    path,  # a folder made by `build_corpus`, or any file or folder that it reads
+    split: str = 'train',  # 'train' or 'valid', for a corpus folder
+    encoding=None,
+    unit: str = 'auto',
+    field=None,  # as for `build_corpus`, for other files
+):  # iterator of str
     "The texts of a corpus; other files are read and cleaned, but neither filtered nor deduplicated"
     p = Path(path)
-    if (p/'train.jsonl').is_file() and (p/'valid.jsonl').is_file():
-        with open(p/f'{split}.jsonl', encoding='utf-8') as f:
-            for line in f: yield json.loads(line)['text']
+    if (p / 'train.jsonl').is_file() and (p / 'valid.jsonl').is_file():
+        with open(p / f'{split}.jsonl', encoding='utf-8') as f:
+            for line in f:
+                yield json.loads(line)['text']
         return
     for f, _ in find_files(path):
         for _, raw in read_docs(f, encoding, unit, field):
-            if raw and not BAD.search(raw) and (text := clean(raw)[0]): yield text
+            if raw and not BAD.search(raw) and (text := clean(raw)[0]):
+                yield text
 
 # %% ../../nbs/text/files.ipynb #13385923
 def are_files(source) -> bool:
     "Do these name files (paths), or are they texts? The first one tells; a name that looks like a file and isn't there is refused"
     s = source if isinstance(source, (str, Path)) else next(iter(source), '')
-    if isinstance(s, Path) or len(s) < 250 and '\n' not in s and os.path.exists(s): return True
-    if re.fullmatch(r'\S{1,240}\.(txt|md|jsonl?|csv|tsv|parquet)', s) : raise LlamaZhError(f'{s}: no such file.')
+    if isinstance(s, Path) or len(s) < 250 and '\n' not in s and os.path.exists(s):
+        return True
+    if re.fullmatch(r'\S{1,240}\.(txt|md|jsonl?|csv|tsv|parquet)', s):
+        raise LlamaZhError(f'{s}: no such file.')
     return False
 
 # %% ../../nbs/text/files.ipynb #0e21aaaf
 def _some(xs, n, seed=0):
     "`n` of an iterable of unknown length, each with the same chance"
     rng, out = random.Random(seed), []
-    for i,x in enumerate(xs):
-        if i < n: out.append(x)
-        elif (j := rng.randint(0, i)) < n: out[j] = x
+    for i, x in enumerate(xs):
+        if i < n:
+            out.append(x)
+        elif (j := rng.randint(0, i)) < n:
+            out[j] = x
     return out
 
 # %% ../../nbs/text/files.ipynb #4856c260
 HAN = re.compile('[\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]')
+
+
 @functools.cache
 def _everyday():
     "The first-level characters of GB 2312 and of Big5, two sets"
-    def table(enc, lead, trail): return {bytes([a, b]).decode(enc, 'ignore') for a in lead for b in trail}
-    return table('gb2312', range(0xb0, 0xd8), range(0xa1, 0xff)), table('big5', range(0xa4, 0xc7), [*range(0x40, 0x7f), *range(0xa1, 0xff)])
+
+    def table(enc, lead, trail):
+        return {bytes([a, b]).decode(enc, 'ignore') for a in lead for b in trail}
+
+    return table('gb2312', range(0xB0, 0xD8), range(0xA1, 0xFF)), table(
+        'big5', range(0xA4, 0xC7), [*range(0x40, 0x7F), *range(0xA1, 0xFF)]
+    )
 
 # %% ../../nbs/text/files.ipynb #bb1f85a9
 def familiar(
-    text:str, # decoded text
-)->float: # 0 to 1; 0 where there is no Chinese character
+    text: str,  # decoded text
+) -> float:  # 0 to 1; 0 where there is no Chinese character
     "Share of the Chinese characters in `text` that are everyday ones, on the mainland or in Taiwan (the larger of the two)"
     han = HAN.findall(text)
-    return max(sum(c in t for c in han) for t in _everyday())/max(1, len(han))
+    return max(sum(c in t for c in han) for t in _everyday()) / max(1, len(han))
 
 # %% ../../nbs/text/files.ipynb #5dcb83b8
-BAD = re.compile('[\udc80-\udcff]')   # a byte that did not decode
+BAD = re.compile('[\udc80-\udcff]')  # a byte that did not decode
+
+
 def _bad_bytes(path, encoding, keep=5):
     "Where `encoding` fails: (how many bytes, the first `keep` offsets, size, whether only the last character is cut off)"
     n, offsets, at = 0, [], 0
@@ -89,89 +112,157 @@ def _bad_bytes(path, encoding, keep=5):
             text = block.decode(encoding, 'surrogateescape')
             for m in BAD.finditer(text):
                 n += 1
-                if len(offsets) < keep: offsets.append(at + len(text[:m.start()].encode(encoding, 'surrogateescape')))
+                if len(offsets) < keep:
+                    offsets.append(at + len(text[: m.start()].encode(encoding, 'surrogateescape')))
             at += len(block)
     return n, offsets, at, 0 < n <= 3 and offsets[0] == at - n
 
 # %% ../../nbs/text/files.ipynb #2d1ecb58
-_BOMS = [(codecs.BOM_UTF8,'utf-8-sig'), (codecs.BOM_UTF32_LE,'utf-32'), (codecs.BOM_UTF32_BE,'utf-32'), (codecs.BOM_UTF16_LE,'utf-16'), (codecs.BOM_UTF16_BE,'utf-16')]
+_BOMS = [
+    (codecs.BOM_UTF8, 'utf-8-sig'),
+    (codecs.BOM_UTF32_LE, 'utf-32'),
+    (codecs.BOM_UTF32_BE, 'utf-32'),
+    (codecs.BOM_UTF16_LE, 'utf-16'),
+    (codecs.BOM_UTF16_BE, 'utf-16'),
+]
+
+
 def _sample(path, n=1 << 16):
     "The first `n` bytes, without the last, possibly cut, line"
-    with open(path, 'rb') as f: b = f.read(n)
-    return b[:b.rfind(b'\n')+1] or b if len(b) == n else b
+    with open(path, 'rb') as f:
+        b = f.read(n)
+    return b[: b.rfind(b'\n') + 1] or b if len(b) == n else b
+
+
 def _check(path, encoding, most):
     "Notes on `path` read as `encoding`, or None if more than a share `most` of its non-ASCII bytes fails"
     n, offsets, size, cut = _bad_bytes(path, encoding)
-    if not n: return []
-    with open(path, 'rb') as f: high = sum(len(b) - len(b.translate(None, bytes(range(128, 256)))) for b in iter(lambda: f.read(1 << 20), b''))
-    if cut: return [f'ends in the middle of a character: the last {n} byte(s), from byte {offsets[0]:,} of {size:,}, left out']
-    if n <= most*high: return [f'{n} byte(s) are not {encoding}, the first at byte {offsets[0]:,}: the documents that hold them are dropped']
+    if not n:
+        return []
+    with open(path, 'rb') as f:
+        high = sum(
+            len(b) - len(b.translate(None, bytes(range(128, 256))))
+            for b in iter(lambda: f.read(1 << 20), b'')
+        )
+    if cut:
+        return [
+            f'ends in the middle of a character: the last {n} byte(s), from byte {offsets[0]:,} of {size:,}, left out'
+        ]
+    if n <= most * high:
+        return [
+            f'{n} byte(s) are not {encoding}, the first at byte {offsets[0]:,}: the documents that hold them are dropped'
+        ]
+    return None
 
 # %% ../../nbs/text/files.ipynb #77ad7fcc
 def detect(
-    path,          # a text file
-    encoding=None, # known encoding; nothing is guessed then
-)->tuple: # (encoding, list of notes)
+    path,  # a text file
+    encoding=None,  # known encoding; nothing is guessed then
+) -> tuple:  # (encoding, list of notes)
     "The encoding of a text file, by byte-order mark, by what decodes, and by what then looks like Chinese"
     b = _sample(path)
     bom = next((e for mark, e in _BOMS if b.startswith(mark)), None)
-    if encoding or bom: return _given(path, encoding or bom)
-    if (notes := _check(path, 'utf-8', .01)) is not None: return 'utf-8', notes
-    guesses = [m.encoding for m in need('charset_normalizer').from_bytes(b) if not m.encoding.startswith('utf')]
-    good = [(familiar(b.decode(e, 'ignore')), e) for e in dict.fromkeys([*guesses, 'gb18030', 'big5'])]
+    if encoding or bom:
+        return _given(path, encoding or bom)
+    if (notes := _check(path, 'utf-8', 0.01)) is not None:
+        return 'utf-8', notes
+    guesses = [
+        m.encoding
+        for m in need('charset_normalizer').from_bytes(b)
+        if not m.encoding.startswith('utf')
+    ]
+    good = [
+        (familiar(b.decode(e, 'ignore')), e) for e in dict.fromkeys([*guesses, 'gb18030', 'big5'])
+    ]
     for score, e in sorted(good, key=lambda o: -o[0]):
-        if score >= .7 and (notes := _check(path, e, .001)) is not None: return e, notes
+        if score >= 0.7 and (notes := _check(path, e, 0.001)) is not None:
+            return e, notes
     at = _bad_bytes(path, 'utf-8')[1][0]
-    raise LlamaZhError(f"{path}: byte {at:,} ({_byte_at(path, at)}) is not UTF-8, and the file does not read as GB18030 or Big5 either"
-                       f" (library's guess: {guesses[0] if guesses else 'none'}): name its encoding=, or convert it to UTF-8")
+    raise LlamaZhError(
+        f'{path}: byte {at:,} ({_byte_at(path, at)}) is not UTF-8, and the file does not read as GB18030 or Big5 either'
+        f" (library's guess: {guesses[0] if guesses else 'none'}): name its encoding=, or convert it to UTF-8"
+    )
 
 # %% ../../nbs/text/files.ipynb #714569a1
 def _byte_at(path, at):
-    with open(path, 'rb') as f: f.seek(at); return '0x'+f.read(1).hex()
+    with open(path, 'rb') as f:
+        f.seek(at)
+        return '0x' + f.read(1).hex()
+
+
 def _given(path, encoding):
     "The encoding that the user or a byte-order mark names: it has to decode"
     try:
         with open(path, encoding=encoding) as f:
-            while f.read(1 << 20): pass
-    except LookupError: raise LlamaZhError(f'unknown encoding {encoding!r}: use utf-8, gb18030, big5 or utf-16') from None
-    except UnicodeError as e:
-        if encoding in ('utf-8','utf-8-sig','gb18030','gbk') and (notes := _check(path, encoding, .01)) is not None: return encoding, notes
-        raise LlamaZhError(f'{path} is not {encoding}: {_where(path, encoding)}; leave encoding= out to have it detected') from None
+            while f.read(1 << 20):
+                pass
+    except LookupError:
+        raise LlamaZhError(
+            f'unknown encoding {encoding!r}: use utf-8, gb18030, big5 or utf-16'
+        ) from None
+    except UnicodeError:
+        if (
+            encoding in ('utf-8', 'utf-8-sig', 'gb18030', 'gbk')
+            and (notes := _check(path, encoding, 0.01)) is not None
+        ):
+            return encoding, notes
+        raise LlamaZhError(
+            f'{path} is not {encoding}: {_where(path, encoding)}; leave encoding= out to have it detected'
+        ) from None
     return encoding, []
+
+
 def _where(path, encoding):
     dec, at = codecs.getincrementaldecoder(encoding)(), 0
     with open(path, 'rb') as f:
         while b := f.read(1 << 16):
             held = len(dec.getstate()[0])
-            try: dec.decode(b)
-            except UnicodeError as e: return f'byte {at - held + getattr(e, "start", 0):,} does not decode'
+            try:
+                dec.decode(b)
+            except UnicodeError as e:
+                return f'byte {at - held + getattr(e, "start", 0):,} does not decode'
             at += len(b)
     return f'it ends at byte {at:,}, inside a character'
 
 # %% ../../nbs/text/files.ipynb #1ef6200f
 _ENDS = '。！？；：，、.!?;:,"”’』」）)】》'
+
+
 def wrap_width(
-    lines:list, # consecutive lines
-)->int: # characters to a line; 0: not wrapped
+    lines: list,  # consecutive lines
+) -> int:  # characters to a line; 0: not wrapped
     "The width of hard-wrapped text: most lines that have a next one are equally long, and most of those break off in mid-sentence"
     inner = [a.rstrip() for a, b in zip(lines, lines[1:]) if a.strip() and b.strip()]
-    if len(inner) < 10: return 0
-    w = sorted(map(len, inner))[int(.95*len(inner))]
-    full = [l for l in inner if .85*w <= len(l) <= 1.1*w]
+    if len(inner) < 10:
+        return 0
+    w = sorted(map(len, inner))[int(0.95 * len(inner))]
+    full = [l for l in inner if 0.85 * w <= len(l) <= 1.1 * w]
     broken = [l for l in full if l[-1] not in _ENDS]
-    longer = sum(len(l) > 1.1*w for l in inner)
-    return w if w >= 15 and len(full) >= .35*len(inner) and len(broken) >= .6*len(full) and longer <= .01*len(inner) else 0
+    longer = sum(len(l) > 1.1 * w for l in inner)
+    return (
+        w
+        if w >= 15
+        and len(full) >= 0.35 * len(inner)
+        and len(broken) >= 0.6 * len(full)
+        and longer <= 0.01 * len(inner)
+        else 0
+    )
+
+
 def unwrap(
-    lines:list, # the lines of one document
-    width:int,  # from `wrap_width`; 0 leaves them as they are
-)->str: # text
+    lines: list,  # the lines of one document
+    width: int,  # from `wrap_width`; 0 leaves them as they are
+) -> str:  # text
     "Join lines that were broken at `width`; a short line or an indent still ends a paragraph"
     text = prev = ''
     for l in lines:
         s = l.strip()
-        if not text: text = s
-        elif not width or l[:1] in ' \t\u3000' or len(prev) < .8*width: text += '\n' + s
-        else: text += (' ' if text[-1].isascii() and s[:1].isascii() else '') + s
+        if not text:
+            text = s
+        elif not width or l[:1] in ' \t\u3000' or len(prev) < 0.8 * width:
+            text += '\n' + s
+        else:
+            text += (' ' if text[-1].isascii() and s[:1].isascii() else '') + s
         prev = l.rstrip()
     return text
 
@@ -181,120 +272,236 @@ def _txt_docs(f, unit, notes):
     head = list(itertools.islice(f, 2000))
     blank = sum(not l.strip() for l in head)
     width = wrap_width(head)
-    auto = 'paragraph' if (.005 if width else .03)*len(head) <= blank < len(head) and blank else 'line'
+    auto = (
+        'paragraph'
+        if (0.005 if width else 0.03) * len(head) <= blank < len(head) and blank
+        else 'line'
+    )
     unit = auto if unit == 'auto' else unit
-    notes.append(f'unit: {unit}' + (f', lines joined (wrapped at {width} characters)' if width and unit != 'line' else ''))
-    if width and unit == 'line': notes.append("may be hard-wrapped: unit='file' would join the lines")
+    notes.append(
+        f'unit: {unit}'
+        + (f', lines joined (wrapped at {width} characters)' if width and unit != 'line' else '')
+    )
+    if width and unit == 'line':
+        notes.append("may be hard-wrapped: unit='file' would join the lines")
     block, start = [], 1
     for n, line in enumerate(itertools.chain(head, f), 1):
-        if unit == 'line': yield n, line
+        if unit == 'line':
+            yield n, line
         elif line.strip() or unit == 'file':
-            if not block: start = n
+            if not block:
+                start = n
             block.append(line)
-        elif block: yield start, unwrap(block, width); block = []
-    if block: yield start, unwrap(block, width) if width else ''.join(block)
+        elif block:
+            yield start, unwrap(block, width)
+            block = []
+    if block:
+        yield start, unwrap(block, width) if width else ''.join(block)
 
 # %% ../../nbs/text/files.ipynb #23db9495
 _FIELDS = ('text', 'content', '正文', 'body', 'document', 'passage', 'context', 'article')
+
+
 def _text_of(row, field, notes):
     "The text of a JSON, CSV or Parquet row; None with a note where there is none"
-    if isinstance(row, str): return row
-    if not isinstance(row, dict): return notes.append('rows are neither strings nor objects') if not notes else None
-    keys = [field] if isinstance(field, str) else field or [k for k in _FIELDS if isinstance(row.get(k), str)][:1]
-    if keys and all(isinstance(row.get(k), str) for k in keys): return '\n'.join(row[k] for k in keys)
-    why = 'these are conversations, which the sft room reads' if {'messages','conversations'} & set(row) else "name the one that holds the text with field="
-    note = f"no text field among {', '.join(map(str, list(row)[:8]))}: {why}"
-    if note not in notes and len(notes) < 5: notes.append(note)
+    if isinstance(row, str):
+        return row
+    if not isinstance(row, dict):
+        return notes.append('rows are neither strings nor objects') if not notes else None
+    keys = (
+        [field]
+        if isinstance(field, str)
+        else field or [k for k in _FIELDS if isinstance(row.get(k), str)][:1]
+    )
+    if keys and all(isinstance(row.get(k), str) for k in keys):
+        return '\n'.join(row[k] for k in keys)
+    why = (
+        'these are conversations, which the sft room reads'
+        if {'messages', 'conversations'} & set(row)
+        else 'name the one that holds the text with field='
+    )
+    note = f'no text field among {", ".join(map(str, list(row)[:8]))}: {why}'
+    if note not in notes and len(notes) < 5:
+        notes.append(note)
+    return None
+
+
 def _json_docs(f, field, notes):
     "Rows of JSON or JSON lines -> (line number, text, None or why it has none)"
     first = next((l for l in f if l.strip()), '')
     f.seek(0)
-    if first.lstrip('\ufeff ')[:1] == '[' or first.strip() == '{':   # one JSON value over the whole file
-        try: rows = json.loads(f.read())
-        except json.JSONDecodeError as e: raise LlamaZhError(f'{f.name}, line {e.lineno}, column {e.colno}: not valid JSON ({e.msg})') from None
-        for n, r in enumerate(rows if isinstance(rows, list) else [rows], 1): yield n, _text_of(r, field, notes)
+    if (
+        first.lstrip('\ufeff ')[:1] == '[' or first.strip() == '{'
+    ):  # one JSON value over the whole file
+        try:
+            rows = json.loads(f.read())
+        except json.JSONDecodeError as e:
+            raise LlamaZhError(
+                f'{f.name}, line {e.lineno}, column {e.colno}: not valid JSON ({e.msg})'
+            ) from None
+        for n, r in enumerate(rows if isinstance(rows, list) else [rows], 1):
+            yield n, _text_of(r, field, notes)
         return
     for n, line in enumerate(f, 1):
-        if not line.strip(): continue
-        if BAD.search(line): yield n, line; continue
-        try: yield n, _text_of(json.loads(line), field, notes)
-        except (json.JSONDecodeError, RecursionError): yield n, False
+        if not line.strip():
+            continue
+        if BAD.search(line):
+            yield n, line
+            continue
+        try:
+            yield n, _text_of(json.loads(line), field, notes)
+        except (json.JSONDecodeError, RecursionError):
+            yield n, False
 
 # %% ../../nbs/text/files.ipynb #e0b33cb9
 def _csv_docs(f, field, notes):
     csv.field_size_limit(1 << 30)
     rows = csv.DictReader(f)
     while True:
-        try: row = next(rows)
-        except StopIteration: return
-        except csv.Error: yield rows.line_num, False; continue
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error:
+            yield rows.line_num, False
+            continue
         yield rows.line_num, _text_of(row, field, notes)
+
+
 def _parquet_docs(path, field, notes):
     pq = need('pyarrow.parquet', 'train')
-    try: f = pq.ParquetFile(path)
-    except Exception as e: raise LlamaZhError(f'{path} is {what_is(path)}, not a readable Parquet file ({str(e)[:80]})') from None
-    names = [c for c in f.schema_arrow.names if c in _FIELDS or c == field or c in (field or ())] or None
+    try:
+        f = pq.ParquetFile(path)
+    except Exception as e:
+        raise LlamaZhError(
+            f'{path} is {what_is(path)}, not a readable Parquet file ({str(e)[:80]})'
+        ) from None
+    names = [
+        c for c in f.schema_arrow.names if c in _FIELDS or c == field or c in (field or ())
+    ] or None
     rows = (r for b in f.iter_batches(1000, columns=names) for r in b.to_pylist())
-    for n, r in enumerate(rows, 1): yield n, _text_of(r, field, notes)
+    for n, r in enumerate(rows, 1):
+        yield n, _text_of(r, field, notes)
 
 # %% ../../nbs/text/files.ipynb #d92ba289
-_NOT_TEXT = ('git-LFS','HTML','zip','GGUF','gzip','PDF','pickle','PNG','bzip2','xz file','safetensors','PyTorch','SentencePiece','zero bytes','folder','missing')
+_NOT_TEXT = (
+    'git-LFS',
+    'HTML',
+    'zip',
+    'GGUF',
+    'gzip',
+    'PDF',
+    'pickle',
+    'PNG',
+    'bzip2',
+    'xz file',
+    'safetensors',
+    'PyTorch',
+    'SentencePiece',
+    'zero bytes',
+    'folder',
+    'missing',
+)
 SUFFIXES = ('.txt', '.md', '.jsonl', '.json', '.csv', '.parquet')
+
+
 def read_docs(
-    path,            # a file; its suffix chooses the reader, its content decides between JSON and JSON lines
-    encoding=None,   # known encoding, else detected
-    unit:str='auto', # what a document is in .txt: 'line', 'paragraph', 'file'
-    field=None,      # name of the text field, or a list of names to be joined
-    notes:list=None, # filled with what was found: encoding, unit, oddities
-): # yields (line or row number, text); text is None where a row has none, False where it could not be parsed
+    path,  # a file; its suffix chooses the reader, its content decides between JSON and JSON lines
+    encoding=None,  # known encoding, else detected
+    unit: str = 'auto',  # what a document is in .txt: 'line', 'paragraph', 'file'
+    field=None,  # name of the text field, or a list of names to be joined
+    notes: list = None,  # filled with what was found: encoding, unit, oddities
+):  # yields (line or row number, text); text is None where a row has none, False where it could not be parsed
     "Raw documents of one file, one at a time"
     path, notes = Path(path), [] if notes is None else notes
-    if path.suffix.lower() == '.parquet': yield from _parquet_docs(path, field, notes); return
-    if any(k in what_is(path) for k in _NOT_TEXT): raise LlamaZhError(f'{path} is {what_is(path)}: text was expected')
+    if path.suffix.lower() == '.parquet':
+        yield from _parquet_docs(path, field, notes)
+        return
+    if any(k in what_is(path) for k in _NOT_TEXT):
+        raise LlamaZhError(f'{path} is {what_is(path)}: text was expected')
     enc, found = detect(path, encoding)
     notes += [f'encoding: {enc}', *found]
-    with open(path, encoding=enc, errors='surrogateescape', newline='' if path.suffix.lower() == '.csv' else None) as f:
-        docs = {'.csv': _csv_docs, '.json': _json_docs, '.jsonl': _json_docs}.get(path.suffix.lower()) or (_json_docs if _json_line(f) else None)
-        if docs: docs = docs(f, field, notes)
-        else: docs = _txt_docs(f, 'file' if unit == 'auto' and path.suffix.lower() == '.md' else unit, notes)
+    with open(
+        path,
+        encoding=enc,
+        errors='surrogateescape',
+        newline='' if path.suffix.lower() == '.csv' else None,
+    ) as f:
+        docs = {'.csv': _csv_docs, '.json': _json_docs, '.jsonl': _json_docs}.get(
+            path.suffix.lower()
+        ) or (_json_docs if _json_line(f) else None)
+        if docs:
+            docs = docs(f, field, notes)
+        else:
+            docs = _txt_docs(
+                f, 'file' if unit == 'auto' and path.suffix.lower() == '.md' else unit, notes
+            )
         cut = any('ends in the middle' in o for o in found)
-        for n, text in docs: yield n, _whole(text) if text and cut else text
+        for n, text in docs:
+            yield n, _whole(text) if text and cut else text
+
+
 def _json_line(f):
     "Whether an open file begins with a JSON object on one line, whatever its name says"
     first = f.readline(1 << 20)
     f.seek(0)
-    try: return first[:1] == '{' and isinstance(json.loads(first), dict)
-    except (json.JSONDecodeError, RecursionError): return False
+    try:
+        return first[:1] == '{' and isinstance(json.loads(first), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
 def _whole(text):
     "Without the cut character at the very end"
     return text[:-4] + BAD.sub('', text[-4:])
 
 # %% ../../nbs/text/files.ipynb #c0ffee02
 def json_strings(
-    path, # a JSON or JSON lines file
-): # yields its lines, \u escapes read; nothing for other files
+    path,  # a JSON or JSON lines file
+):  # yields its lines, \u escapes read; nothing for other files
     "All there is in a JSON file without a field that is known to hold text"
     path = Path(path)
-    if not path.is_file() or path.suffix.lower() not in ('.json', '.jsonl', '.txt'): return
+    if not path.is_file() or path.suffix.lower() not in ('.json', '.jsonl', '.txt'):
+        return
     with path.open(encoding=detect(path)[0], errors='replace') as lines:
-        for line in lines: yield re.sub(r'\\u([0-9a-fA-F]{4})', lambda m: chr(int(m[1], 16)), line)
+        for line in lines:
+            yield re.sub(r'\\u([0-9a-fA-F]{4})', lambda m: chr(int(m[1], 16)), line)
 
 # %% ../../nbs/text/files.ipynb #01cf42fc
 def find_files(
-    sources,   # a file, folder or glob pattern, or a list of them
-    skip=None, # a folder to leave out (the one being written)
-)->list: # of (path, short name), in a fixed order, each once
+    sources,  # a file, folder or glob pattern, or a list of them
+    skip=None,  # a folder to leave out (the one being written)
+) -> list:  # of (path, short name), in a fixed order, each once
     "The files meant by `sources`; a name that means nothing is an error"
     found, skip = {}, skip and Path(skip).absolute()
     for s in [sources] if isinstance(sources, (str, Path)) else sources:
         p = Path(s).expanduser()
-        if p.is_dir(): got, root = [f for f in sorted(p.rglob('*')) if f.suffix.lower() in SUFFIXES and f.is_file() and not f.name.startswith('.')], p
-        elif p.is_file(): got, root = [p], p.parent
-        else: got, root = [Path(f) for f in sorted(glob.glob(str(p), recursive=True)) if Path(f).is_file()], p.parent
-        if not got: raise LlamaZhError(f"{s}: {f'no {chr(47).join(SUFFIXES)} file in this folder' if p.is_dir() else 'no such file, and no file matches it as a pattern'}")
+        if p.is_dir():
+            got, root = (
+                [
+                    f
+                    for f in sorted(p.rglob('*'))
+                    if f.suffix.lower() in SUFFIXES and f.is_file() and not f.name.startswith('.')
+                ],
+                p,
+            )
+        elif p.is_file():
+            got, root = [p], p.parent
+        else:
+            got, root = (
+                [Path(f) for f in sorted(glob.glob(str(p), recursive=True)) if Path(f).is_file()],
+                p.parent,
+            )
+        if not got:
+            raise LlamaZhError(
+                f'{s}: {f"no {chr(47).join(SUFFIXES)} file in this folder" if p.is_dir() else "no such file, and no file matches it as a pattern"}'
+            )
         for f in got:
-            if skip and skip in f.absolute().parents: continue
-            try: name = f.relative_to(root).as_posix()
-            except ValueError: name = f.name
+            if skip and skip in f.absolute().parents:
+                continue
+            try:
+                name = f.relative_to(root).as_posix()
+            except ValueError:
+                name = f.name
             found.setdefault(f.resolve(), (f, name))
     return list(found.values())

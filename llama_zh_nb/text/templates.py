@@ -7,64 +7,96 @@ __all__ = ['LONG_ANSWER', 'check_messages', 'Seg', 'Template', 'get_template', '
            'Coloured', 'add_template', 'find_template', 'write_template']
 
 # %% ../../nbs/07_templates.ipynb #3c35463b
-import difflib, html, re
-from dataclasses import dataclass, field, replace
+import difflib
+import html
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+
 from ..core.errors import LlamaZhError, read_json, write_json, writing
 
 # %% ../../nbs/07_templates.ipynb #e0ed8c04
 def _content(m, i):
     "The text of message `i`; OpenAI's list of text parts is joined."
     c = m.get('content')
-    if isinstance(c, list) and all(isinstance(p, dict) and isinstance(p.get('text'), str) for p in c): c = ''.join(p['text'] for p in c)
-    if not isinstance(c, str): raise LlamaZhError(f'message {i}: content is {type(c).__name__}, expected a string; pass the text itself')
+    if isinstance(c, list) and all(
+        isinstance(p, dict) and isinstance(p.get('text'), str) for p in c
+    ):
+        c = ''.join(p['text'] for p in c)
+    if not isinstance(c, str):
+        raise LlamaZhError(
+            f'message {i}: content is {type(c).__name__}, expected a string; pass the text itself'
+        )
     return c
 
 # %% ../../nbs/07_templates.ipynb #d8dba2c7
 def check_messages(
-    messages:list[dict], # OpenAI messages: an optional system message, then user and assistant in turn
-    system:str|None=None # used where the messages bring no system text of their own
-)->tuple[str|None,list[tuple[str,str]]]: # system text or None, [(role, text), ...]
+    messages: list[
+        dict
+    ],  # OpenAI messages: an optional system message, then user and assistant in turn
+    system: str | None = None,  # used where the messages bring no system text of their own
+) -> tuple[str | None, list[tuple[str, str]]]:  # system text or None, [(role, text), ...]
     "Check order and types of `messages`; raise `LlamaZhError` naming the first message that is wrong."
-    if not isinstance(messages, (list, tuple)) or not messages: raise LlamaZhError('a conversation is a list of messages with at least one user message; got ' + (type(messages).__name__ if messages else 'an empty one'))
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise LlamaZhError(
+            'a conversation is a list of messages with at least one user message; got '
+            + (type(messages).__name__ if messages else 'an empty one')
+        )
     turns, want = [], 'user'
     for i, m in enumerate(messages):
         role = m.get('role') if isinstance(m, dict) else None
-        if role == 'system' and i == 0: system = _content(m, i); continue
-        if role != want: raise LlamaZhError(f'message {i}: role {role!r}, expected {want!r}; after an optional system message, user and assistant take turns')
+        if role == 'system' and i == 0:
+            system = _content(m, i)
+            continue
+        if role != want:
+            raise LlamaZhError(
+                f'message {i}: role {role!r}, expected {want!r}; after an optional system message, user and assistant take turns'
+            )
         turns.append((role, _content(m, i).strip()))
         want = 'assistant' if want == 'user' else 'user'
-    if not turns: raise LlamaZhError('a conversation needs at least one user message; got a system message only')
+    if not turns:
+        raise LlamaZhError(
+            'a conversation needs at least one user message; got a system message only'
+        )
     return (system.strip() or None) if system else None, turns
 
 # %% ../../nbs/07_templates.ipynb #fa33210f
 class Seg(NamedTuple):
     "A segment of a rendered conversation."
+
     kind: str  # 'bos' or 'eos' (one control token), 'text'
     text: str = ''
     learn: bool = False  # counted in the loss
-    start: bool = True   # begins a run of text, so SentencePiece's dummy prefix stands in front
+    start: bool = True  # begins a run of text, so SentencePiece's dummy prefix stands in front
 
 # %% ../../nbs/07_templates.ipynb #b11761a1
 @dataclass(frozen=True)
 class Template:
     "A chat layout. Every user turn starts with BOS, every answer ends with EOS."
+
     name: str
-    user: str                      # layout of a user turn; holds {user}, and {system} where the system text stands inside it
-    system: str = ''               # layout of the system text: put in for {system}, or a turn of its own if `user` has no {system}
-    answer: str = '{answer}'       # layout of an answer, from the first learnt character
-    split: bool = False            # user turn, answer and system text each between their own BOS and EOS
-    head: str = ''                 # if `split`: what stands before the answer
-    own_text: bool = False         # the answer is encoded as a text of its own, with SentencePiece's dummy prefix
-    markers: tuple = ()            # strings of the layout that text must not be able to forge
-    default_system: str|None = None # the system text that came with the layout; used if `system=True`
+    user: str  # layout of a user turn; holds {user}, and {system} where the system text stands inside it
+    system: str = ''  # layout of the system text: put in for {system}, or a turn of its own if `user` has no {system}
+    answer: str = '{answer}'  # layout of an answer, from the first learnt character
+    split: bool = False  # user turn, answer and system text each between their own BOS and EOS
+    head: str = ''  # if `split`: what stands before the answer
+    own_text: bool = (
+        False  # the answer is encoded as a text of its own, with SentencePiece's dummy prefix
+    )
+    markers: tuple = ()  # strings of the layout that text must not be able to forge
+    default_system: str | None = (
+        None  # the system text that came with the layout; used if `system=True`
+    )
     aliases: tuple = ()
 
-    def _system(self, system): return self.default_system if system is True else system
-    def clean(self, text): # text that is not ours
+    def _system(self, system):
+        return self.default_system if system is True else system
+
+    def clean(self, text):  # text that is not ours
         "`text` with the markers of the layout broken by a space after their first character."
-        for m in self.markers: text = text.replace(m, m[0] + ' ' + m[1:])
+        for m in self.markers:
+            text = text.replace(m, m[0] + ' ' + m[1:])
         return text
 
     def broken(self, messages):
@@ -74,17 +106,36 @@ class Template:
     def segments(self, messages, add_generation_prompt=False, system=None):
         "`messages` as a list of `Seg`."
         system, turns = check_messages(messages, self._system(system))
-        if add_generation_prompt and turns[-1][0] != 'user': raise LlamaZhError('add_generation_prompt needs a conversation that ends with a user message; the last one is of the assistant')
+        if add_generation_prompt and turns[-1][0] != 'user':
+            raise LlamaZhError(
+                'add_generation_prompt needs a conversation that ends with a user message; the last one is of the assistant'
+            )
         inside, out = '{system}' in self.user, []
         sys_text = self.system.replace('{system}', self.clean(system)) if system else ''
-        if sys_text and not inside: out += [Seg('bos'), Seg('text', sys_text), Seg('eos')]
+        if sys_text and not inside:
+            out += [Seg('bos'), Seg('text', sys_text), Seg('eos')]
         for i, (role, text) in enumerate(turns):
             if role == 'user':
-                run = self.user.replace('{system}', sys_text if i == 0 else '', 1) if inside else self.user
+                run = (
+                    self.user.replace('{system}', sys_text if i == 0 else '', 1)
+                    if inside
+                    else self.user
+                )
                 out += [Seg('bos'), Seg('text', _fill(run, '{user}', self.clean(text)))]
-                if self.split: out.append(Seg('eos'))
-                if self.split and (i + 1 < len(turns) or add_generation_prompt): out += [Seg('bos'), Seg('text', self.head)]
-            else: out += [Seg('text', _fill(self.answer, '{answer}', self.clean(text)), True, self.own_text), Seg('eos', learn=True)]
+                if self.split:
+                    out.append(Seg('eos'))
+                if self.split and (i + 1 < len(turns) or add_generation_prompt):
+                    out += [Seg('bos'), Seg('text', self.head)]
+            else:
+                out += [
+                    Seg(
+                        'text',
+                        _fill(self.answer, '{answer}', self.clean(text)),
+                        True,
+                        self.own_text,
+                    ),
+                    Seg('eos', learn=True),
+                ]
         return out
 
 # %% ../../nbs/07_templates.ipynb #655676a0
@@ -94,164 +145,296 @@ def _fill(layout, slot, text):
     return before + text + after
 
 # %% ../../nbs/07_templates.ipynb #e2b62b91
-_ALPACA2 = Template('alpaca2', user='[INST] {system}{user} [/INST]', system='<<SYS>>\n{system}\n<</SYS>>\n\n', answer=' {answer}',
-    markers=('[INST]', '[/INST]', '<<SYS>>', '<</SYS>>'), aliases=('chinese-alpaca-2',),
-    default_system='You are a helpful assistant. 你是一个乐于助人的助手。')
+_ALPACA2 = Template(
+    'alpaca2',
+    user='[INST] {system}{user} [/INST]',
+    system='<<SYS>>\n{system}\n<</SYS>>\n\n',
+    answer=' {answer}',
+    markers=('[INST]', '[/INST]', '<<SYS>>', '<</SYS>>'),
+    aliases=('chinese-alpaca-2',),
+    default_system='You are a helpful assistant. 你是一个乐于助人的助手。',
+)
 LONG_ANSWER = '请你提供专业、有逻辑、内容真实、有价值的详细回复。'  # appended to alpaca2's system text for longer answers
 
 # %% ../../nbs/07_templates.ipynb #78dc958f
-_STANFORD = ('Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n'
-             '### Instruction:\n{user}\n\n### Response: ')
-_META = ('You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. Your answers should not include any harmful, unethical, '
-         'racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any '
-         "sense, or is not factually coherent, explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false information.")
-_TEMPLATES = {t.name: t for t in (_ALPACA2,
-    replace(_ALPACA2, name='alpaca2-tight', answer='{answer}', aliases=()),
-    replace(_ALPACA2, name='llama2-chat', answer=' {answer} ', default_system=_META, aliases=('llama2', 'llama-2', 'linksoul')),
-    Template('human-assistant', user='Human: {user}\n', system='System: {system}\n', head='Assistant:', answer=' {answer}\n', split=True, aliases=('atom', 'literary')),
-    Template('zhu', user='\nhuman:\n{user}\n', system='\nsystem:\n{system}\n', head='\nassistant:\n', answer='{answer}\n', split=True, aliases=('chinese-llama2',)),
-    Template('alpaca1', user=_STANFORD.replace('{user}', '{system}{user}'), system='{system}\n', own_text=True, markers=('### Instruction:', '### Response:'), aliases=('stanford', 'alpaca')))}
+_STANFORD = (
+    'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n'
+    '### Instruction:\n{user}\n\n### Response: '
+)
+_META = (
+    'You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. Your answers should not include any harmful, unethical, '
+    'racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any '
+    "sense, or is not factually coherent, explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false information."
+)
+_TEMPLATES = {
+    t.name: t
+    for t in (
+        _ALPACA2,
+        replace(_ALPACA2, name='alpaca2-tight', answer='{answer}', aliases=()),
+        replace(
+            _ALPACA2,
+            name='llama2-chat',
+            answer=' {answer} ',
+            default_system=_META,
+            aliases=('llama2', 'llama-2', 'linksoul'),
+        ),
+        Template(
+            'human-assistant',
+            user='Human: {user}\n',
+            system='System: {system}\n',
+            head='Assistant:',
+            answer=' {answer}\n',
+            split=True,
+            aliases=('atom', 'literary'),
+        ),
+        Template(
+            'zhu',
+            user='\nhuman:\n{user}\n',
+            system='\nsystem:\n{system}\n',
+            head='\nassistant:\n',
+            answer='{answer}\n',
+            split=True,
+            aliases=('chinese-llama2',),
+        ),
+        Template(
+            'alpaca1',
+            user=_STANFORD.replace('{user}', '{system}{user}'),
+            system='{system}\n',
+            own_text=True,
+            markers=('### Instruction:', '### Response:'),
+            aliases=('stanford', 'alpaca'),
+        ),
+    )
+}
 
 # %% ../../nbs/07_templates.ipynb #c5b5e456
 def get_template(
-    name:'str|Template'='alpaca2', # a name, an alias (atom, literary, linksoul, stanford), or a `Template`
-    **changes # fields to change, as in `get_template('alpaca2', own_text=True)`
-)->Template:
+    name: 'str|Template' = 'alpaca2',  # a name, an alias (atom, literary, linksoul, stanford), or a `Template`
+    **changes,  # fields to change, as in `get_template('alpaca2', own_text=True)`
+) -> Template:
     "The template called `name`; an unknown name raises `LlamaZhError` with the nearest ones."
     if not isinstance(name, Template):
         known = {a: t for t in _TEMPLATES.values() for a in (t.name, *t.aliases)}
         key = str(name).strip().lower().replace('_', '-')
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=2, cutoff=.5)
-            raise LlamaZhError(f'unknown chat template {name!r}' + (f'; did you mean {" or ".join(near)}?' if near else '.') + f' Known: {", ".join(sorted(known))}')
+            near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+            raise LlamaZhError(
+                f'unknown chat template {name!r}'
+                + (f'; did you mean {" or ".join(near)}?' if near else '.')
+                + f' Known: {", ".join(sorted(known))}'
+            )
         name = known[key]
     return replace(name, **changes) if changes else name
 
 # %% ../../nbs/07_templates.ipynb #78c3ba07
-def _render(self:Template, messages, add_generation_prompt=False, system=None, bos='<s>', eos='</s>'):
+def _render(
+    self: Template, messages, add_generation_prompt=False, system=None, bos='<s>', eos='</s>'
+):
     "`messages` as one string; `system=True` uses the layout's published system text."
-    return ''.join({'bos': bos, 'eos': eos}.get(s.kind, s.text) for s in self.segments(messages, add_generation_prompt, system))
+    return ''.join(
+        {'bos': bos, 'eos': eos}.get(s.kind, s.text)
+        for s in self.segments(messages, add_generation_prompt, system)
+    )
+
+
 Template.render = _render
 
 # %% ../../nbs/07_templates.ipynb #1071c646
 def encode_texts(
-    tokenizer, # a Hugging Face tokenizer
-    texts:list[str], # texts without control tokens
-    start=True # False: as the continuation of a text, without the dummy prefix
-)->list[list[int]]: # ids
+    tokenizer,  # a Hugging Face tokenizer
+    texts: list[str],  # texts without control tokens
+    start=True,  # False: as the continuation of a text, without the dummy prefix
+) -> list[list[int]]:  # ids
     "Encode `texts` as plain text: what spells a control token stays text."
-    if not texts: return []
-    enc = lambda ts: tokenizer(ts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)['input_ids']
-    if start: return enc(list(texts))
+    if not texts:
+        return []
+    enc = lambda ts: tokenizer(
+        ts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
+    )['input_ids']
+    if start:
+        return enc(list(texts))
     nl = enc(['\n'])[0]
     ids = enc(['\n' + t for t in texts])
-    if any(i[:len(nl)] != nl for i in ids): raise LlamaZhError('this tokenizer joins a line break with the letter after it, so an answer cannot be encoded apart; rebuild its tokenizer.json with vocab.save_tokenizer')
-    return [i[len(nl):] for i in ids]
+    if any(i[: len(nl)] != nl for i in ids):
+        raise LlamaZhError(
+            'this tokenizer joins a line break with the letter after it, so an answer cannot be encoded apart; rebuild its tokenizer.json with vocab.save_tokenizer'
+        )
+    return [i[len(nl) :] for i in ids]
 
 # %% ../../nbs/07_templates.ipynb #127232eb
 class Encoded(NamedTuple):
     "Token ids of a conversation, and which of them are learnt."
-    ids: list   # token ids
+
+    ids: list  # token ids
     mask: list  # 1 on the tokens of answers and their EOS, 0 elsewhere
+
+
 def _controls(tokenizer):
     "{'bos': id, 'eos': id}, checked."
     out = dict(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
-    if None in out.values() or out['bos'] == out['eos']: raise LlamaZhError(f'the tokenizer needs different BOS and EOS tokens; found {out}; rebuild the folder with vocab.save_tokenizer')
+    if None in out.values() or out['bos'] == out['eos']:
+        raise LlamaZhError(
+            f'the tokenizer needs different BOS and EOS tokens; found {out}; rebuild the folder with vocab.save_tokenizer'
+        )
     return out
 
 # %% ../../nbs/07_templates.ipynb #101696c3
 def encode_chats(
-    template:Template, # the layout
-    tokenizer, # a Hugging Face tokenizer
-    chats:list[list[dict]], # conversations, each a list of messages
-    add_generation_prompt=False, # end with what stands before an answer
-    system:'str|bool|None'=None # a system text for conversations without one; True: the layout's own
-)->list[Encoded]:
+    template: Template,  # the layout
+    tokenizer,  # a Hugging Face tokenizer
+    chats: list[list[dict]],  # conversations, each a list of messages
+    add_generation_prompt=False,  # end with what stands before an answer
+    system: 'str|bool|None' = None,  # a system text for conversations without one; True: the layout's own
+) -> list[Encoded]:
     "Encode conversations segment by segment: control tokens as ids, text as text."
-    control, segs = _controls(tokenizer), [template.segments(c, add_generation_prompt, system) for c in chats]
+    control, segs = (
+        _controls(tokenizer),
+        [template.segments(c, add_generation_prompt, system) for c in chats],
+    )
     table = {}
     for start in (True, False):
-        texts = list(dict.fromkeys(s.text for c in segs for s in c if s.kind == 'text' and s.start == start))
+        texts = list(
+            dict.fromkeys(s.text for c in segs for s in c if s.kind == 'text' and s.start == start)
+        )
         table.update(zip(((t, start) for t in texts), encode_texts(tokenizer, texts, start)))
     forbidden = {*control.values(), tokenizer.pad_token_id} - {tokenizer.unk_token_id}
     for (text, _), ids in table.items():
-        if not forbidden.isdisjoint(ids): raise LlamaZhError(f'the tokenizer turns plain text into a control token: {text[:60]!r}; rebuild its tokenizer.json with vocab.save_tokenizer')
+        if not forbidden.isdisjoint(ids):
+            raise LlamaZhError(
+                f'the tokenizer turns plain text into a control token: {text[:60]!r}; rebuild its tokenizer.json with vocab.save_tokenizer'
+            )
     out = []
     for c in segs:
-        parts = [(table[s.text, s.start] if s.kind == 'text' else [control[s.kind]], int(s.learn)) for s in c]
-        out.append(Encoded([i for ids, _ in parts for i in ids], [m for ids, m in parts for _ in ids]))
+        parts = [
+            (table[s.text, s.start] if s.kind == 'text' else [control[s.kind]], int(s.learn))
+            for s in c
+        ]
+        out.append(
+            Encoded([i for ids, _ in parts for i in ids], [m for ids, m in parts for _ in ids])
+        )
     return out
 
 # %% ../../nbs/07_templates.ipynb #834808b7
-def _encode(self:Template, tokenizer, messages, add_generation_prompt=False, system=None):
+def _encode(self: Template, tokenizer, messages, add_generation_prompt=False, system=None):
     "Ids and answer mask of one conversation, as `Encoded`."
     return encode_chats(self, tokenizer, [messages], add_generation_prompt, system)[0]
-def _stop_ids(self:Template, tokenizer):
+
+
+def _stop_ids(self: Template, tokenizer):
     "Ids that end an answer."
     return [_controls(tokenizer)['eos']]
+
+
 Template.encode, Template.stop_ids = _encode, _stop_ids
 
 # %% ../../nbs/07_templates.ipynb #e0eec65f
 class Coloured:
     "A conversation token by token: green is learnt, grey is only read, framed are control tokens."
+
     def __init__(self, tokenizer, encoded):
-        self.rows = [(p.replace('▁', '␣'), m, i in set(tokenizer.all_special_ids)) for i, p, m in
-                     zip(encoded.ids, tokenizer.convert_ids_to_tokens(encoded.ids), encoded.mask)]
-    def __repr__(self): return ' '.join(f'[{p}]' if m else p for p, m, _ in self.rows)
+        self.rows = [
+            (p.replace('▁', '␣'), m, i in set(tokenizer.all_special_ids))
+            for i, p, m in zip(
+                encoded.ids, tokenizer.convert_ids_to_tokens(encoded.ids), encoded.mask
+            )
+        ]
+
+    def __repr__(self):
+        return ' '.join(f'[{p}]' if m else p for p, m, _ in self.rows)
+
     def _repr_html_(self):
-        css = lambda m, c: f'background:{"#bfe8c5" if m else "#e8e8ec"};color:#111;border:1px solid {"#888" if c else "transparent"};border-radius:3px;padding:0 2px;margin:1px'
-        return '<div style="line-height:2">' + ' '.join(f'<span style="{css(m, c)}">{html.escape(p)}</span>' for p, m, c in self.rows) + '</div>'
+        css = lambda m, c: (
+            f'background:{"#bfe8c5" if m else "#e8e8ec"};color:#111;border:1px solid {"#888" if c else "transparent"};border-radius:3px;padding:0 2px;margin:1px'
+        )
+        return (
+            '<div style="line-height:2">'
+            + ' '.join(
+                f'<span style="{css(m, c)}">{html.escape(p)}</span>' for p, m, c in self.rows
+            )
+            + '</div>'
+        )
 
 # %% ../../nbs/07_templates.ipynb #244ea457
-def _q(s): return "'" + s.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n') + "'"
+def _q(s):
+    return "'" + s.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n') + "'"
+
+
 def _expr(layout, **slots):
     "A layout as a Jinja expression."
     parts = [p for p in re.split(r'(\{\w+\})', layout) if p]
-    return ' + '.join(slots[p[1:-1]] if p[1:-1] in slots and p[0] == '{' else _q(p) for p in parts) or "''"
+    return (
+        ' + '.join(slots[p[1:-1]] if p[1:-1] in slots and p[0] == '{' else _q(p) for p in parts)
+        or "''"
+    )
 
 # %% ../../nbs/07_templates.ipynb #8dcb1351
-def _jinja(self:Template, generation=False):
+def _jinja(self: Template, generation=False):
     "The layout as a Jinja chat template. `generation=True` adds trl's marks around what is learnt."
     marks = dict.fromkeys((*self.markers, '<s>', '</s>', '<unk>', '<pad>'))
-    clean = '{%- macro clean(t) -%}{{ t' + ''.join(f'|replace({_q(m)}, {_q(m[0] + " " + m[1:])})' for m in marks) + ' }}{%- endmacro -%}'
+    clean = (
+        '{%- macro clean(t) -%}{{ t'
+        + ''.join(f'|replace({_q(m)}, {_q(m[0] + " " + m[1:])})' for m in marks)
+        + ' }}{%- endmacro -%}'
+    )
     inside, sys = '{system}' in self.user, _expr(self.system, system='clean(ns.system)')
-    user = _expr(self.user, user='clean(m.content|trim)', system=f"({sys} if ns.system and loop.first else '')")
-    ask = f"bos_token + {user}" + (' + eos_token' if self.split else '')
-    head, answer = (f'bos_token + {_q(self.head)}' if self.split else "''"), f"{_expr(self.answer, answer='clean(m.content|trim)')} + eos_token"
+    user = _expr(
+        self.user,
+        user='clean(m.content|trim)',
+        system=f"({sys} if ns.system and loop.first else '')",
+    )
+    ask = f'bos_token + {user}' + (' + eos_token' if self.split else '')
+    head, answer = (
+        (f'bos_token + {_q(self.head)}' if self.split else "''"),
+        f'{_expr(self.answer, answer="clean(m.content|trim)")} + eos_token',
+    )
     g = ('{% generation %}', '{% endgeneration %}') if generation else ('', '')
-    return (f'{{#- llama-zh template: {self.name} -#}}{clean}'
+    return (
+        f'{{#- llama-zh template: {self.name} -#}}{clean}'
         "{%- set ns = namespace(system='') -%}{%- set turns = messages -%}"
         "{%- if messages[0].role == 'system' -%}{%- set ns.system = messages[0].content|trim -%}{%- set turns = messages[1:] -%}{%- endif -%}"
-        + ('' if inside else f'{{%- if ns.system -%}}{{{{ bos_token + {sys} + eos_token }}}}{{%- endif -%}}')
+        + (
+            ''
+            if inside
+            else f'{{%- if ns.system -%}}{{{{ bos_token + {sys} + eos_token }}}}{{%- endif -%}}'
+        )
         + "{%- for m in turns -%}{%- if m.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
         "{{ raise_exception('user and assistant must take turns, after an optional system message') }}{%- endif -%}"
         + f"{{%- if m.role == 'user' -%}}{{{{ {ask} }}}}{{%- if not loop.last or add_generation_prompt -%}}{{{{ {head} }}}}{{%- endif -%}}"
-        + f"{{%- else -%}}{g[0]}{{{{ {answer} }}}}{g[1]}{{%- endif -%}}{{%- endfor -%}}")
+        + f'{{%- else -%}}{g[0]}{{{{ {answer} }}}}{g[1]}{{%- endif -%}}{{%- endfor -%}}'
+    )
+
+
 Template.jinja = _jinja
 
 # %% ../../nbs/07_templates.ipynb #8284a9ab
 def add_template(
-    tokenizer, # a Hugging Face tokenizer; changed in place
-    template:'str|Template'='alpaca2' # the layout
+    tokenizer,  # a Hugging Face tokenizer; changed in place
+    template: 'str|Template' = 'alpaca2',  # the layout
 ):
     "Put `template` into `tokenizer`, so that `apply_chat_template` gives the ids of `Template.encode`."
     tokenizer.chat_template = get_template(template).jinja()
     tokenizer.split_special_tokens = False
     tokenizer.init_kwargs['split_special_tokens'] = False
     return tokenizer
-def find_template(tokenizer)->Template|None: # None if the tokenizer has no template of ours
+
+
+def find_template(tokenizer) -> Template | None:  # None if the tokenizer has no template of ours
     "The template that `add_template` put into `tokenizer`."
     m = re.match(r'\{#- llama-zh template: ([\w-]+) -#\}', tokenizer.chat_template or '')
     return _TEMPLATES.get(m[1]) if m else None
 
 # %% ../../nbs/07_templates.ipynb #4eeefa92
 def write_template(
-    folder, # a model or tokenizer folder with a `tokenizer_config.json`
-    template:'str|Template'='alpaca2' # the layout
-)->Path: # the folder
+    folder,  # a model or tokenizer folder with a `tokenizer_config.json`
+    template: 'str|Template' = 'alpaca2',  # the layout
+) -> Path:  # the folder
     "Put `template` into a folder on disk, as `add_template` does in memory; all other files stay as they are."
     folder, t = Path(folder), get_template(template)
-    conf = read_json(folder/'tokenizer_config.json')
-    with writing(folder/'chat_template.jinja') as f: Path(f).write_text(t.jinja(), encoding='utf-8')
-    write_json(folder/'tokenizer_config.json', {**{k: v for k, v in conf.items() if k != 'chat_template'}, 'split_special_tokens': False})
+    conf = read_json(folder / 'tokenizer_config.json')
+    with writing(folder / 'chat_template.jinja') as f:
+        Path(f).write_text(t.jinja(), encoding='utf-8')
+    write_json(
+        folder / 'tokenizer_config.json',
+        {**{k: v for k, v in conf.items() if k != 'chat_template'}, 'split_special_tokens': False},
+    )
     return folder

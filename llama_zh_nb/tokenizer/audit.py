@@ -4,48 +4,90 @@
 
 # %% ../../nbs/tokenizer/audit.ipynb #cfb93c37
 from __future__ import annotations
+
+import os
+import re
+import textwrap
 from collections import Counter
-from dataclasses import dataclass, field, asdict
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
-import os, re, textwrap
+
 from ..core.errors import LlamaZhError, need, write_json, writing
 from ..text.files import are_files
-from .exact import CONTROL, NORMAL, dead_pieces, exact_tokenizer, load_json, open_tokenizer, processor, read_model, tokenizer_kind
+from llama_zh_nb.tokenizer.exact import (
+    CONTROL,
+    NORMAL,
+    dead_pieces,
+    exact_tokenizer,
+    load_json,
+    open_tokenizer,
+    processor,
+    read_model,
+    tokenizer_kind,
+)
 
 # %% auto #0
 __all__ = ['ENGLISH', 'pieces_of', 'Tokens', 'show_tokens', 'genres', 'fertility', 'guess_base', 'Audit', 'audit', 'Comparison',
            'compare', 'audit_command', 'compare_command']
 
 # %% ../../nbs/tokenizer/audit.ipynb #9e5b75ca
-def pieces_of(tok,  # a folder, `.model`, `tokenizer.json` or tiktoken file, or a loaded tokenizer
-             ):     # a function from a string to the list of its pieces
+def pieces_of(
+    tok,  # a folder, `.model`, `tokenizer.json` or tiktoken file, or a loaded tokenizer
+):  # a function from a string to the list of its pieces
     "One way to ask every kind of tokenizer"
-    if isinstance(tok, (str, os.PathLike)): tok = open_tokenizer(tok)
-    if hasattr(tok, 'backend_tokenizer'): tok = tok.backend_tokenizer
-    if hasattr(tok, 'encode_as_pieces'): return tok.encode_as_pieces
+    if isinstance(tok, (str, os.PathLike)):
+        tok = open_tokenizer(tok)
+    if hasattr(tok, 'backend_tokenizer'):
+        tok = tok.backend_tokenizer
+    if hasattr(tok, 'encode_as_pieces'):
+        return tok.encode_as_pieces
+
     def f(t):
         e = tok.encode(t, add_special_tokens=False)
-        return [p if p.startswith('<0x') or '▁' in p else t[a:b] for p, (a, b) in zip(e.tokens, e.offsets)]
+        return [
+            p if p.startswith('<0x') or '▁' in p else t[a:b]
+            for p, (a, b) in zip(e.tokens, e.offsets)
+        ]
+
     return f
 
 # %% ../../nbs/tokenizer/audit.ipynb #1a0cac04
 _HUES = (205, 130, 40, 280, 350)
+
+
 def _span(piece, i):
     byte = re.fullmatch(r'<0x(..)>', piece)
-    style = 'background:#ddd;color:#555;font-size:75%' if byte else f'background:hsl({_HUES[i % 5]},70%,86%);color:#111'
+    style = (
+        'background:#ddd;color:#555;font-size:75%'
+        if byte
+        else f'background:hsl({_HUES[i % 5]},70%,86%);color:#111'
+    )
     return f'<span style="{style};padding:1px 2px;margin:1px;border-radius:3px;display:inline-block">{escape(byte[1] if byte else piece)}</span>'
+
+
 class Tokens:
     "A text as several tokenizers cut it; shows itself in colour"
-    def __init__(self, text, cuts): self.text, self.cuts = text, cuts
-    def __repr__(self): return '\n'.join(f'{k} ({len(v)}): {" ".join(v)}' for k, v in self.cuts.items())
+
+    def __init__(self, text, cuts):
+        self.text, self.cuts = text, cuts
+
+    def __repr__(self):
+        return '\n'.join(f'{k} ({len(v)}): {" ".join(v)}' for k, v in self.cuts.items())
+
     def _repr_html_(self):
-        row = lambda k, v: f'<div style="margin:6px 0;line-height:1.9"><b>{escape(k)}</b>: {len(v)} tokens<br>' + ''.join(_span(p, i) for i, p in enumerate(v)) + '</div>'
+        row = lambda k, v: (
+            f'<div style="margin:6px 0;line-height:1.9"><b>{escape(k)}</b>: {len(v)} tokens<br>'
+            + ''.join(_span(p, i) for i, p in enumerate(v))
+            + '</div>'
+        )
         return '<div>' + ''.join(row(*kv) for kv in self.cuts.items()) + '</div>'
 
 # %% ../../nbs/tokenizer/audit.ipynb #189ca516
-def show_tokens(tokenizers:dict,  # name -> anything `pieces_of` takes
-                text:str) -> Tokens:
+def show_tokens(
+    tokenizers: dict,  # name -> anything `pieces_of` takes
+    text: str,
+) -> Tokens:
     "The same text, cut by each tokenizer, in colour"
     return Tokens(text, {k: list(pieces_of(v)(text)) for k, v in tokenizers.items()})
 
@@ -53,140 +95,275 @@ def show_tokens(tokenizers:dict,  # name -> anything `pieces_of` takes
 def _lines(source, most=20_000):
     "Lines of a file or of strings, evenly thinned to `most`"
     named = source if isinstance(source, (str, Path)) and are_files(source) else None
-    if isinstance(source, (str, Path)) and not named: source = [source]
+    if isinstance(source, (str, Path)) and not named:
+        source = [source]
     if isinstance(source, (str, Path)) and Path(source).suffix in ('.txt', '.md'):
-        if not Path(source).is_file(): raise LlamaZhError(f'{source}: no such file.')
-        from llama_zh_nb.any_text import detect
-        out = Path(source).read_text(encoding=detect(source)[0], errors='replace').removeprefix('\ufeff').split('\n')
+        if not Path(source).is_file():
+            raise LlamaZhError(f'{source}: no such file.')
+        from llama_zh_nb.text.files import detect
+
+        out = (
+            Path(source)
+            .read_text(encoding=detect(source)[0], errors='replace')
+            .removeprefix('\ufeff')
+            .split('\n')
+        )
     else:
         if isinstance(source, (str, Path)):
-            from llama_zh_nb.corpus import read_texts
-            from llama_zh_nb.any_text import json_strings
+            from llama_zh_nb.text.files import json_strings, read_texts
+
             source = list(read_texts(source)) or json_strings(source)
         out = [s for t in source for s in t.split('\n')]
     out = [s for s in out if s.strip()]
-    if named and not out: raise LlamaZhError(f'{named}: no line of text in it.')
-    return out[::-(-len(out)//most) or 1]
+    if named and not out:
+        raise LlamaZhError(f'{named}: no line of text in it.')
+    return out[:: -(-len(out) // most) or 1]
 
 # %% ../../nbs/tokenizer/audit.ipynb #f4526c86
 def genres(texts) -> dict[str, list[str]]:
     "Lines by genre, from a dict of texts or files, a list of files (one genre each), or a list of strings"
-    if texts is None: return {}
-    if isinstance(texts, dict): return {k: l for k, v in texts.items() if (l := _lines(v))}
-    if isinstance(texts, (str, Path)): texts = [texts]
+    if texts is None:
+        return {}
+    if isinstance(texts, dict):
+        return {k: l for k, v in texts.items() if (l := _lines(v))}
+    if isinstance(texts, (str, Path)):
+        texts = [texts]
     texts = list(texts)
-    if are_files(texts): return {str(f) if [Path(g).stem for g in texts].count(Path(f).stem) > 1 else Path(f).stem: _lines(f) for f in texts}
+    if are_files(texts):
+        return {
+            str(f)
+            if [Path(g).stem for g in texts].count(Path(f).stem) > 1
+            else Path(f).stem: _lines(f)
+            for f in texts
+        }
     return {'text': _lines(texts)}
 
 # %% ../../nbs/tokenizer/audit.ipynb #84fdf2c6
 def fertility(tok, texts) -> dict[str, float]:
     "Characters per token by genre; higher is better"
     f = pieces_of(tok)
-    return {k: sum(map(len, v)) / max(1, sum(len(f(t)) for t in v)) for k, v in genres(texts).items()}
+    return {
+        k: sum(map(len, v)) / max(1, sum(len(f(t)) for t in v)) for k, v in genres(texts).items()
+    }
 
 # %% ../../nbs/tokenizer/audit.ipynb #ad21b918
-def guess_base(m,  # a `ModelProto`
-              ) -> int:
+def guess_base(
+    m,  # a `ModelProto`
+) -> int:
     "How many pieces the base had, judged by its scores"
     last = None
     for i, p in enumerate(m.pieces):
-        if p.type == CONTROL and last is not None: return i
-        if p.type != NORMAL or p.score < -1e8: continue
-        if last is not None and p.score > last: return i
+        if p.type == CONTROL and last is not None:
+            return i
+        if p.type != NORMAL or p.score < -1e8:
+            continue
+        if last is not None and p.score > last:
+            return i
         last = p.score
     return len(m.pieces)
 
 # %% ../../nbs/tokenizer/audit.ipynb #2f73d71b
-ENGLISH = ['The river runs east, past three bridges and a mill.', 'In 1998 about 12,400 people lived there; today: 9,731.', "It's \"fine\", isn't it? (Yes.)",
-           'def area(r): return 3.14159 * r ** 2  # circle', '    for (int i = 0; i < n; i++) { sum += a[i]; }', 'https://example.org/a_b?c=d&e=%20f', 'Cafés, naïve façades, Zürich.',
-           'a\tb\tc', 'I  had   two    cups.', '<div class="x">3 < 4 && 5 > 2</div>', 'WHO, UNESCO and NASA met on 2021-06-30T08:15Z.', 'She sells sea shells by the sea shore']
+ENGLISH = [
+    'The river runs east, past three bridges and a mill.',
+    'In 1998 about 12,400 people lived there; today: 9,731.',
+    'It\'s "fine", isn\'t it? (Yes.)',
+    'def area(r): return 3.14159 * r ** 2  # circle',
+    '    for (int i = 0; i < n; i++) { sum += a[i]; }',
+    'https://example.org/a_b?c=d&e=%20f',
+    'Cafés, naïve façades, Zürich.',
+    'a\tb\tc',
+    'I  had   two    cups.',
+    '<div class="x">3 < 4 && 5 > 2</div>',
+    'WHO, UNESCO and NASA met on 2021-06-30T08:15Z.',
+    'She sells sea shells by the sea shore',
+]
 _HAN = re.compile('[\u2e80-\u2fdf\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]')
 
 # %% ../../nbs/tokenizer/audit.ipynb #97024c7f
 _NAMES = {1: 'text', 2: 'unknown', 3: 'control', 4: 'user-defined', 5: 'unused', 6: 'byte'}
+
+
 @dataclass
 class Audit:
     "What an audit found; `ok` if every guarantee holds, `faults` says in words which do not"
+
     name: str
-    size: int               # pieces
-    base: int               # of which the base's
-    types: dict             # kind -> pieces
-    flags: dict             # kind of model and normaliser flags
-    unlike: list = field(default_factory=list)    # flags that are not the base's
+    size: int  # pieces
+    base: int  # of which the base's
+    types: dict  # kind -> pieces
+    flags: dict  # kind of model and normaliser flags
+    unlike: list = field(default_factory=list)  # flags that are not the base's
     duplicates: list = field(default_factory=list)
-    moved: int = 0          # base pieces that are not where they were
-    dead: list = field(default_factory=list)      # unreachable pieces among the new ones
-    base_dead: int = 0      # and among the base's
-    ties: int = 0           # new pieces that share a score
-    changed: list = field(default_factory=list)   # lines without Han characters that are cut differently
-    plain: int = 0          # lines without Han characters looked at
-    differ: list = field(default_factory=list)    # lines on which tokenizer.json differs from SentencePiece
-    compared: int = 0       # lines compared
-    broken: list = field(default_factory=list)    # lines that don't survive encoding and decoding
-    before: dict = field(default_factory=dict)    # characters per token by genre, base
-    after: dict = field(default_factory=dict)     # and this vocabulary
+    moved: int = 0  # base pieces that are not where they were
+    dead: list = field(default_factory=list)  # unreachable pieces among the new ones
+    base_dead: int = 0  # and among the base's
+    ties: int = 0  # new pieces that share a score
+    changed: list = field(
+        default_factory=list
+    )  # lines without Han characters that are cut differently
+    plain: int = 0  # lines without Han characters looked at
+    differ: list = field(
+        default_factory=list
+    )  # lines on which tokenizer.json differs from SentencePiece
+    compared: int = 0  # lines compared
+    broken: list = field(default_factory=list)  # lines that don't survive encoding and decoding
+    before: dict = field(default_factory=dict)  # characters per token by genre, base
+    after: dict = field(default_factory=dict)  # and this vocabulary
 
 # %% ../../nbs/tokenizer/audit.ipynb #d81612f8
 def _faults(a) -> list[str]:
-    say = [(a.duplicates, f'{len(a.duplicates):,} duplicate pieces: {" ".join(a.duplicates[:8])}'), (a.moved, f'{a.moved:,} base pieces moved or changed'),
-           (a.dead, f'{len(a.dead):,} dead pieces: {" ".join(a.dead[:8])}'), (a.ties, f'{a.ties:,} new pieces share a score'),
-           (a.changed, f'{len(a.changed):,} of {a.plain:,} lines without Chinese are cut differently than by the base'),
-           (a.differ, f'tokenizer.json differs from SentencePiece on {len(a.differ):,} of {a.compared:,} lines'),
-           (a.broken, f'{len(a.broken):,} lines are not the same after encoding and decoding'),
-           (not a.flags['byte_fallback'], 'no byte fallback: a character without a piece becomes unknown'),
-           (not a.flags['add_dummy_prefix'], 'no space is put before a text (add_dummy_prefix is off), as every Llama needs it'),
-           (a.flags['normaliser'] != 'identity', f'the normaliser {a.flags["normaliser"]!r} rewrites text'),
-           (a.unlike, f'not as in the base: {", ".join(a.unlike)}')]
+    say = [
+        (a.duplicates, f'{len(a.duplicates):,} duplicate pieces: {" ".join(a.duplicates[:8])}'),
+        (a.moved, f'{a.moved:,} base pieces moved or changed'),
+        (a.dead, f'{len(a.dead):,} dead pieces: {" ".join(a.dead[:8])}'),
+        (a.ties, f'{a.ties:,} new pieces share a score'),
+        (
+            a.changed,
+            f'{len(a.changed):,} of {a.plain:,} lines without Chinese are cut differently than by the base',
+        ),
+        (
+            a.differ,
+            f'tokenizer.json differs from SentencePiece on {len(a.differ):,} of {a.compared:,} lines',
+        ),
+        (a.broken, f'{len(a.broken):,} lines are not the same after encoding and decoding'),
+        (
+            not a.flags['byte_fallback'],
+            'no byte fallback: a character without a piece becomes unknown',
+        ),
+        (
+            not a.flags['add_dummy_prefix'],
+            'no space is put before a text (add_dummy_prefix is off), as every Llama needs it',
+        ),
+        (
+            a.flags['normaliser'] != 'identity',
+            f'the normaliser {a.flags["normaliser"]!r} rewrites text',
+        ),
+        (a.unlike, f'not as in the base: {", ".join(a.unlike)}'),
+    ]
     return [s for bad, s in say if bad]
+
+
 def _summary(a):
     "Lines about the whole: pieces, flags, what was compared"
     on = lambda k: k + (' on' if a.flags[k.replace(' ', '_')] else ' off')
-    out = [f'{a.size:,} pieces, {a.base:,} of the base, ' + ', '.join(f'{v:,} {k}' for k, v in a.types.items()),
-           f"{a.flags['model']}, normaliser {a.flags['normaliser']}, " + ', '.join(map(on, ('add dummy prefix', 'remove extra whitespaces', 'byte fallback')))]
-    if a.base_dead: out.append(f"{a.base_dead:,} of the base's own pieces are dead")
-    if a.plain: out.append(f'lines without Chinese: {a.plain - len(a.changed):,} of {a.plain:,} cut as by the base')
-    if a.compared: out.append(f'tokenizer.json = SentencePiece on {a.compared - len(a.differ):,} of {a.compared:,} lines')
+    out = [
+        f'{a.size:,} pieces, {a.base:,} of the base, '
+        + ', '.join(f'{v:,} {k}' for k, v in a.types.items()),
+        f'{a.flags["model"]}, normaliser {a.flags["normaliser"]}, '
+        + ', '.join(map(on, ('add dummy prefix', 'remove extra whitespaces', 'byte fallback'))),
+    ]
+    if a.base_dead:
+        out.append(f"{a.base_dead:,} of the base's own pieces are dead")
+    if a.plain:
+        out.append(
+            f'lines without Chinese: {a.plain - len(a.changed):,} of {a.plain:,} cut as by the base'
+        )
+    if a.compared:
+        out.append(
+            f'tokenizer.json = SentencePiece on {a.compared - len(a.differ):,} of {a.compared:,} lines'
+        )
     return out
 
 # %% ../../nbs/tokenizer/audit.ipynb #e08be9b5
 def _text(a):
-    out = [a.name, *(f'  {s}' for s in _summary(a)), *([f'  FAULT {f}' for f in a.faults] or ['  no fault found'])]
-    out += [f'  {k:24}{a.before[k]:6.3f} -> {v:6.3f} characters per token' for k, v in a.after.items()]
-    if len(a.dead) > 8: out += ['  all dead pieces:', *textwrap.wrap(' '.join(a.dead), 100, initial_indent='    ', subsequent_indent='    ', break_long_words=False)]
+    out = [
+        a.name,
+        *(f'  {s}' for s in _summary(a)),
+        *([f'  FAULT {f}' for f in a.faults] or ['  no fault found']),
+    ]
+    out += [
+        f'  {k:24}{a.before[k]:6.3f} -> {v:6.3f} characters per token' for k, v in a.after.items()
+    ]
+    if len(a.dead) > 8:
+        out += [
+            '  all dead pieces:',
+            *textwrap.wrap(
+                ' '.join(a.dead),
+                100,
+                initial_indent='    ',
+                subsequent_indent='    ',
+                break_long_words=False,
+            ),
+        ]
     return '\n'.join(out)
 
 # %% ../../nbs/tokenizer/audit.ipynb #27d55b70
 def _html(a):
     top = max([*a.after.values(), *a.before.values(), 1e-9])
-    bar = lambda v, c: f'<div style="background:{c};height:9px;width:{v/top*240:.0f}px;margin:1px 0"></div>'
-    rows = ''.join(f'<tr><td>{escape(k)}</td><td>{a.before[k]:.3f}</td><td>{v:.3f}</td><td>{bar(a.before[k], "#bbb")}{bar(v, "#2a7")}</td></tr>' for k, v in a.after.items())
-    table = f'<table><tr><th>characters per token</th><th>base</th><th>this</th><th></th></tr>{rows}</table>' if rows else ''
-    items = [f'<li style="color:#b00">{escape(f)}</li>' for f in a.faults] or ['<li style="color:#060">no fault found</li>']
+    bar = lambda v, c: (
+        f'<div style="background:{c};height:9px;width:{v / top * 240:.0f}px;margin:1px 0"></div>'
+    )
+    rows = ''.join(
+        f'<tr><td>{escape(k)}</td><td>{a.before[k]:.3f}</td><td>{v:.3f}</td><td>{bar(a.before[k], "#bbb")}{bar(v, "#2a7")}</td></tr>'
+        for k, v in a.after.items()
+    )
+    table = (
+        f'<table><tr><th>characters per token</th><th>base</th><th>this</th><th></th></tr>{rows}</table>'
+        if rows
+        else ''
+    )
+    items = [f'<li style="color:#b00">{escape(f)}</li>' for f in a.faults] or [
+        '<li style="color:#060">no fault found</li>'
+    ]
     items += [f'<li>{escape(s)}</li>' for s in _summary(a)]
-    dead = f'<details><summary>all {len(a.dead):,} dead pieces</summary>{"".join(_span(p, i) for i, p in enumerate(a.dead))}</details>' if len(a.dead) > 8 else ''
+    dead = (
+        f'<details><summary>all {len(a.dead):,} dead pieces</summary>{"".join(_span(p, i) for i, p in enumerate(a.dead))}</details>'
+        if len(a.dead) > 8
+        else ''
+    )
     return f'<div><b>{escape(a.name)}</b><ul>{"".join(items)}</ul>{dead}{table}</div>'
 
 # %% ../../nbs/tokenizer/audit.ipynb #8e19c98f
 def _panels(*args, **kw):
     "Axes of a figure that shows once, where it is returned"
-    fig, ax = (plt := need('matplotlib.pyplot', 'train')).subplots(*args, layout='constrained', **kw)
+    fig, ax = (plt := need('matplotlib.pyplot', 'train')).subplots(
+        *args, layout='constrained', **kw
+    )
     plt.close(fig)
     return ax
-def _ascii(names): return [k if k.isascii() else k.encode('ascii', 'ignore').decode().strip(' _-') or f'text {i + 1}' for i, k in enumerate(names)]   # few machines have a Chinese font
+
+
+def _ascii(names):
+    return [
+        k if k.isascii() else k.encode('ascii', 'ignore').decode().strip(' _-') or f'text {i + 1}'
+        for i, k in enumerate(names)
+    ]  # few machines have a Chinese font
+
+
 def _plot(a, ax=None):
     "Two panels: the guarantees, and characters per token before and after, by genre; only the second if an `ax` is given"
     if ax is None:
-        left, ax = _panels(1, 2, figsize=(10, 1.4 + .4*max(4, len(a.after))))
-        say = [('duplicate pieces', a.duplicates), ('base pieces moved', a.moved), ('dead pieces', a.dead), ('new pieces share a score', a.ties), (f'of {a.plain:,} lines without Chinese changed', a.changed),
-               (f'of {a.compared:,} lines differ in tokenizer.json', a.differ), ('lines broken by a round trip', a.broken), ("flags unlike a Llama's", sum(not a.flags[k] for k in ('byte_fallback', 'add_dummy_prefix')) + (a.flags['normaliser'] != 'identity') + len(a.unlike))]
+        left, ax = _panels(1, 2, figsize=(10, 1.4 + 0.4 * max(4, len(a.after))))
+        say = [
+            ('duplicate pieces', a.duplicates),
+            ('base pieces moved', a.moved),
+            ('dead pieces', a.dead),
+            ('new pieces share a score', a.ties),
+            (f'of {a.plain:,} lines without Chinese changed', a.changed),
+            (f'of {a.compared:,} lines differ in tokenizer.json', a.differ),
+            ('lines broken by a round trip', a.broken),
+            (
+                "flags unlike a Llama's",
+                sum(not a.flags[k] for k in ('byte_fallback', 'add_dummy_prefix'))
+                + (a.flags['normaliser'] != 'identity')
+                + len(a.unlike),
+            ),
+        ]
         for i, (what, v) in enumerate(say):
             v = v if isinstance(v, int) else len(v)
             left.text(0, -i, f'{v:,} {what}', color='#b00' if v else '#060')
-        left.set(xlim=(0, 1), ylim=(-len(say), 1), title=f'{a.name if a.name.isascii() else "vocabulary"}: {a.size:,} pieces'); left.axis('off')
+        left.set(
+            xlim=(0, 1),
+            ylim=(-len(say), 1),
+            title=f'{a.name if a.name.isascii() else "vocabulary"}: {a.size:,} pieces',
+        )
+        left.axis('off')
     y = range(len(a.after))
-    ax.barh([i - .18 for i in y], a.before.values(), .34, color='#bbb', label='base')
-    ax.barh([i + .18 for i in y], a.after.values(), .34, color='#2a7', label=f'{a.size:,} pieces')
-    ax.set_yticks(list(y), _ascii(a.after)); ax.invert_yaxis(); ax.set_xlabel('characters per token')
+    ax.barh([i - 0.18 for i in y], a.before.values(), 0.34, color='#bbb', label='base')
+    ax.barh([i + 0.18 for i in y], a.after.values(), 0.34, color='#2a7', label=f'{a.size:,} pieces')
+    ax.set_yticks(list(y), _ascii(a.after))
+    ax.invert_yaxis()
+    ax.set_xlabel('characters per token')
     ax.legend(frameon=False) if a.after else ax.axis('off')
     return ax.figure
 
@@ -199,11 +376,18 @@ Audit.plot, Audit.__repr__, Audit._repr_html_ = _plot, _text, _html
 # %% ../../nbs/tokenizer/audit.ipynb #06a21244
 def _look_at_pieces(a, m, base):
     a.duplicates = [p for p, k in Counter(p.piece for p in m.pieces).items() if k > 1]
-    a.moved = sum((p.piece, p.type, p.score) != (q.piece, q.type, q.score) for p, q in zip(base.pieces, m.pieces)) + max(0, len(base.pieces) - len(m.pieces))
-    if a.duplicates: return      # SentencePiece won't load it
+    a.moved = sum(
+        (p.piece, p.type, p.score) != (q.piece, q.type, q.score)
+        for p, q in zip(base.pieces, m.pieces)
+    ) + max(0, len(base.pieces) - len(m.pieces))
+    if a.duplicates:
+        return  # SentencePiece won't load it
     dead = dead_pieces(m)
-    a.dead, a.base_dead = [m.pieces[i].piece for i in dead if i >= a.base], sum(i < a.base for i in dead)
-    new = [p.score for p in m.pieces[a.base:] if p.type == NORMAL]
+    a.dead, a.base_dead = (
+        [m.pieces[i].piece for i in dead if i >= a.base],
+        sum(i < a.base for i in dead),
+    )
+    new = [p.score for p in m.pieces[a.base :] if p.type == NORMAL]
     a.ties = len(new) - len(set(new))
 
 # %% ../../nbs/tokenizer/audit.ipynb #685798c7
@@ -211,9 +395,16 @@ def _look_at_lines(a, m, base, groups):
     sp, old = processor(m), processor(base)
     lines = [t for v in groups.values() for t in v]
     plain = [t for t in ENGLISH + lines if not _HAN.search(t)]
-    a.plain, a.changed = len(plain), [t for t, x, y in zip(plain, sp.encode(plain), old.encode(plain)) if x != y]
-    tidy = lambda t: re.sub(' +', ' ', t).strip(' ') if m.normalizer_spec.remove_extra_whitespaces else t
-    a.broken = [t for t, d in zip(lines, sp.decode(sp.encode(lines))) if d != tidy(t.replace('▁', ' '))]
+    a.plain, a.changed = (
+        len(plain),
+        [t for t, x, y in zip(plain, sp.encode(plain), old.encode(plain)) if x != y],
+    )
+    tidy = lambda t: (
+        re.sub(' +', ' ', t).strip(' ') if m.normalizer_spec.remove_extra_whitespaces else t
+    )
+    a.broken = [
+        t for t, d in zip(lines, sp.decode(sp.encode(lines))) if d != tidy(t.replace('▁', ' '))
+    ]
     a.before, a.after = fertility(old, groups), fertility(sp, groups)
     return sp, lines
 
@@ -221,117 +412,241 @@ def _look_at_lines(a, m, base, groups):
 def _look_at_json(a, path, sp, lines):
     "tokenizer.json beside the model, if there is one, else the one we would write"
     lines = ENGLISH + lines
-    tok = load_json(path) if path.is_dir() and (path/'tokenizer.json').exists() else exact_tokenizer(read_model(path))
+    tok = (
+        load_json(path)
+        if path.is_dir() and (path / 'tokenizer.json').exists()
+        else exact_tokenizer(read_model(path))
+    )
     hf = tok.encode_batch(lines, add_special_tokens=False)
-    a.compared, a.differ = len(lines), [t for t, x, y in zip(lines, sp.encode(lines), hf) if x != y.ids]
+    a.compared, a.differ = (
+        len(lines),
+        [t for t, x, y in zip(lines, sp.encode(lines), hf) if x != y.ids],
+    )
+
+
 def _flags(m):
     n = m.normalizer_spec
-    return dict(normaliser=n.name or ('custom' if n.precompiled_charsmap else 'identity'), add_dummy_prefix=n.add_dummy_prefix, remove_extra_whitespaces=n.remove_extra_whitespaces,
-                byte_fallback=m.trainer_spec.byte_fallback, model=('', 'UNIGRAM', 'BPE', 'WORD', 'CHAR')[m.trainer_spec.model_type])
+    return dict(
+        normaliser=n.name or ('custom' if n.precompiled_charsmap else 'identity'),
+        add_dummy_prefix=n.add_dummy_prefix,
+        remove_extra_whitespaces=n.remove_extra_whitespaces,
+        byte_fallback=m.trainer_spec.byte_fallback,
+        model=('', 'UNIGRAM', 'BPE', 'WORD', 'CHAR')[m.trainer_spec.model_type],
+    )
 
 # %% ../../nbs/tokenizer/audit.ipynb #dbe6438a
-def audit(path,        # a tokenizer folder or a SentencePiece model
-          base=None,   # the vocabulary it extends; default: judged by the scores
-          texts=None,  # strings, files, or a dict genre -> strings or file
-         ) -> Audit:
+def audit(
+    path,  # a tokenizer folder or a SentencePiece model
+    base=None,  # the vocabulary it extends; default: judged by the scores
+    texts=None,  # strings, files, or a dict genre -> strings or file
+) -> Audit:
     "Check what a vocabulary promises"
     path, m = Path(path), read_model(path)
     if base is None:
         b = type(m).FromString(m.SerializeToString())
-        del b.pieces[guess_base(m):]
-        if len(b.pieces) < len(m.pieces): b.normalizer_spec.add_dummy_prefix = True      # it was extended, so a Llama, and every Llama has one
-    else: b = read_model(base)
+        del b.pieces[guess_base(m) :]
+        if len(b.pieces) < len(m.pieces):
+            b.normalizer_spec.add_dummy_prefix = (
+                True  # it was extended, so a Llama, and every Llama has one
+            )
+    else:
+        b = read_model(base)
     flags = _flags(m)
-    a = Audit(path.stem if path.is_file() else path.name, len(m.pieces), len(b.pieces), dict(Counter(_NAMES[p.type] for p in m.pieces)), flags,
-              [k for k, v in _flags(b).items() if flags[k] != v] if base is not None else [])
+    a = Audit(
+        path.stem if path.is_file() else path.name,
+        len(m.pieces),
+        len(b.pieces),
+        dict(Counter(_NAMES[p.type] for p in m.pieces)),
+        flags,
+        [k for k, v in _flags(b).items() if flags[k] != v] if base is not None else [],
+    )
     _look_at_pieces(a, m, b)
-    if a.duplicates: return a
+    if a.duplicates:
+        return a
     sp, lines = _look_at_lines(a, m, b, genres(texts))
-    if flags['model'] == 'BPE': _look_at_json(a, path, sp, lines)
+    if flags['model'] == 'BPE':
+        _look_at_json(a, path, sp, lines)
     return a
 
 # %% ../../nbs/tokenizer/audit.ipynb #4dabdb63
 class Comparison:
     "Characters per token of several tokenizers, by genre, and what the audits found, if there were any"
-    def __init__(self, rows, sizes, audits=None): self.rows, self.sizes, self.audits = rows, sizes, audits or {}
+
+    def __init__(self, rows, sizes, audits=None):
+        self.rows, self.sizes, self.audits = rows, sizes, audits or {}
+
     def _found(self, k):
         a = self.audits.get(k)
-        return ['–']*4 if a is None else [f'{len(a.dead):,}', f'{a.ties:,}', f'{len(a.changed)/max(1, a.plain):.1%}', f'{len(a.differ)/a.compared:.1%}' if a.compared else '–']
+        return (
+            ['–'] * 4
+            if a is None
+            else [
+                f'{len(a.dead):,}',
+                f'{a.ties:,}',
+                f'{len(a.changed) / max(1, a.plain):.1%}',
+                f'{len(a.differ) / a.compared:.1%}' if a.compared else '–',
+            ]
+        )
+
     def table(self):
-        genres, more = list(next(iter(self.rows.values()), {})), ['dead', 'ties', 'lines without Chinese changed', 'lines unlike in HF']*bool(self.audits)
-        return [['', 'pieces', *more, *genres, 'mean']] + [[k, f'{self.sizes[k]:,}', *(self._found(k) if more else []), *(f'{v:.3f}' for v in r.values()), f'{sum(r.values())/max(1, len(r)):.3f}'] for k, r in self.rows.items()]
-    def to_dict(self): return {k: dict(pieces=self.sizes[k], characters_per_token=r) | (dict(audit=self.audits[k].to_dict()) if k in self.audits else {}) for k, r in self.rows.items()}
+        genres, more = (
+            list(next(iter(self.rows.values()), {})),
+            ['dead', 'ties', 'lines without Chinese changed', 'lines unlike in HF']
+            * bool(self.audits),
+        )
+        return [['', 'pieces', *more, *genres, 'mean']] + [
+            [
+                k,
+                f'{self.sizes[k]:,}',
+                *(self._found(k) if more else []),
+                *(f'{v:.3f}' for v in r.values()),
+                f'{sum(r.values()) / max(1, len(r)):.3f}',
+            ]
+            for k, r in self.rows.items()
+        ]
+
+    def to_dict(self):
+        return {
+            k: dict(pieces=self.sizes[k], characters_per_token=r)
+            | (dict(audit=self.audits[k].to_dict()) if k in self.audits else {})
+            for k, r in self.rows.items()
+        }
+
     def __repr__(self):
         t = self.table()
         w = [max(len(r[i]) for r in t) for i in range(len(t[0]))]
-        return '\n'.join('  '.join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, w))) for r in t)
+        return '\n'.join(
+            '  '.join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, w)))
+            for r in t
+        )
+
     def _repr_html_(self):
         cell = lambda r, tag: '<tr>' + ''.join(f'<{tag}>{escape(c)}</{tag}>' for c in r) + '</tr>'
         head, *rest = self.table()
         return '<table>' + cell(head, 'th') + ''.join(cell(r, 'td') for r in rest) + '</table>'
+
     def plot(self):
         "Characters per token by genre, a bar for each vocabulary"
         n, names = len(self.rows), list(next(iter(self.rows.values()), {}))
-        ax = _panels(figsize=(7, 1 + .18*(n + 1)*len(names)))
-        for j, (k, r) in enumerate(self.rows.items()): ax.barh([i + (j - n/2)*.8/n for i in range(len(names))], r.values(), .8/n, label=f'{k if k.isascii() else j + 1} ({self.sizes[k]:,})', align='edge')
-        ax.set_yticks(range(len(names)), _ascii(names)); ax.invert_yaxis(); ax.set_xlabel('characters per token'); ax.legend(fontsize=8)
+        ax = _panels(figsize=(7, 1 + 0.18 * (n + 1) * len(names)))
+        for j, (k, r) in enumerate(self.rows.items()):
+            ax.barh(
+                [i + (j - n / 2) * 0.8 / n for i in range(len(names))],
+                r.values(),
+                0.8 / n,
+                label=f'{k if k.isascii() else j + 1} ({self.sizes[k]:,})',
+                align='edge',
+            )
+        ax.set_yticks(range(len(names)), _ascii(names))
+        ax.invert_yaxis()
+        ax.set_xlabel('characters per token')
+        ax.legend(fontsize=8)
         return ax.figure
+
+
 def _size(tok):
     "Number of pieces of anything `pieces_of` takes"
-    if isinstance(tok, (str, os.PathLike)): tok = open_tokenizer(tok)
-    return tok.get_piece_size() if hasattr(tok, 'get_piece_size') else tok.get_vocab_size() if hasattr(tok, 'get_vocab_size') else len(tok.get_vocab())
+    if isinstance(tok, (str, os.PathLike)):
+        tok = open_tokenizer(tok)
+    return (
+        tok.get_piece_size()
+        if hasattr(tok, 'get_piece_size')
+        else tok.get_vocab_size()
+        if hasattr(tok, 'get_vocab_size')
+        else len(tok.get_vocab())
+    )
 
 # %% ../../nbs/tokenizer/audit.ipynb #90f583c2
-def compare(tokenizers,   # paths, or a dict name -> path or tokenizer
-            texts,        # as for `audit`
-            audits=False, # also audit those that are SentencePiece models
-            base=None,    # the vocabulary that these extend; default: judged by their scores
-           ) -> Comparison:
+def compare(
+    tokenizers,  # paths, or a dict name -> path or tokenizer
+    texts,  # as for `audit`
+    audits=False,  # also audit those that are SentencePiece models
+    base=None,  # the vocabulary that these extend; default: judged by their scores
+) -> Comparison:
     "Several vocabularies on the same texts"
     if not isinstance(tokenizers, dict):
         paths = [Path(t) for t in tokenizers]
-        tokenizers = {(p.stem if p.stem not in ('tokenizer', '') else p.parent.name or p.stem): p for p in paths}
-        if len(tokenizers) < len(paths): tokenizers = {str(p): p for p in paths}
-    sp = [k for k, v in tokenizers.items() if isinstance(v, (str, os.PathLike)) and tokenizer_kind(v)[0] == 'sp'] if audits else []      # a wrong path is found before the work begins
-    groups, loaded = genres(texts), {k: open_tokenizer(v) if isinstance(v, (str, os.PathLike)) else v for k, v in tokenizers.items()}
-    return Comparison({k: fertility(v, groups) for k, v in loaded.items()}, {k: _size(v) for k, v in loaded.items()}, {k: audit(tokenizers[k], base, groups) for k in sp})
+        tokenizers = {
+            (p.stem if p.stem not in ('tokenizer', '') else p.parent.name or p.stem): p
+            for p in paths
+        }
+        if len(tokenizers) < len(paths):
+            tokenizers = {str(p): p for p in paths}
+    sp = (
+        [
+            k
+            for k, v in tokenizers.items()
+            if isinstance(v, (str, os.PathLike)) and tokenizer_kind(v)[0] == 'sp'
+        ]
+        if audits
+        else []
+    )  # a wrong path is found before the work begins
+    groups, loaded = (
+        genres(texts),
+        {
+            k: open_tokenizer(v) if isinstance(v, (str, os.PathLike)) else v
+            for k, v in tokenizers.items()
+        },
+    )
+    return Comparison(
+        {k: fertility(v, groups) for k, v in loaded.items()},
+        {k: _size(v) for k, v in loaded.items()},
+        {k: audit(tokenizers[k], base, groups) for k in sp},
+    )
 
 # %% ../../nbs/tokenizer/audit.ipynb #66d87f76
 def _keep(res, json, picture):
     "Write a result as JSON and as a picture, if asked for"
-    if json: write_json(json, res.to_dict())
-    if not picture: return res
+    if json:
+        write_json(json, res.to_dict())
+    if not picture:
+        return res
     with writing(picture) as f:
-        if Path(picture).suffix == '.html': f.write_text(f'<!doctype html><meta charset="utf-8"><title>Vocabulary</title>\n{res._repr_html_()}\n', encoding='utf-8')
-        else: res.plot().savefig(f, format=Path(picture).suffix[1:], dpi=120)
+        if Path(picture).suffix == '.html':
+            f.write_text(
+                f'<!doctype html><meta charset="utf-8"><title>Vocabulary</title>\n{res._repr_html_()}\n',
+                encoding='utf-8',
+            )
+        else:
+            res.plot().savefig(f, format=Path(picture).suffix[1:], dpi=120)
     return res
+
+
 def _shell_args(text, picture):
     "Files that are there and a picture that can be drawn, before any work is done"
-    if picture and Path(picture).suffix not in ('.png', '.svg', '.pdf', '.html'): raise LlamaZhError(f'{picture}: expected a picture that ends in .png, .svg, .pdf or .html.')
-    if picture and Path(picture).suffix != '.html': need('matplotlib', 'train')
+    if picture and Path(picture).suffix not in ('.png', '.svg', '.pdf', '.html'):
+        raise LlamaZhError(f'{picture}: expected a picture that ends in .png, .svg, .pdf or .html.')
+    if picture and Path(picture).suffix != '.html':
+        need('matplotlib', 'train')
     text = [Path(t) for t in ([text] if isinstance(text, str) else text or [])]
-    if gone := [str(t) for t in text if not t.exists()]: raise LlamaZhError(f"{', '.join(gone)}: no such file.")
+    if gone := [str(t) for t in text if not t.exists()]:
+        raise LlamaZhError(f'{", ".join(gone)}: no such file.')
     return text
 
 # %% ../../nbs/tokenizer/audit.ipynb #37695c13
-def audit_command(path,            # tokenizer folder or SentencePiece model
-                  base=None,       # the vocabulary it extends; default: judged by the scores
-                  text:list=None,  # text files, one genre each
-                  json:str=None,   # also write the result to this file
-                  picture:str=None, # also draw it: .png, .svg, .pdf, or .html with everything in it
-                 ) -> Audit:
+def audit_command(
+    path,  # tokenizer folder or SentencePiece model
+    base=None,  # the vocabulary it extends; default: judged by the scores
+    text: list = None,  # text files, one genre each
+    json: str = None,  # also write the result to this file
+    picture: str = None,  # also draw it: .png, .svg, .pdf, or .html with everything in it
+) -> Audit:
     "Check what a vocabulary promises: pieces, dead pieces, English as before, one answer from both libraries, characters per token"
     text = _shell_args(text, picture)
     return _keep(audit(path, base, text or None), json, picture)
 
 # %% ../../nbs/tokenizer/audit.ipynb #2dfd3629
-def compare_command(paths,           # tokenizer folders, `.model`, `tokenizer.json` or tiktoken files
-                    text:list=None,  # text files, one genre each
-                    base=None,       # the vocabulary that they extend; default: judged by their scores
-                    json:str=None,   # also write the result to this file
-                    picture:str=None, # also draw it: .png, .svg, .pdf, or .html with everything in it
-                   ) -> Comparison:
+def compare_command(
+    paths,  # tokenizer folders, `.model`, `tokenizer.json` or tiktoken files
+    text: list = None,  # text files, one genre each
+    base=None,  # the vocabulary that they extend; default: judged by their scores
+    json: str = None,  # also write the result to this file
+    picture: str = None,  # also draw it: .png, .svg, .pdf, or .html with everything in it
+) -> Comparison:
     "Several vocabularies side by side: characters per token, and an audit of those that are SentencePiece models"
     text = _shell_args(text, picture)
-    if not text: raise LlamaZhError('--text is missing: llama-zh vocab compare A B C --text FILES')
-    return _keep(compare([paths] if isinstance(paths, str) else paths, text, True, base), json, picture)
+    if not text:
+        raise LlamaZhError('--text is missing: llama-zh vocab compare A B C --text FILES')
+    return _keep(
+        compare([paths] if isinstance(paths, str) else paths, text, True, base), json, picture
+    )

@@ -4,57 +4,95 @@
 
 # %% ../../nbs/tokenizer/choose.ipynb #c2d2696d
 from __future__ import annotations
+
+import math
+import re
 from collections import Counter
 from pathlib import Path
-import math, re
+
 from ..core.errors import LlamaZhError, need
 from ..text.files import are_files, json_strings
 from .exact import NORMAL
-from .pieces import HAN, _cutter, bpe_train, count_units, han_only, model_from, only_chars, text_stream
+from llama_zh_nb.tokenizer.pieces import (
+    HAN,
+    _cutter,
+    bpe_train,
+    count_units,
+    han_only,
+    model_from,
+    only_chars,
+    text_stream,
+)
 
 # %% auto #0
 __all__ = ['edge_marks', 'habits', 'balance', 'dictionary', 'model_words', 'model_share', 'mix', 'common_chars', 'choose_pieces']
 
 # %% ../../nbs/tokenizer/choose.ipynb #3b031123
 _MARKS = '，。、；：？！“”‘’（）《》〈〉【】「」『』…—·～'
+
+
 def edge_marks(base, marks='edges') -> tuple[str, str]:
     "Characters that may stand behind and in front of a piece: pieces of the base; in front only if it isn't joined with a space already, and digits only if the base never joins them"
-    if marks == 'none': return '', ''
+    if marks == 'none':
+        return '', ''
     have = {p.piece for p in base.pieces if p.type == NORMAL}
-    digits = '0123456789' if marks == 'edges' and not any(len(p) > 1 and re.search('[0-9]', p) for p in have) else ''
-    return ''.join(c for c in _MARKS if c in have), ''.join(c for c in _MARKS + digits if c in have and '▁'+c not in have)
+    digits = (
+        '0123456789'
+        if marks == 'edges' and not any(len(p) > 1 and re.search('[0-9]', p) for p in have)
+        else ''
+    )
+    return ''.join(c for c in _MARKS if c in have), ''.join(
+        c for c in _MARKS + digits if c in have and '▁' + c not in have
+    )
 
 # %% ../../nbs/tokenizer/choose.ipynb #d864c6d8
 def habits(units, n=3000) -> tuple[float, float]:
     "Characters per dictionary word, and breadth: how many different words of two and more characters, for its size; over at most `n` units"
-    some = sorted(u for u in units)[::max(1, len(units)//n)]
+    some = sorted(u for u in units)[:: max(1, len(units) // n)]
     words = [w for cut in [_cutter()] for u in some for w in cut(re.sub(f'[^{HAN}]', '', u))]
     chars = max(1, sum(map(len, words)))
-    return chars/max(1, len(words)), len({w for w in words if len(w) > 1})/chars**.65
+    return chars / max(1, len(words)), len({w for w in words if len(w) > 1}) / chars**0.65
 
 # %% ../../nbs/tokenizer/choose.ipynb #b3c3dbe4
-def balance(sizes,    # characters by file
-            lengths,  # characters per word by file
-            breadths, # breadth by file
-            expo=.35, # a file's share grows with its size to this power
-            least=.3, # what classical text counts, modern being 1
-           ) -> list[float]:
+def balance(
+    sizes,  # characters by file
+    lengths,  # characters per word by file
+    breadths,  # breadth by file
+    expo=0.35,  # a file's share grows with its size to this power
+    least=0.3,  # what classical text counts, modern being 1
+) -> list[float]:
     "How much one occurrence counts, by file"
-    new = [min(1, max(0, (x - 1.3) / .5)) for x in lengths]
-    return [s**(expo - 1) * b**1.5 * (least + (1 - least)*m) for s, m, b in zip(sizes, new, breadths)]
+    new = [min(1, max(0, (x - 1.3) / 0.5)) for x in lengths]
+    return [
+        s ** (expo - 1) * b**1.5 * (least + (1 - least) * m)
+        for s, m, b in zip(sizes, new, breadths)
+    ]
 
 # %% ../../nbs/tokenizer/choose.ipynb #51a81991
-def _mass(units): return sum(len(u)*n for u, n in units.items())
+def _mass(units):
+    return sum(len(u) * n for u, n in units.items())
+
+
 def _words(path, frequency):
     "Words of two and more Han characters in one of jieba's lists, as shares of all their characters"
-    with need('jieba', '').get_module_res(*path) as f: rows = (line.split() for line in f.read().decode('utf-8').split('\n'))
-    out = {r[0]: frequency(float(r[1])) for r in rows if len(r) > 1 and len(r[0]) > 1 and han_only(r[0])}
-    k = 1/_mass(out)
-    return Counter({w: n*k for w, n in out.items()})
+    with need('jieba', '').get_module_res(*path) as f:
+        rows = (line.split() for line in f.read().decode('utf-8').split('\n'))
+    out = {
+        r[0]: frequency(float(r[1]))
+        for r in rows
+        if len(r) > 1 and len(r[0]) > 1 and han_only(r[0])
+    }
+    k = 1 / _mass(out)
+    return Counter({w: n * k for w, n in out.items()})
+
+
 def dictionary() -> Counter:
     "How often jieba's words may be met: half by their counts, half by the documents that hold them"
-    count, documents = _words(['dict.txt'], float), _words(['analyse', 'idf.txt'], lambda idf: math.exp(-idf))
-    return Counter({w: (count[w] + documents[w])/2 for w in {**count, **documents}})
+    count, documents = (
+        _words(['dict.txt'], float),
+        _words(['analyse', 'idf.txt'], lambda idf: math.exp(-idf)),
+    )
+    return Counter({w: (count[w] + documents[w]) / 2 for w in {**count, **documents}})
 
 # %% ../../nbs/tokenizer/choose.ipynb #6b761ca4
 def model_words(m) -> Counter:
@@ -63,87 +101,144 @@ def model_words(m) -> Counter:
     ranked = sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score)
     for i, p in enumerate(ranked):
         w = p.piece.lstrip('▁')
-        if len(w) > 1 and han_only(w): out[w] += math.exp(p.score) if uni else 1/(i + 50)
+        if len(w) > 1 and han_only(w):
+            out[w] += math.exp(p.score) if uni else 1 / (i + 50)
     return out
 
 # %% ../../nbs/tokenizer/choose.ipynb #a5d1c0e3
-def model_share(words, # what `model_words` found
-               ) -> float:
+def model_share(
+    words,  # what `model_words` found
+) -> float:
     "What a model counts beside the corpus, which counts 1: .4 with 10,000 words and more"
-    return .4*min(1, len(words)/10_000)
+    return 0.4 * min(1, len(words) / 10_000)
 
 # %% ../../nbs/tokenizer/choose.ipynb #e6963502
-def mix(parts,   # list of (unit -> count)
-        weights, # what one occurrence counts in each
-        priors=(), # list of (word -> frequency, share of all the parts together)
-        total=3e9, # characters that all should come to, as whole numbers
-       ) -> Counter:
+def mix(
+    parts,  # list of (unit -> count)
+    weights,  # what one occurrence counts in each
+    priors=(),  # list of (word -> frequency, share of all the parts together)
+    total=3e9,  # characters that all should come to, as whole numbers
+) -> Counter:
     "All parts as one count of units, in whole numbers as SentencePiece wants them"
     out = Counter()
     for part, w in zip(parts, weights):
-        for u, n in part.items(): out[u] += n*w
+        for u, n in part.items():
+            out[u] += n * w
     whole = _mass(out)
     for words, share in priors:
-        if not words: continue
-        k = share*whole/_mass(words)
-        for u, n in words.items(): out[u] += n*k
-    k = total/max(1, _mass(out))
-    return Counter({u: c for u, n in out.items() if (c := int(n*k + .5))})
+        if not words:
+            continue
+        k = share * whole / _mass(words)
+        for u, n in words.items():
+            out[u] += n * k
+    k = total / max(1, _mass(out))
+    return Counter({u: c for u, n in out.items() if (c := int(n * k + 0.5))})
 
 # %% ../../nbs/tokenizer/choose.ipynb #f3b38726
 def common_chars() -> list[str]:
     "Characters in daily use: the first levels of GB 2312 (simplified) and of Big5 (traditional)"
-    def level(code, rows, cols): return [c for a in rows for b in cols if (c := bytes([a, b]).decode(code, 'ignore')) and han_only(c)]
-    big5 = level('big5', range(0xa4, 0xc7), [*range(0x40, 0x7f), *range(0xa1, 0xff)])[:5401]     # a few after them belong to no level
-    return list(dict.fromkeys(level('gb2312', range(0xb0, 0xd8), range(0xa1, 0xff)) + big5))
+
+    def level(code, rows, cols):
+        return [
+            c
+            for a in rows
+            for b in cols
+            if (c := bytes([a, b]).decode(code, 'ignore')) and han_only(c)
+        ]
+
+    big5 = level('big5', range(0xA4, 0xC7), [*range(0x40, 0x7F), *range(0xA1, 0xFF)])[
+        :5401
+    ]  # a few after them belong to no level
+    return list(dict.fromkeys(level('gb2312', range(0xB0, 0xD8), range(0xA1, 0xFF)) + big5))
 
 # %% ../../nbs/tokenizer/choose.ipynb #1ac52998
 def _files(corpus, most, **marks):
     "Counted units, file by file"
     files = [corpus] if isinstance(corpus, (str, Path)) else list(corpus)
-    if not are_files(files): return [count_units(text_stream(files), 'none', most=most, **marks)]
-    return [count_units(text_stream(Path(f)), 'none', most=max(50_000, most//len(files)), **marks) or count_units(json_strings(f), 'none', **marks) for f in files]
+    if not are_files(files):
+        return [count_units(text_stream(files), 'none', most=most, **marks)]
+    return [
+        count_units(text_stream(Path(f)), 'none', most=max(50_000, most // len(files)), **marks)
+        or count_units(json_strings(f), 'none', **marks)
+        for f in files
+    ]
 
 # %% ../../nbs/tokenizer/choose.ipynb #dd592127
-def choose_pieces(base,          # the base as `ModelProto`
-                  corpus,        # files, or texts
-                  room:int,      # new pieces wanted
-                  models=(),     # other models, as `ModelProto`, whose pieces are a prior
-                  weight=None,   # what each file counts in all; default: balanced
-                  prior=None,    # share of the dictionary beside the corpus; default .5, .35 beside models, or 0 where the base reads Chinese already or the corpus is small
-                  marks='edges', # 'edges', 'punctuation' (no digits) or 'none'
-                  chars=None,    # share of new pieces that may be single characters; default .28 if all common ones find room in it, else .23
-                  longest=10,    # characters in a piece
-                  most=3_000_000, # distinct units held at once
-                 ) -> list[str]:
+def choose_pieces(
+    base,  # the base as `ModelProto`
+    corpus,  # files, or texts
+    room: int,  # new pieces wanted
+    models=(),  # other models, as `ModelProto`, whose pieces are a prior
+    weight=None,  # what each file counts in all; default: balanced
+    prior=None,  # share of the dictionary beside the corpus; default .5, .35 beside models, or 0 where the base reads Chinese already or the corpus is small
+    marks='edges',  # 'edges', 'punctuation' (no digits) or 'none'
+    chars=None,  # share of new pieces that may be single characters; default .28 if all common ones find room in it, else .23
+    longest=10,  # characters in a piece
+    most=3_000_000,  # distinct units held at once
+) -> list[str]:
     "New pieces for a base, best first: characters, then joined ones"
     (marks, before), have = edge_marks(base, marks), {p.piece for p in base.pieces}
     parts = _files(corpus, most, marks=marks, before=before)
-    if weight and len(weight) != len(parts): raise LlamaZhError(f'{len(weight)} weights for {len(parts)} corpus files: give one for each.')
-    parts, weight = zip(*[(p, w) for p, w in zip(parts, weight or [None]*len(parts)) if p]) if any(parts) else ((), ())
-    if not parts: raise LlamaZhError('no Chinese text to train on: expected Han characters in the corpus files.')
+    if weight and len(weight) != len(parts):
+        raise LlamaZhError(
+            f'{len(weight)} weights for {len(parts)} corpus files: give one for each.'
+        )
+    parts, weight = (
+        zip(*[(p, w) for p, w in zip(parts, weight or [None] * len(parts)) if p])
+        if any(parts)
+        else ((), ())
+    )
+    if not parts:
+        raise LlamaZhError(
+            'no Chinese text to train on: expected Han characters in the corpus files.'
+        )
     sizes = [_mass(p) for p in parts]
-    ws = [w/s for w, s in zip(weight, sizes)] if weight[0] is not None else balance(sizes, *zip(*map(habits, parts)))
-    reads = sum(len(p) > 1 and han_only(p) for p in have)         # words of Chinese that the base has already
+    ws = (
+        [w / s for w, s in zip(weight, sizes)]
+        if weight[0] is not None
+        else balance(sizes, *zip(*map(habits, parts)))
+    )
+    reads = sum(
+        len(p) > 1 and han_only(p) for p in have
+    )  # words of Chinese that the base has already
     told = [w for m in models if (w := model_words(m))]
-    if prior is None: prior = (.35 if told else .5) if reads < 1000 and sum(sizes) > 1e6 else 0
-    units = mix(parts, ws, ([(dictionary(), prior)] if prior else []) + [(w, model_share(w)) for w in told])
+    if prior is None:
+        prior = (0.35 if told else 0.5) if reads < 1000 and sum(sizes) > 1e6 else 0
+    units = mix(
+        parts, ws, ([(dictionary(), prior)] if prior else []) + [(w, model_share(w)) for w in told]
+    )
     sure = [c for c in common_chars() if c not in have] if reads < 1000 else []
-    if len(sure) > room*(chars or .28): sure = []       # a small vocabulary takes what its corpus holds
-    return _from_units(units, room, have, marks + before, sure, int(room*(chars or (.28 if sure else .23))), longest)
+    if len(sure) > room * (chars or 0.28):
+        sure = []  # a small vocabulary takes what its corpus holds
+    return _from_units(
+        units,
+        room,
+        have,
+        marks + before,
+        sure,
+        int(room * (chars or (0.28 if sure else 0.23))),
+        longest,
+    )
 
 # %% ../../nbs/tokenizer/choose.ipynb #730d3930
 def _from_units(units, room, have, marks, sure, chars, longest):
     "Train BPE with room to spare, and order what may be used"
     freq, old = Counter(), {p for p in have if han_only(p)}
     for u, n in units.items():
-        for c in u: freq[c] += n
+        for c in u:
+            freq[c] += n
     often = sorted((c for c in freq if c not in have), key=lambda c: (-freq[c], c))
     singles = sorted([*dict.fromkeys([*sure, *often])][:chars], key=lambda c: (-freq[c], c))
     units = only_chars(units, {*singles, *marks, *(c for c in old if len(c) == 1)})
     n = len(set().union(*units))
-    raw = bpe_train(units, 259 + n + int(room*1.2) + len(old), chars=n, longest=longest)
+    raw = bpe_train(units, 259 + n + int(room * 1.2) + len(old), chars=n, longest=longest)
     ranked = sorted((p for p in model_from(raw).pieces if p.type == NORMAL), key=lambda p: -p.score)
-    middle = re.compile(f'[^{HAN}].*[{HAN}].*[^{HAN}].*[{HAN}]|[{HAN}][^{HAN}]+[{HAN}]|[^{HAN}]{{2}}')
-    new = [p.piece for p in ranked if p.piece not in have and re.search(f'[{HAN}]', p.piece) and not middle.search(p.piece)]
+    middle = re.compile(
+        f'[^{HAN}].*[{HAN}].*[^{HAN}].*[{HAN}]|[{HAN}][^{HAN}]+[{HAN}]|[^{HAN}]{{2}}'
+    )
+    new = [
+        p.piece
+        for p in ranked
+        if p.piece not in have and re.search(f'[{HAN}]', p.piece) and not middle.search(p.piece)
+    ]
     return singles + [p for p in new if len(p) > 1]

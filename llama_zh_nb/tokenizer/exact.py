@@ -4,8 +4,14 @@
 
 # %% ../../nbs/tokenizer/exact.ipynb #e25ecfcf
 from __future__ import annotations
+
+import base64
+import os
+import re
+import shutil
+import warnings
 from pathlib import Path
-import base64, os, re, shutil, warnings
+
 from ..core.errors import LlamaZhError, need, what_is, write_json, writing
 
 # %% auto #0
@@ -15,159 +21,282 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'KI
            'tokenizer_kind', 'open_tokenizer']
 
 # %% ../../nbs/tokenizer/exact.ipynb #a88c6ba8
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6   # SentencePiece's piece types
-KINDS = {1: 'UNIGRAM', 2: 'BPE', 3: 'WORD', 4: 'CHAR'}                    # SentencePiece's model types
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # SentencePiece's piece types
+KINDS = {1: 'UNIGRAM', 2: 'BPE', 3: 'WORD', 4: 'CHAR'}  # SentencePiece's model types
 
 # %% ../../nbs/tokenizer/exact.ipynb #99d31856
 def model_file(path) -> Path:
     "The SentencePiece file itself: `path`, or `tokenizer.model` where `path` is a folder"
     path = Path(path)
-    return path/'tokenizer.model' if path.is_dir() else path
+    return path / 'tokenizer.model' if path.is_dir() else path
 
 # %% ../../nbs/tokenizer/exact.ipynb #87fbc628
 def _refuse(path, found, todo='download the real file again and check its size'):
     raise LlamaZhError(f'{path}: expected a SentencePiece model, found {found}; {todo}.')
 
 # %% ../../nbs/tokenizer/exact.ipynb #418d07d9
-def read_model(path,         # `tokenizer.model`, or a folder that holds one
-               bpe:bool=False,  # refuse anything but BPE, as every use as a base must
-              ):             # a `sentencepiece_model_pb2.ModelProto`
+def read_model(
+    path,  # `tokenizer.model`, or a folder that holds one
+    bpe: bool = False,  # refuse anything but BPE, as every use as a base must
+):  # a `sentencepiece_model_pb2.ModelProto`
     "Read a SentencePiece model as protobuf; one clear message if it isn't one"
-    need('sentencepiece'); need('google.protobuf')
+    need('sentencepiece')
+    need('google.protobuf')
     from sentencepiece import sentencepiece_model_pb2 as pb
+
     path = model_file(path)
-    if not path.exists(): raise LlamaZhError(f'{path}: no such file; give a tokenizer.model or a folder that holds one.')
+    if not path.exists():
+        raise LlamaZhError(
+            f'{path}: no such file; give a tokenizer.model or a folder that holds one.'
+        )
     raw, m = path.read_bytes(), pb.ModelProto()
-    if not raw: _refuse(path, 'an empty file')
-    if raw[:1] != b'\n':       # field 1, wire type 2: the first byte of every SentencePiece model
-        found = 'a tiktoken vocabulary' if re.match(rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n', raw[:400]) else what_is(path)
-        if raw[:1] in b'<' or b'git-lfs' in raw[:100]: _refuse(path, found)
-        _refuse(path, found, "tiktoken, tokenizer.json and WordPiece vocabularies can't be read here: give the model's SentencePiece tokenizer.model")
-    try: m.ParseFromString(raw)
-    except Exception: _refuse(path, f'{len(raw):,} bytes that begin like one and then stop in the middle or are damaged')
+    if not raw:
+        _refuse(path, 'an empty file')
+    if raw[:1] != b'\n':  # field 1, wire type 2: the first byte of every SentencePiece model
+        found = (
+            'a tiktoken vocabulary'
+            if re.match(rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n', raw[:400])
+            else what_is(path)
+        )
+        if raw[:1] in b'<' or b'git-lfs' in raw[:100]:
+            _refuse(path, found)
+        _refuse(
+            path,
+            found,
+            "tiktoken, tokenizer.json and WordPiece vocabularies can't be read here: give the model's SentencePiece tokenizer.model",
+        )
+    try:
+        m.ParseFromString(raw)
+    except Exception:
+        _refuse(
+            path,
+            f'{len(raw):,} bytes that begin like one and then stop in the middle or are damaged',
+        )
     if not len(m.pieces) or not m.HasField('trainer_spec') or not m.HasField('normalizer_spec'):
         _refuse(path, f'{len(raw):,} bytes with {len(m.pieces)} pieces and no end (truncated?)')
     kind = KINDS.get(m.trainer_spec.model_type, '?')
-    if bpe and kind != 'BPE': raise LlamaZhError(f"{path}: expected a BPE model as Llama's, found {kind}; give the base model's own tokenizer.model.")
+    if bpe and kind != 'BPE':
+        raise LlamaZhError(
+            f"{path}: expected a BPE model as Llama's, found {kind}; give the base model's own tokenizer.model."
+        )
     return m
 
 # %% ../../nbs/tokenizer/exact.ipynb #635dfdff
 def processor(m, name='this vocabulary'):
     "A SentencePieceProcessor of a `ModelProto`, or one message"
     import sentencepiece
-    try: return sentencepiece.SentencePieceProcessor(model_proto=m.SerializeToString())
-    except RuntimeError as e: raise LlamaZhError(f'{name}: SentencePiece refuses this model: {e}') from None
-def load_sp(path,  # `tokenizer.model`, or a folder that holds one
-           ):      # a `sentencepiece.SentencePieceProcessor`
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=m.SerializeToString())
+    except RuntimeError as e:
+        raise LlamaZhError(f'{name}: SentencePiece refuses this model: {e}') from None
+
+
+def load_sp(
+    path,  # `tokenizer.model`, or a folder that holds one
+):  # a `sentencepiece.SentencePieceProcessor`
     "Load a SentencePiece model that was checked first"
     return processor(read_model(path), model_file(path))
 
 # %% ../../nbs/tokenizer/exact.ipynb #594866d9
-def merge_list(m,  # a `ModelProto`, BPE
-              ) -> list[tuple[str, str]]:
+def merge_list(
+    m,  # a `ModelProto`, BPE
+) -> list[tuple[str, str]]:
     "All splits of all pieces into two pieces, best score first, then by ids: what makes HF's BPE follow SentencePiece's"
     live = {p.piece: (i, p.score) for i, p in enumerate(m.pieces) if p.type == NORMAL}
     out = []
     for piece, (_, score) in live.items():
         for k in range(1, len(piece)):
             a, b = live.get(piece[:k]), live.get(piece[k:])
-            if a and b: out.append((-score, a[0], b[0], piece[:k], piece[k:]))
+            if a and b:
+                out.append((-score, a[0], b[0], piece[:k], piece[k:]))
     out.sort(key=lambda x: x[:3])
     return [x[3:] for x in out]
 
 # %% ../../nbs/tokenizer/exact.ipynb #66bbf445
-def exact_problems(m,  # a `ModelProto`
-                  ) -> list[str]:
+def exact_problems(
+    m,  # a `ModelProto`
+) -> list[str]:
     "Why a tokenizer.json can't follow this model exactly; an empty list if it can"
     out, live = [], {p.piece: p.score for p in m.pieces if p.type == NORMAL}
     joined = [p for p in live if len(p) > 1 and p.strip('▁')]
     ties = len(joined) - len({live[p] for p in joined})
-    if ties: out.append(f'{ties:,} pieces share their score with another: SentencePiece joins the leftmost first, Hugging Face the first in its list')
+    if ties:
+        out.append(
+            f'{ties:,} pieces share their score with another: SentencePiece joins the leftmost first, Hugging Face the first in its list'
+        )
     alone = [p for p in joined if any(c not in live for c in p)]
-    if alone: out.append(f'{len(alone):,} pieces hold a character that is no piece itself, such as {alone[0]!r}')
-    if m.normalizer_spec.precompiled_charsmap: out.append(f'normaliser {m.normalizer_spec.name!r} rewrites characters')
+    if alone:
+        out.append(
+            f'{len(alone):,} pieces hold a character that is no piece itself, such as {alone[0]!r}'
+        )
+    if m.normalizer_spec.precompiled_charsmap:
+        out.append(f'normaliser {m.normalizer_spec.name!r} rewrites characters')
     user = [p.piece for p in m.pieces if p.type in (USER_DEFINED, UNUSED)]
-    if user: out.append(f'{len(user):,} user-defined or unused pieces, such as {user[0]!r}')
-    if m.trainer_spec.treat_whitespace_as_suffix: out.append('spaces are kept at the end of words')
+    if user:
+        out.append(f'{len(user):,} user-defined or unused pieces, such as {user[0]!r}')
+    if m.trainer_spec.treat_whitespace_as_suffix:
+        out.append('spaces are kept at the end of words')
     return out
 
 # %% ../../nbs/tokenizer/exact.ipynb #0ab68d95
-def dead_pieces(m,           # a `ModelProto`
-                first:int=0, # look at pieces from this id on
-               ) -> list[int]:
+def dead_pieces(
+    m,  # a `ModelProto`
+    first: int = 0,  # look at pieces from this id on
+) -> list[int]:
     "Ids of pieces whose own text is encoded as something else"
     m = type(m).FromString(m.SerializeToString())
     m.normalizer_spec.add_dummy_prefix = m.normalizer_spec.remove_extra_whitespaces = False
     sp = processor(m)
     ids = [i for i, p in enumerate(m.pieces) if i >= first and p.type == NORMAL]
-    return [i for i, got in zip(ids, sp.encode([m.pieces[i].piece.replace('▁', ' ') for i in ids])) if got != [i]]
+    return [
+        i
+        for i, got in zip(ids, sp.encode([m.pieces[i].piece.replace('▁', ' ') for i in ids]))
+        if got != [i]
+    ]
 
 # %% ../../nbs/tokenizer/exact.ipynb #2bb4dcc8
 def _normalizer(n):
     "SentencePiece's handling of spaces, as Hugging Face steps. `\\A` and `\\z`: the ends of the text, not of a line"
-    from tokenizers import Regex, normalizers as N
+    from tokenizers import Regex
+    from tokenizers import normalizers as N
+
     steps = [N.Precompiled(n.precompiled_charsmap)] if n.precompiled_charsmap else []
-    if n.remove_extra_whitespaces: steps += [N.Replace(Regex(r'\A +'), ''), N.Replace(Regex(' +'), ' ')]
-    if n.add_dummy_prefix: steps.append(N.Prepend('▁'))
+    if n.remove_extra_whitespaces:
+        steps += [N.Replace(Regex(r'\A +'), ''), N.Replace(Regex(' +'), ' ')]
+    if n.add_dummy_prefix:
+        steps.append(N.Prepend('▁'))
     steps.append(N.Replace(' ', '▁'))
-    if n.remove_extra_whitespaces: steps.append(N.Replace(Regex(r'▁+\z'), ''))
+    if n.remove_extra_whitespaces:
+        steps.append(N.Replace(Regex(r'▁+\z'), ''))
     return N.Sequence(steps)
 
 # %% ../../nbs/tokenizer/exact.ipynb #c1cd44b7
 def _specials(m) -> dict[str, str]:
     "Names of the special pieces; no `<pad>` of its own: unknown, which byte fallback never gives, and never the end mark"
-    t, at = m.trainer_spec, lambda i: m.pieces[i].piece if 0 <= i < len(m.pieces) and m.pieces[i].type in (CONTROL, UNKNOWN) else None
+    t, at = (
+        m.trainer_spec,
+        lambda i: (
+            m.pieces[i].piece
+            if 0 <= i < len(m.pieces) and m.pieces[i].type in (CONTROL, UNKNOWN)
+            else None
+        ),
+    )
     unk = next((p.piece for p in m.pieces if p.type == UNKNOWN), None)
     pad = at(t.pad_id) or next((p.piece for p in m.pieces if p.piece in ('<pad>', '[PAD]')), unk)
     out = dict(bos_token=at(t.bos_id), eos_token=at(t.eos_id), unk_token=unk, pad_token=pad)
     return {k: v for k, v in out.items() if v}
 
 # %% ../../nbs/tokenizer/exact.ipynb #347f8d5b
-def exact_tokenizer(m,  # a `ModelProto`, BPE
-                   ):   # a `tokenizers.Tokenizer`
+def exact_tokenizer(
+    m,  # a `ModelProto`, BPE
+):  # a `tokenizers.Tokenizer`
     "Build the fast tokenizer that gives SentencePiece's ids, with `<s>` in front"
-    from tokenizers import AddedToken, Tokenizer, decoders as D, models, processors
+    from tokenizers import AddedToken, Tokenizer, models, processors
+    from tokenizers import decoders as D
+
     vocab = {p.piece: i for i, p in enumerate(m.pieces)}
     sp, fallback = _specials(m), m.trainer_spec.byte_fallback
-    tok = Tokenizer(models.BPE(vocab, merge_list(m), unk_token=sp.get('unk_token'), byte_fallback=fallback, fuse_unk=not fallback))
+    tok = Tokenizer(
+        models.BPE(
+            vocab,
+            merge_list(m),
+            unk_token=sp.get('unk_token'),
+            byte_fallback=fallback,
+            fuse_unk=not fallback,
+        )
+    )
     n = m.normalizer_spec
     tok.normalizer = _normalizer(n)
-    tok.decoder = D.Sequence([D.Replace('▁', ' '), D.ByteFallback(), D.Fuse()] + ([D.Strip(' ', 10**6 if n.remove_extra_whitespaces else 1, 0)] if n.add_dummy_prefix else []))
-    tok.add_special_tokens([AddedToken(p.piece, normalized=False, special=True) for p in m.pieces if p.type in (CONTROL, UNKNOWN) or p.piece == sp.get('pad_token')])
-    tok.add_tokens([AddedToken(p.piece, normalized=False) for p in m.pieces if p.type == USER_DEFINED])
+    tok.decoder = D.Sequence(
+        [D.Replace('▁', ' '), D.ByteFallback(), D.Fuse()]
+        + (
+            [D.Strip(' ', 10**6 if n.remove_extra_whitespaces else 1, 0)]
+            if n.add_dummy_prefix
+            else []
+        )
+    )
+    tok.add_special_tokens(
+        [
+            AddedToken(p.piece, normalized=False, special=True)
+            for p in m.pieces
+            if p.type in (CONTROL, UNKNOWN) or p.piece == sp.get('pad_token')
+        ]
+    )
+    tok.add_tokens(
+        [AddedToken(p.piece, normalized=False) for p in m.pieces if p.type == USER_DEFINED]
+    )
     if bos := sp.get('bos_token'):
-        tok.post_processor = processors.TemplateProcessing(single=[bos, '$A'], pair=[bos, '$A', f'{bos}:1', '$B:1'], special_tokens=[(bos, vocab[bos])])
-    tok.encode_special_tokens = True      # '<s>' in a user's text is three characters, not the beginning of a document
+        tok.post_processor = processors.TemplateProcessing(
+            single=[bos, '$A'],
+            pair=[bos, '$A', f'{bos}:1', '$B:1'],
+            special_tokens=[(bos, vocab[bos])],
+        )
+    tok.encode_special_tokens = (
+        True  # '<s>' in a user's text is three characters, not the beginning of a document
+    )
     return tok
 
 # %% ../../nbs/tokenizer/exact.ipynb #23360839
-def save_tokenizer(src,                   # `tokenizer.model`, or a folder that holds one
-                   out,                   # folder to write; other files in it stay
-                   chat_template:str=None, # jinja text, kept in `chat_template.jinja`
-                   pad:str=None,          # name of the pad piece; default: the model's own, else its unknown piece
-                   max_length:int=None,   # `model_max_length`
-                  ) -> Path:
+def save_tokenizer(
+    src,  # `tokenizer.model`, or a folder that holds one
+    out,  # folder to write; other files in it stay
+    chat_template: str = None,  # jinja text, kept in `chat_template.jinja`
+    pad: str = None,  # name of the pad piece; default: the model's own, else its unknown piece
+    max_length: int = None,  # `model_max_length`
+) -> Path:
     "Write `tokenizer.model`, an exact `tokenizer.json` and their configs into `out`"
     src, out = model_file(src), Path(out)
     m = read_model(src, bpe=True)
-    if p := exact_problems(m): warnings.warn(f"{src}: Hugging Face can't follow this model on every line: " + '; '.join(p))
+    if p := exact_problems(m):
+        warnings.warn(f"{src}: Hugging Face can't follow this model on every line: " + '; '.join(p))
     names = [p.piece for p in m.pieces]
     sp = _specials(m) | ({'pad_token': pad} if pad else {})
-    if sp.get('pad_token') not in names: raise LlamaZhError(f'{src}: no piece {pad!r} to pad with; give one of its pieces, or none.')
-    if sp['pad_token'] == sp.get('eos_token'): raise LlamaZhError(f'{pad!r} ends a text: padding with it teaches a model never to stop. Give another pad.')
+    if sp.get('pad_token') not in names:
+        raise LlamaZhError(f'{src}: no piece {pad!r} to pad with; give one of its pieces, or none.')
+    if sp['pad_token'] == sp.get('eos_token'):
+        raise LlamaZhError(
+            f'{pad!r} ends a text: padding with it teaches a model never to stop. Give another pad.'
+        )
     tok = exact_tokenizer(m)
-    conf = dict(tokenizer_class='PreTrainedTokenizerFast', **sp, model_max_length=max_length or int(1e30), clean_up_tokenization_spaces=False,
-                split_special_tokens=True, add_prefix_space=None, model_input_names=['input_ids', 'attention_mask'],
-                added_tokens_decoder={str(i): dict(content=t.content, lstrip=False, normalized=False, rstrip=False, single_word=False, special=t.special)
-                                      for i, t in tok.get_added_tokens_decoder().items()})
+    conf = dict(
+        tokenizer_class='PreTrainedTokenizerFast',
+        **sp,
+        model_max_length=max_length or int(1e30),
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+        add_prefix_space=None,
+        model_input_names=['input_ids', 'attention_mask'],
+        added_tokens_decoder={
+            str(i): dict(
+                content=t.content,
+                lstrip=False,
+                normalized=False,
+                rstrip=False,
+                single_word=False,
+                special=t.special,
+            )
+            for i, t in tok.get_added_tokens_decoder().items()
+        },
+    )
     out.mkdir(parents=True, exist_ok=True)
-    with writing(out/'tokenizer.json') as f: tok.save(str(f), pretty=False)
-    write_json(out/'special_tokens_map.json', sp)
-    if src.resolve() != (out/'tokenizer.model').resolve():
-        with writing(out/'tokenizer.model') as f: shutil.copyfile(src, f)
+    with writing(out / 'tokenizer.json') as f:
+        tok.save(str(f), pretty=False)
+    write_json(out / 'special_tokens_map.json', sp)
+    if src.resolve() != (out / 'tokenizer.model').resolve():
+        with writing(out / 'tokenizer.model') as f:
+            shutil.copyfile(src, f)
     if chat_template:
-        with writing(out/'chat_template.jinja') as f: Path(f).write_text(chat_template, encoding='utf-8')
-    write_json(out/'tokenizer_config.json', {k: v for k, v in conf.items() if v is not None})
+        with writing(out / 'chat_template.jinja') as f:
+            Path(f).write_text(chat_template, encoding='utf-8')
+    write_json(out / 'tokenizer_config.json', {k: v for k, v in conf.items() if v is not None})
     return out
 
 # %% ../../nbs/tokenizer/exact.ipynb #215f2875
@@ -176,82 +305,159 @@ def load_hf(folder):  # a folder as `save_tokenizer` writes it
     return need('transformers', 'train').AutoTokenizer.from_pretrained(os.fspath(folder))
 
 # %% ../../nbs/tokenizer/exact.ipynb #14a2adf1
-def disagreements(sp,           # a SentencePieceProcessor, or a path
-                  tok,          # a Hugging Face tokenizer, or a folder
-                  lines,        # texts to compare on
-                 ) -> list[str]:  # the texts that get other ids
+def disagreements(
+    sp,  # a SentencePieceProcessor, or a path
+    tok,  # a Hugging Face tokenizer, or a folder
+    lines,  # texts to compare on
+) -> list[str]:  # the texts that get other ids
     "Lines on which SentencePiece and Hugging Face differ"
-    if isinstance(sp, (str, os.PathLike)): sp = load_sp(sp)
-    if isinstance(tok, (str, os.PathLike)): tok = load_hf(tok)
+    if isinstance(sp, (str, os.PathLike)):
+        sp = load_sp(sp)
+    if isinstance(tok, (str, os.PathLike)):
+        tok = load_hf(tok)
     lines = list(lines)
-    if not lines: return []
+    if not lines:
+        return []
     hf = tok(lines, add_special_tokens=False)['input_ids']
     return [t for t, a, b in zip(lines, sp.encode(lines), hf) if a != b]
 
 # %% ../../nbs/tokenizer/exact.ipynb #53a77dac
-TOKENIZER_FILES = ['tokenizer.model', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'chat_template.jinja']
-def copy_tokenizer(src,  # folder as `save_tokenizer` writes it
-                   out,  # folder to copy into
-                  ) -> Path:
+TOKENIZER_FILES = [
+    'tokenizer.model',
+    'tokenizer.json',
+    'tokenizer_config.json',
+    'special_tokens_map.json',
+    'chat_template.jinja',
+]
+
+
+def copy_tokenizer(
+    src,  # folder as `save_tokenizer` writes it
+    out,  # folder to copy into
+) -> Path:
     "Copy the tokenizer's files from one model folder to another"
     src, out = Path(src), Path(out)
-    if not (src/'tokenizer.json').exists(): raise LlamaZhError(f'{src}: no tokenizer.json here; make one with save_tokenizer.')
+    if not (src / 'tokenizer.json').exists():
+        raise LlamaZhError(f'{src}: no tokenizer.json here; make one with save_tokenizer.')
     out.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
-        if not (src/name).exists(): continue
-        with writing(out/name) as f: shutil.copyfile(src/name, f)
+        if not (src / name).exists():
+            continue
+        with writing(out / name) as f:
+            shutil.copyfile(src / name, f)
     return out
 
 # %% ../../nbs/tokenizer/exact.ipynb #3f1b55a6
 _RANK = rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n'
+
+
 def _ranks(path) -> dict[bytes, int]:
     "Bytes and their ranks from a tiktoken file; the line that is wrong is named"
     ranks = {}
     for i, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip(): continue
-        try: b, n = line.split(); ranks[base64.b64decode(b, validate=True)] = int(n)
-        except ValueError: raise LlamaZhError(f"{path}, line {i}: expected base64 and a rank, as tiktoken writes them, found {what_is(path) if i == 1 else repr(line.decode('utf-8', 'replace')[:40])}.") from None
-    if gone := 256 - sum(bytes([i]) in ranks for i in range(256)): raise LlamaZhError(f'{path}: {gone} of the 256 single bytes have no rank: the file is empty or cut off.')
+        if not line.strip():
+            continue
+        try:
+            b, n = line.split()
+            ranks[base64.b64decode(b, validate=True)] = int(n)
+        except ValueError:
+            raise LlamaZhError(
+                f'{path}, line {i}: expected base64 and a rank, as tiktoken writes them, found {what_is(path) if i == 1 else repr(line.decode("utf-8", "replace")[:40])}.'
+            ) from None
+    if gone := 256 - sum(bytes([i]) in ranks for i in range(256)):
+        raise LlamaZhError(
+            f'{path}: {gone} of the 256 single bytes have no rank: the file is empty or cut off.'
+        )
     return ranks
+
+
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # %% ../../nbs/tokenizer/exact.ipynb #58f39436
-def load_tiktoken(path,  # file of base64 byte strings and ranks
-                 ):     # a `tokenizers.Tokenizer`
+def load_tiktoken(
+    path,  # file of base64 byte strings and ranks
+):  # a `tokenizers.Tokenizer`
     "Join bytes as tiktoken does: the lowest rank first, then the leftmost"
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers as P
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]      # how the ByteLevel step writes bytes
-    glyph = {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in seen)}
+    from tokenizers import Regex, Tokenizer, decoders, models
+    from tokenizers import pre_tokenizers as P
+
+    seen = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # how the ByteLevel step writes bytes
+    glyph = {b: chr(b) for b in seen} | {
+        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in seen)
+    }
     ranks = {''.join(map(glyph.get, b)): n for b, n in _ranks(Path(path)).items()}
-    order = sorted((n, ranks[p[:k]], ranks[p[k:]], p[:k], p[k:]) for p, n in ranks.items() for k in range(1, len(p)) if p[:k] in ranks and p[k:] in ranks)
-    tok = Tokenizer(models.BPE({p: i for i, p in enumerate(ranks)}, [x[3:] for x in order], ignore_merges=True))
-    tok.pre_tokenizer, tok.decoder = P.Sequence([P.Split(Regex(_WORDS), 'isolated'), P.ByteLevel(add_prefix_space=False, use_regex=False)]), decoders.ByteLevel()
+    order = sorted(
+        (n, ranks[p[:k]], ranks[p[k:]], p[:k], p[k:])
+        for p, n in ranks.items()
+        for k in range(1, len(p))
+        if p[:k] in ranks and p[k:] in ranks
+    )
+    tok = Tokenizer(
+        models.BPE({p: i for i, p in enumerate(ranks)}, [x[3:] for x in order], ignore_merges=True)
+    )
+    tok.pre_tokenizer, tok.decoder = (
+        P.Sequence(
+            [
+                P.Split(Regex(_WORDS), 'isolated'),
+                P.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        ),
+        decoders.ByteLevel(),
+    )
     return tok
 
 # %% ../../nbs/tokenizer/exact.ipynb #ac6fc8ef
 def load_json(path):
     "A `tokenizers.Tokenizer` from `tokenizer.json`, or one message"
     from tokenizers import Tokenizer
-    path = path/'tokenizer.json' if path.is_dir() else path
-    if not path.exists(): raise LlamaZhError(f'{path}: no such file; expected a tokenizer.model or tokenizer.json.')
-    try: tok = Tokenizer.from_file(str(path))
-    except Exception as e: raise LlamaZhError(f'{path}: expected a tokenizer.json of the tokenizers library, found {what_is(path)} ({e}).') from None
-    tok.encode_special_tokens = True      # '<s>' in a text is text
+
+    path = path / 'tokenizer.json' if path.is_dir() else path
+    if not path.exists():
+        raise LlamaZhError(f'{path}: no such file; expected a tokenizer.model or tokenizer.json.')
+    try:
+        tok = Tokenizer.from_file(str(path))
+    except Exception as e:
+        raise LlamaZhError(
+            f'{path}: expected a tokenizer.json of the tokenizers library, found {what_is(path)} ({e}).'
+        ) from None
+    tok.encode_special_tokens = True  # '<s>' in a text is text
     return tok
 
 # %% ../../nbs/tokenizer/exact.ipynb #4b8aebf3
 def tokenizer_kind(path) -> tuple[str, Path]:
     "('sp' | 'json' | 'tiktoken', file) by what is in the file: Llama 3's `tokenizer.model` is a tiktoken file"
     path = Path(path)
-    if path.is_dir(): path = next((p for p in (path/'tokenizer.model', path/'tokenizer.json', *sorted(path.glob('*.tiktoken'))) if p.exists()), path/'tokenizer.model')
-    if not path.is_file(): raise LlamaZhError(f'{path}: no such file; give a tokenizer folder, a tokenizer.model, a tokenizer.json or a .tiktoken file.')
-    with open(path, 'rb') as f: head = f.read(400)
-    if path.suffix == '.json' or head.lstrip()[:1] == b'{': return 'json', path
+    if path.is_dir():
+        path = next(
+            (
+                p
+                for p in (
+                    path / 'tokenizer.model',
+                    path / 'tokenizer.json',
+                    *sorted(path.glob('*.tiktoken')),
+                )
+                if p.exists()
+            ),
+            path / 'tokenizer.model',
+        )
+    if not path.is_file():
+        raise LlamaZhError(
+            f'{path}: no such file; give a tokenizer folder, a tokenizer.model, a tokenizer.json or a .tiktoken file.'
+        )
+    with open(path, 'rb') as f:
+        head = f.read(400)
+    if path.suffix == '.json' or head.lstrip()[:1] == b'{':
+        return 'json', path
     return 'tiktoken' if path.suffix == '.tiktoken' or re.match(_RANK, head) else 'sp', path
 
 # %% ../../nbs/tokenizer/exact.ipynb #348b8b1a
-def open_tokenizer(path,  # a folder or file: SentencePiece, `tokenizer.json` or tiktoken
-                  ):     # a SentencePieceProcessor or a `tokenizers.Tokenizer`
+def open_tokenizer(
+    path,  # a folder or file: SentencePiece, `tokenizer.json` or tiktoken
+):  # a SentencePieceProcessor or a `tokenizers.Tokenizer`
     "Whatever tokenizer lies there, loaded"
     kind, f = tokenizer_kind(path)
     return dict(sp=load_sp, json=load_json, tiktoken=load_tiktoken)[kind](f)

@@ -7,11 +7,12 @@ __all__ = ['HAN', 'han_only', 'count_units', 'text_stream', 'only_chars', 'frequ
            'model_from']
 
 # %% ../../nbs/tokenizer/pieces.ipynb #7567981e
+import io
+import re
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path
-import io
-import re
+
 from ..core.errors import LlamaZhError, need, writing
 from ..text.files import are_files
 
@@ -22,7 +23,7 @@ HAN = '\u4e00-\u9fff'
 _HAN_RUN = re.compile(f'[{HAN}]+')
 
 # %% ../../nbs/tokenizer/pieces.ipynb #2e394d08
-def han_only(piece:str) -> bool:
+def han_only(piece: str) -> bool:
     "Is it made of Han characters and nothing else?"
     return _HAN_RUN.fullmatch(piece) is not None
 
@@ -34,7 +35,8 @@ def _cutter(words=()):
     jieba.setLogLevel(60)
     tk = jieba.Tokenizer()
     tk.initialize()
-    for w in words: tk.add_word(w, freq=10**7)
+    for w in words:
+        tk.add_word(w, freq=10**7)
     return lambda run: tk.cut(run, HMM=False)
 
 # %% ../../nbs/tokenizer/pieces.ipynb #3c6ed90e
@@ -42,95 +44,161 @@ def _runs(text, marks='', before='', longest=200):
     "Runs of Han characters, with a mark of `before` in front and one of `marks` behind; very long ones in parts, because SentencePiece drops long lines without a word"
     for m in _HAN_RUN.finditer(text):
         (a, b), run = m.span(), m[0]
-        if marks: run = (text[a-1] if a and text[a-1] in before else '') + run + (text[b] if b < len(text) and text[b] in marks else '')
-        yield from (run[i:i+longest] for i in range(0, len(run), longest))
+        if marks:
+            run = (
+                (text[a - 1] if a and text[a - 1] in before else '')
+                + run
+                + (text[b] if b < len(text) and text[b] in marks else '')
+            )
+        yield from (run[i : i + longest] for i in range(0, len(run), longest))
 
 # %% ../../nbs/tokenizer/pieces.ipynb #349b8177
-def count_units(texts,                 # strings
-                segment:str='words',   # 'words': jieba's words; 'none': whole runs of Han characters
-                words=(),              # words to keep whole beside jieba's dictionary, such as names
-                marks:str='',          # punctuation that may stand at the end of a run
-                before:str='',         # and in front of one; between two runs a mark belongs to both
-                most:int=3_000_000,    # distinct units held at once, about 100 bytes each; beyond, a uniform sample is kept
-                seed:int=0) -> Counter:
+def count_units(
+    texts,  # strings
+    segment: str = 'words',  # 'words': jieba's words; 'none': whole runs of Han characters
+    words=(),  # words to keep whole beside jieba's dictionary, such as names
+    marks: str = '',  # punctuation that may stand at the end of a run
+    before: str = '',  # and in front of one; between two runs a mark belongs to both
+    most: int = 3_000_000,  # distinct units held at once, about 100 bytes each; beyond, a uniform sample is kept
+    seed: int = 0,
+) -> Counter:
     "Count the units that pieces may come from, in one pass and bounded memory"
     import numpy as np
-    if segment not in ('words', 'none'): raise LlamaZhError(f"segment={segment!r}: expected 'words' or 'none'.")
-    cut, rng, share, runs, out = (_cutter(tuple(words)) if segment == 'words' else None), np.random.default_rng(seed), 1., Counter(), Counter()
+
+    if segment not in ('words', 'none'):
+        raise LlamaZhError(f"segment={segment!r}: expected 'words' or 'none'.")
+    cut, rng, share, runs, out = (
+        (_cutter(tuple(words)) if segment == 'words' else None),
+        np.random.default_rng(seed),
+        1.0,
+        Counter(),
+        Counter(),
+    )
     for text in texts:
         runs.update(u for u in _runs(text, marks, before) if share == 1 or rng.random() < share)
-        if len(runs) > most:           # too many: keep each occurrence with probability one half, from now on too
-            share, keep = share/2, rng.binomial(np.fromiter(runs.values(), dtype=np.int64), .5)
+        if (
+            len(runs) > most
+        ):  # too many: keep each occurrence with probability one half, from now on too
+            share, keep = share / 2, rng.binomial(np.fromiter(runs.values(), dtype=np.int64), 0.5)
             runs = Counter({u: int(k) for u, k in zip(runs, keep) if k})
-    if not cut: return runs
+    if not cut:
+        return runs
     for run, n in runs.items():
-        for w in cut(run): out[w] += n
+        for w in cut(run):
+            out[w] += n
     return out
 
 # %% ../../nbs/tokenizer/pieces.ipynb #33b6b369
-def text_stream(source):   # strings, one string, or files and folders
+def text_stream(source):  # strings, one string, or files and folders
     "Documents of anything that names or holds text"
-    if not isinstance(source, (str, Path)) and not isinstance(source, (list, tuple)): yield from source; return
-    if not are_files(source): yield from [source] if isinstance(source, str) else source; return
-    from llama_zh_nb.corpus import read_texts
-    for f in [source] if isinstance(source, (str, Path)) else source: yield from read_texts(f)
+    if not isinstance(source, (str, Path)) and not isinstance(source, (list, tuple)):
+        yield from source
+        return
+    if not are_files(source):
+        yield from [source] if isinstance(source, str) else source
+        return
+    from llama_zh_nb.text.files import read_texts
+
+    for f in [source] if isinstance(source, (str, Path)) else source:
+        yield from read_texts(f)
 
 # %% ../../nbs/tokenizer/pieces.ipynb #26871847
-_TRAIN = dict(model_type='bpe', character_coverage=1., input_format='tsv', hard_vocab_limit=False, normalization_rule_name='identity', byte_fallback=True,
-              remove_extra_whitespaces=False, add_dummy_prefix=False, split_by_unicode_script=False, split_by_number=False,
-              max_sentence_length=10**6, num_threads=2, minloglevel=2)
+_TRAIN = dict(
+    model_type='bpe',
+    character_coverage=1.0,
+    input_format='tsv',
+    hard_vocab_limit=False,
+    normalization_rule_name='identity',
+    byte_fallback=True,
+    remove_extra_whitespaces=False,
+    add_dummy_prefix=False,
+    split_by_unicode_script=False,
+    split_by_number=False,
+    max_sentence_length=10**6,
+    num_threads=2,
+    minloglevel=2,
+)
 
 # %% ../../nbs/tokenizer/pieces.ipynb #2e098264
 def only_chars(units, chars):
     "Units cut where a character stood that is not one of `chars`"
     keep, out = re.compile('[' + re.escape(''.join(chars)) + ']+'), Counter()
     for u, n in units.items():
-        for part in keep.findall(u): out[part] += n
+        for part in keep.findall(u):
+            out[part] += n
     return out
 
 # %% ../../nbs/tokenizer/pieces.ipynb #84396043
-def frequent_chars(units,   # unit -> count
-                   most:int # how many
-                  ) -> Counter:   # units cut where a rarer character stood
+def frequent_chars(
+    units,  # unit -> count
+    most: int,  # how many
+) -> Counter:  # units cut where a rarer character stood
     "Keep the most frequent characters; the others are left to bytes"
     freq = Counter()
     for u, n in units.items():
-        for c in u: freq[c] += n
-    if len(freq) <= most: return units
-    return only_chars(units, [c for c, _ in sorted(freq.items(), key=lambda x: (-x[1], x[0]))[:most]])
+        for c in u:
+            freq[c] += n
+    if len(freq) <= most:
+        return units
+    return only_chars(
+        units, [c for c, _ in sorted(freq.items(), key=lambda x: (-x[1], x[0]))[:most]]
+    )
 
 # %% ../../nbs/tokenizer/pieces.ipynb #b4475e77
-def bpe_train(units,             # unit -> count
-              size:int,          # pieces in all, 259 bytes and marks included
-              chars:int=None,    # single characters among them; default: all that occur, but at most half of the pieces
-              longest:int=10,    # characters in a piece
-             ) -> bytes:         # a SentencePiece model
+def bpe_train(
+    units,  # unit -> count
+    size: int,  # pieces in all, 259 bytes and marks included
+    chars: int = None,  # single characters among them; default: all that occur, but at most half of the pieces
+    longest: int = 10,  # characters in a piece
+) -> bytes:  # a SentencePiece model
     "SentencePiece BPE on counted units"
     import sentencepiece
-    if not units: raise LlamaZhError('no Chinese text to train on: expected Han characters in the corpus; its report.json says what was dropped.')
-    if size < 263: raise LlamaZhError(f'{size} pieces are too few: 259 are bytes and marks; ask for 500 or more.')
-    units = frequent_chars(units, chars or max(1, (size-259)//2))
-    out, lines = io.BytesIO(), (f'{u}\t{n}' for u, n in sorted(units.items(), key=lambda x: (-x[1], x[0])))
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=out, vocab_size=size, max_sentencepiece_length=longest, **_TRAIN)
+
+    if not units:
+        raise LlamaZhError(
+            'no Chinese text to train on: expected Han characters in the corpus; its report.json says what was dropped.'
+        )
+    if size < 263:
+        raise LlamaZhError(
+            f'{size} pieces are too few: 259 are bytes and marks; ask for 500 or more.'
+        )
+    units = frequent_chars(units, chars or max(1, (size - 259) // 2))
+    out, lines = (
+        io.BytesIO(),
+        (f'{u}\t{n}' for u, n in sorted(units.items(), key=lambda x: (-x[1], x[0]))),
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_writer=out,
+        vocab_size=size,
+        max_sentencepiece_length=longest,
+        **_TRAIN,
+    )
     return out.getvalue()
 
 # %% ../../nbs/tokenizer/pieces.ipynb #5ba02a93
-def train_pieces(texts,                # strings, or files and folders
-                 size:int,             # pieces in all, 259 bytes and marks included
-                 out,                  # the `.model` file to write
-                 segment:str='words',  # 'words': no piece crosses a word's border; 'none': whatever saves most
-                 words=(),             # words to keep whole beside jieba's dictionary
-                 chars:int=None,       # single characters among them; default: all that occur, but at most half of the pieces
-                 longest:int=10,       # characters in a piece
-                 seed:int=0) -> Path:
+def train_pieces(
+    texts,  # strings, or files and folders
+    size: int,  # pieces in all, 259 bytes and marks included
+    out,  # the `.model` file to write
+    segment: str = 'words',  # 'words': no piece crosses a word's border; 'none': whatever saves most
+    words=(),  # words to keep whole beside jieba's dictionary
+    chars: int = None,  # single characters among them; default: all that occur, but at most half of the pieces
+    longest: int = 10,  # characters in a piece
+    seed: int = 0,
+) -> Path:
     "Train Chinese pieces: SentencePiece BPE, identity normaliser, byte fallback"
     out = Path(out)
-    raw = bpe_train(count_units(text_stream(texts), segment, words, seed=seed), size, chars, longest)
-    with writing(out) as f: Path(f).write_bytes(raw)
+    raw = bpe_train(
+        count_units(text_stream(texts), segment, words, seed=seed), size, chars, longest
+    )
+    with writing(out) as f:
+        Path(f).write_bytes(raw)
     return out
 
 # %% ../../nbs/tokenizer/pieces.ipynb #e01e29cf
 def model_from(raw):
     "A `ModelProto` from bytes"
     from sentencepiece import sentencepiece_model_pb2 as pb
+
     return pb.ModelProto.FromString(raw)

@@ -8,20 +8,57 @@ __all__ = ['load_base', 'shared_list', 'gather', 'whole', 'publisher', 'leave']
 # %% ../../nbs/training/artifacts.ipynb #feb778ae
 import shutil
 import time
+
 from ..checkpoint.cards import check_push, leave_card, push_after
 from ..core.errors import LlamaZhError, need
 from ..core.machine import quiet
-from .distributed import _trainable_after, is_fsdp, is_main, is_sharded, rank, stage, wait, world
-from .lora import load_base as load_base_of_lora, save_trained, trainable
+from llama_zh_nb.training.distributed import (
+    _trainable_after,
+    is_fsdp,
+    is_main,
+    is_sharded,
+    rank,
+    stage,
+    wait,
+    world,
+)
+from .lora import load_base as load_base_of_lora
+from .lora import save_trained, trainable
 
 # %% ../../nbs/training/artifacts.ipynb #102ffde8
-def load_base(folder, engine, train='lora+new', device='cpu', dtype=None, load_in_4bit=False, attn='sdpa', gradient_checkpointing=False):
+def load_base(
+    folder,
+    engine,
+    train='lora+new',
+    device='cpu',
+    dtype=None,
+    load_in_4bit=False,
+    attn='sdpa',
+    gradient_checkpointing=False,
+):
     "As `lora.load_base`; for an engine that splits the weights, in main memory"
-    if engine in (None, 'ddp') or load_in_4bit and stage(engine) == 2: return load_base_of_lora(folder, train, device, dtype, load_in_4bit, attn, gradient_checkpointing)
-    if load_in_4bit: raise LlamaZhError(f"load_in_4bit goes with one process, 'ddp' or 'zero2', not {engine!r}: weights in 4 bits are not split up")
+    if engine in (None, 'ddp') or load_in_4bit and stage(engine) == 2:
+        return load_base_of_lora(
+            folder, train, device, dtype, load_in_4bit, attn, gradient_checkpointing
+        )
+    if load_in_4bit:
+        raise LlamaZhError(
+            f"load_in_4bit goes with one process, 'ddp' or 'zero2', not {engine!r}: weights in 4 bits are not split up"
+        )
     torch, tf = need('torch', 'train'), need('transformers', 'train')
-    dtype = torch.float32 if device == 'cpu' or train in ('full', 'embed') else torch.bfloat16 if dtype in (None, 'auto') else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with quiet(): m = tf.AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation=attn, dtype=dtype)
+    dtype = (
+        torch.float32
+        if device == 'cpu' or train in ('full', 'embed')
+        else torch.bfloat16
+        if dtype in (None, 'auto')
+        else getattr(torch, dtype)
+        if isinstance(dtype, str)
+        else dtype
+    )
+    with quiet():
+        m = tf.AutoModelForCausalLM.from_pretrained(
+            str(folder), attn_implementation=attn, dtype=dtype
+        )
     m.config.use_cache = False
     if gradient_checkpointing:
         m.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
@@ -30,94 +67,126 @@ def load_base(folder, engine, train='lora+new', device='cpu', dtype=None, load_i
 
 # %% ../../nbs/training/artifacts.ipynb #fdb87a83
 def shared_list(
-    f, engine,    # list -> list; the engine of the run
-    model, items,
-)->list:
+    f,
+    engine,  # list -> list; the engine of the run
+    model,
+    items,
+) -> list:
     "`f(items)`: each process does its share; where weights are split, all do all"
     n, dist = world(), need('torch', 'train').distributed
-    if engine is None: return f(items)
+    if engine is None:
+        return f(items)
     if is_sharded(engine):
-        if is_fsdp(engine): need('torch.distributed.fsdp').register_fsdp_forward_method(model, 'generate')
-        with _trainable_after(): return f(items)
-    parts, out = [None]*n, [None]*len(items)
-    dist.all_gather_object(parts, f(items[rank()::n]))
-    for k, p in enumerate(parts): out[k::n] = p
+        if is_fsdp(engine):
+            need('torch.distributed.fsdp').register_fsdp_forward_method(model, 'generate')
+        with _trainable_after():
+            return f(items)
+    parts, out = [None] * n, [None] * len(items)
+    dist.all_gather_object(parts, f(items[rank() :: n]))
+    for k, p in enumerate(parts):
+        out[k::n] = p
     return out
 
 # %% ../../nbs/training/artifacts.ipynb #ea4434a5
 def gather(
     model,
-)->dict: # name -> tensor in main memory; empty except in the main process
+) -> dict:  # name -> tensor in main memory; empty except in the main process
     "Trained parameters, put together from all processes; every process must call it"
     out = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
+        if not p.requires_grad:
+            continue
         v = _whole(p)
-        if is_main(): out[name.replace('_checkpoint_wrapped_module.', '')] = v.detach().to('cpu', copy=True)
+        if is_main():
+            out[name.replace('_checkpoint_wrapped_module.', '')] = v.detach().to('cpu', copy=True)
     return out
 
 # %% ../../nbs/training/artifacts.ipynb #d800e4c6
 def _whole(p):
-    if hasattr(p, 'full_tensor'): return p.full_tensor()
-    if not hasattr(p, 'ds_id') and not hasattr(p, '_hp_mapping'): return p
+    if hasattr(p, 'full_tensor'):
+        return p.full_tensor()
+    if not hasattr(p, 'ds_id') and not hasattr(p, '_hp_mapping'):
+        return p
     ds = need('deepspeed', 'scale')
-    if p.requires_grad and (v := ds.utils.safe_get_full_fp32_param(p)) is not None: return v # the exact copy that the optimizer keeps
-    if not hasattr(p, 'ds_id'): return p
-    with ds.zero.GatheredParameters([p]): return p.data.clone()
+    if p.requires_grad and (v := ds.utils.safe_get_full_fp32_param(p)) is not None:
+        return v  # the exact copy that the optimizer keeps
+    if not hasattr(p, 'ds_id'):
+        return p
+    with ds.zero.GatheredParameters([p]):
+        return p.data.clone()
 
 # %% ../../nbs/training/artifacts.ipynb #28914a87
 def _shell(folder, prepare, state):
     "A model of which only the gathered parameters are real: enough to save from"
     torch, tf = need('torch', 'train'), need('transformers', 'train')
-    if hasattr(tf.integrations, 'unset_hf_deepspeed_config'): tf.integrations.unset_hf_deepspeed_config() # or the new model would be split up too, by one process alone
-    with torch.device('meta'): m = prepare(tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(str(folder))))
+    if hasattr(tf.integrations, 'unset_hf_deepspeed_config'):
+        tf.integrations.unset_hf_deepspeed_config()  # or the new model would be split up too, by one process alone
+    with torch.device('meta'):
+        m = prepare(tf.AutoModelForCausalLM.from_config(tf.AutoConfig.from_pretrained(str(folder))))
     lost = set(state) - set(m.state_dict())
-    if lost: raise LlamaZhError(f'{len(lost)} gathered parameters have no place in the model: {min(lost)}')
+    if lost:
+        raise LlamaZhError(
+            f'{len(lost)} gathered parameters have no place in the model: {min(lost)}'
+        )
     m.load_state_dict(state, strict=False, assign=True)
     every = m.state_dict
-    m.state_dict = lambda *a, **k: {n: v for n, v in every(*a, **k).items() if v.device.type != 'meta'} # what is not real has not changed
+    m.state_dict = lambda *a, **k: {
+        n: v for n, v in every(*a, **k).items() if v.device.type != 'meta'
+    }  # what is not real has not changed
     return m
 
 # %% ../../nbs/training/artifacts.ipynb #d8a068c1
 def whole(
-    model, engine,  # trained, and by which engine
-    folder,         # Hugging Face folder it began from
-    prepare,        # what made it trainable
-): # in the main process, a model to save from
+    model,
+    engine,  # trained, and by which engine
+    folder,  # Hugging Face folder it began from
+    prepare,  # what made it trainable
+):  # in the main process, a model to save from
     "The trained model in one piece; every process must call it"
-    if engine in (None, 'ddp'): return model
+    if engine in (None, 'ddp'):
+        return model
     state = gather(model)
     return _shell(folder, prepare, state) if is_main() else None
 
 # %% ../../nbs/training/artifacts.ipynb #2a3cd2bf
 def publisher(
-    repo,      # owner/name, or None
-    base=None, # the folder that will be trained: without a known licence nothing is sent
-): # what to call with the finished folder
+    repo,  # owner/name, or None
+    base=None,  # the folder that will be trained: without a known licence nothing is sent
+):  # what to call with the finished folder
     "Check now that the trained folder can go to the Hub, and give what sends it"
-    if not repo: return lambda folder: None
-    if is_main(): check_push(repo, base=base)
+    if not repo:
+        return lambda folder: None
+    if is_main():
+        check_push(repo, base=base)
     return lambda folder: push_after(folder, repo)
 
 # %% ../../nbs/training/artifacts.ipynb #71a0270d
 def leave(
-    h, model, engine,      # history; trained model; see `whole` for the rest of the line
-    folder, prepare, train, out,
-    info, began,           # settings and counts for the history; when the run began
-    read,                  # {what: files} that were learnt from, for the card
-    finish=lambda: None,   # writes what else belongs into the folder
-    publish=lambda out: None, # see `publisher`
-): # the history
+    h,
+    model,
+    engine,  # history; trained model; see `whole` for the rest of the line
+    folder,
+    prepare,
+    train,
+    out,
+    info,
+    began,  # settings and counts for the history; when the run began
+    read,  # {what: files} that were learnt from, for the card
+    finish=lambda: None,  # writes what else belongs into the folder
+    publish=lambda out: None,  # see `publisher`
+):  # the history
     "Adapter, plain model, history and card in `out`, by the main process; every process must call it"
     trained = whole(model, engine, folder, prepare)
     if is_main():
         save_trained(trained, out, folder, train)
         n, all_ = trainable(trained)
-        h.info |= info | dict(trained=n, parameters=all_, wall=round(time.perf_counter()-began, 1))
-        h.save(out/'history.json')
+        h.info |= info | dict(
+            trained=n, parameters=all_, wall=round(time.perf_counter() - began, 1)
+        )
+        h.save(out / 'history.json')
         finish()
         leave_card(out, folder, read)
-        shutil.rmtree(out/'checkpoints', ignore_errors=True)
+        shutil.rmtree(out / 'checkpoints', ignore_errors=True)
         publish(out)
     wait()
     return h

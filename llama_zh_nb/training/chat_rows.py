@@ -8,91 +8,194 @@ __all__ = ['pad_id', 'shorten', 'Examples', 'examples', 'with_texts', 'Packed', 
 # %% ../../nbs/training/chat_rows.ipynb #9a0e1b06
 import html
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need
 from ..text.chats import language
 from ..text.templates import Encoded, encode_chats, encode_texts, get_template
 
 # %% ../../nbs/training/chat_rows.ipynb #27097387
-def pad_id(tokenizer)->int:
+def pad_id(tokenizer) -> int:
     "The id to pad with: the tokenizer's pad token, else its unknown token; never the end mark."
     for p in (tokenizer.pad_token_id, tokenizer.unk_token_id):
-        if p is not None and p != tokenizer.eos_token_id: return p
-    raise LlamaZhError(f'the pad token is {tokenizer.pad_token!r}, the end mark is {tokenizer.eos_token!r}, and there is no unknown token: a model that pads with its end mark never learns to stop. '
-                       "Save the tokenizer with a pad token of its own: vocab.save_tokenizer(model, out, pad='<unk>').")
+        if p is not None and p != tokenizer.eos_token_id:
+            return p
+    raise LlamaZhError(
+        f'the pad token is {tokenizer.pad_token!r}, the end mark is {tokenizer.eos_token!r}, and there is no unknown token: a model that pads with its end mark never learns to stop. '
+        "Save the tokenizer with a pad token of its own: vocab.save_tokenizer(model, out, pad='<unk>')."
+    )
 
 # %% ../../nbs/training/chat_rows.ipynb #77acdc6c
 def shorten(
-    e:Encoded,  # ids and mask of a chat
-    block:int,  # most ids
-    too_long:str='turns' # 'turns': keep the first whole exchanges; 'cut': cut the ids, also inside an answer; 'drop': leave the chat out
-)->Encoded|None: # None if nothing can be learnt from what is left
+    e: Encoded,  # ids and mask of a chat
+    block: int,  # most ids
+    too_long: str = 'turns',  # 'turns': keep the first whole exchanges; 'cut': cut the ids, also inside an answer; 'drop': leave the chat out
+) -> Encoded | None:  # None if nothing can be learnt from what is left
     "`e` in at most `block` ids."
-    if too_long not in ('turns', 'cut', 'drop'): raise LlamaZhError(f"unknown too_long={too_long!r}: choose 'turns', 'cut' or 'drop'")
+    if too_long not in ('turns', 'cut', 'drop'):
+        raise LlamaZhError(f"unknown too_long={too_long!r}: choose 'turns', 'cut' or 'drop'")
     n = len(e.ids)
     if n > block:
-        ends = [i + 1 for i in range(block) if e.mask[i] and not (e.mask[i+1] if i + 1 < n else 0)]  # just behind an answer's end mark
+        ends = [
+            i + 1 for i in range(block) if e.mask[i] and not (e.mask[i + 1] if i + 1 < n else 0)
+        ]  # just behind an answer's end mark
         n = block if too_long == 'cut' else 0 if too_long == 'drop' or not ends else ends[-1]
     return Encoded(e.ids[:n], e.mask[:n]) if any(e.mask[:n]) else None
 
 # %% ../../nbs/training/chat_rows.ipynb #9df02413
 class Examples:
     "Chats as ids and masks, what was left out, and why."
+
     def __init__(self, items, report, kinds=(), lengths=()):
-        self.items, self.report, self.lengths = items, report, list(lengths)  # lengths: (tokens of a chat, tokens kept), of those left out too
-        self.kinds = list(kinds) or ['zh']*len(items)  # 'zh', 'en': language of a chat's answers; 'text': a document
-    def __len__(self): return len(self.items)
-    def __getitem__(self, i): return self.items[i]
-    def _rows(self): return [(k.replace('_', ' '), f'{v:,}' if isinstance(v, int) else f'{v:.1%}' if isinstance(v, float) else str(v)) for k, v in self.report.items() if v not in ([], 0)]
-    def __repr__(self): return '\n'.join(f'{k}: {v}' for k, v in self._rows())
-    def _repr_html_(self): return '<table>' + ''.join(f'<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>' for k, v in self._rows()) + '</table>'
+        self.items, self.report, self.lengths = (
+            items,
+            report,
+            list(lengths),
+        )  # lengths: (tokens of a chat, tokens kept), of those left out too
+        self.kinds = list(kinds) or ['zh'] * len(
+            items
+        )  # 'zh', 'en': language of a chat's answers; 'text': a document
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+    def _rows(self):
+        return [
+            (
+                k.replace('_', ' '),
+                f'{v:,}' if isinstance(v, int) else f'{v:.1%}' if isinstance(v, float) else str(v),
+            )
+            for k, v in self.report.items()
+            if v not in ([], 0)
+        ]
+
+    def __repr__(self):
+        return '\n'.join(f'{k}: {v}' for k, v in self._rows())
+
+    def _repr_html_(self):
+        return (
+            '<table>'
+            + ''.join(
+                f'<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>'
+                for k, v in self._rows()
+            )
+            + '</table>'
+        )
+
     def lost(self):
         "What `block` cost, in a line; '' if nothing."
         r, rows = self.report, ', '.join(self.report.get('left_out_rows', [])[:3])
-        parts = [f"{r['left_out']:,} chats are left out ({rows}{', ...' if r['left_out'] > 3 else ''})"] if r.get('left_out') else []
-        if r.get('answers_cut'): parts.append(f"{r['answers_cut']:,} chats end in the middle of an answer")
-        if r.get('shortened'): parts.append(f"{r['shortened']:,} chats are shortened, by {r['answers_lost']:,} answers")
-        return '; '.join(parts) + f' (the longest has {max(a for a, _ in self.lengths):,} tokens; see block and too_long)' if parts else ''
+        parts = (
+            [f'{r["left_out"]:,} chats are left out ({rows}{", ..." if r["left_out"] > 3 else ""})']
+            if r.get('left_out')
+            else []
+        )
+        if r.get('answers_cut'):
+            parts.append(f'{r["answers_cut"]:,} chats end in the middle of an answer')
+        if r.get('shortened'):
+            parts.append(
+                f'{r["shortened"]:,} chats are shortened, by {r["answers_lost"]:,} answers'
+            )
+        return (
+            '; '.join(parts)
+            + f' (the longest has {max(a for a, _ in self.lengths):,} tokens; see block and too_long)'
+            if parts
+            else ''
+        )
 
 # %% ../../nbs/training/chat_rows.ipynb #39556182
 def examples(
-    chats:list,       # `read_chats`' result, or a list of `{'messages': [...]}`
-    tokenizer,        # of the model
-    template='alpaca2', # name or `Template`
-    system:str=None,  # system text for chats without one
-    block:int=512,    # most tokens of a chat
-    too_long:str='turns', # see `shorten`
-)->Examples:
+    chats: list,  # `read_chats`' result, or a list of `{'messages': [...]}`
+    tokenizer,  # of the model
+    template='alpaca2',  # name or `Template`
+    system: str = None,  # system text for chats without one
+    block: int = 512,  # most tokens of a chat
+    too_long: str = 'turns',  # see `shorten`
+) -> Examples:
     "Encode chats for training: answers and their end marks are learnt, nothing else."
-    t, items, kinds, refused, lengths, n, lost = get_template(template), [], [], [], [], dict.fromkeys(('shortened', 'answers_cut'), 0), 0
+    t, items, kinds, refused, lengths, n, lost = (
+        get_template(template),
+        [],
+        [],
+        [],
+        [],
+        dict.fromkeys(('shortened', 'answers_cut'), 0),
+        0,
+    )
     msgs, eos = [c['messages'] if isinstance(c, dict) else c for c in chats], tokenizer.eos_token_id
-    source = [Path(c['source']).name if isinstance(c, dict) and 'source' in c else f'chat {i+1}' for i, c in enumerate(chats)]
+    source = [
+        Path(c['source']).name if isinstance(c, dict) and 'source' in c else f'chat {i + 1}'
+        for i, c in enumerate(chats)
+    ]
     ends = lambda e: sum(m and i == eos for i, m in zip(e.ids, e.mask))
     for m, e, where in zip(msgs, encode_chats(t, tokenizer, msgs, system=system), source):
         s = shorten(e, block, too_long) if any(e.mask) else None
         lengths.append((len(e.ids), len(s.ids) if s else 0))
-        if s is None: refused.append(f'{where} ({len(e.ids):,} tokens)' if any(e.mask) else f'{where} (no answer)'); continue
-        items.append(s); kinds.append(language(m))
-        if len(s.ids) < len(e.ids): n['answers_cut' if s.mask[-1] and s.ids[-1] != eos else 'shortened'] += 1; lost += ends(e) - ends(s)
-    if not items: raise LlamaZhError(f'nothing to learn in any of the {len(chats):,} chats' + (f', the first: {refused[0]}; raise block, now {block}' if refused else ''))
+        if s is None:
+            refused.append(
+                f'{where} ({len(e.ids):,} tokens)' if any(e.mask) else f'{where} (no answer)'
+            )
+            continue
+        items.append(s)
+        kinds.append(language(m))
+        if len(s.ids) < len(e.ids):
+            n['answers_cut' if s.mask[-1] and s.ids[-1] != eos else 'shortened'] += 1
+            lost += ends(e) - ends(s)
+    if not items:
+        raise LlamaZhError(
+            f'nothing to learn in any of the {len(chats):,} chats'
+            + (f', the first: {refused[0]}; raise block, now {block}' if refused else '')
+        )
     tokens, learnt = sum(len(e.ids) for e in items), sum(sum(e.mask) for e in items)
-    if not any(map(ends, items)): raise LlamaZhError('no answer has an end mark among what is learnt: the model would never stop. Raise block, or use another too_long.')
-    return Examples(items, dict(chats=len(items), chinese=kinds.count('zh'), english=kinds.count('en'), tokens=tokens, learnt_tokens=learnt, learnt_share=learnt/tokens, longest=max(len(e.ids) for e in items),
-                                **n, answers_lost=lost, left_out=len(refused), left_out_rows=refused[:20], markers_broken=sum(t.broken(m) for m in msgs)), kinds, lengths)
+    if not any(map(ends, items)):
+        raise LlamaZhError(
+            'no answer has an end mark among what is learnt: the model would never stop. Raise block, or use another too_long.'
+        )
+    return Examples(
+        items,
+        dict(
+            chats=len(items),
+            chinese=kinds.count('zh'),
+            english=kinds.count('en'),
+            tokens=tokens,
+            learnt_tokens=learnt,
+            learnt_share=learnt / tokens,
+            longest=max(len(e.ids) for e in items),
+            **n,
+            answers_lost=lost,
+            left_out=len(refused),
+            left_out_rows=refused[:20],
+            markers_broken=sum(t.broken(m) for m in msgs),
+        ),
+        kinds,
+        lengths,
+    )
 
 # %% ../../nbs/training/chat_rows.ipynb #2b25544d
 def with_texts(
-    data:Examples,
-    texts:list,      # documents
+    data: Examples,
+    texts: list,  # documents
     tokenizer,
-    block:int=512,   # longer ones are cut in pieces
-)->Examples:
+    block: int = 512,  # longer ones are cut in pieces
+) -> Examples:
     "`data` and the documents behind it."
     bos, eos, out = tokenizer.bos_token_id, tokenizer.eos_token_id, []
     for ids in encode_texts(tokenizer, [t for t in texts if t.strip()]):
         ids = [bos, *ids, eos]
-        out += [Encoded(p, [int(i + k > 0) for k in range(len(p))]) for i in range(0, len(ids), block) if len(p := ids[i:i+block]) > 1]
+        out += [
+            Encoded(p, [int(i + k > 0) for k in range(len(p))])
+            for i in range(0, len(ids), block)
+            if len(p := ids[i : i + block]) > 1
+        ]
     n = sum(len(e.ids) for e in out)
-    return Examples(data.items + out, dict(data.report, text_pieces=len(out), text_tokens=n), data.kinds + ['text']*len(out), data.lengths)
+    return Examples(
+        data.items + out,
+        dict(data.report, text_pieces=len(out), text_tokens=n),
+        data.kinds + ['text'] * len(out),
+        data.lengths,
+    )
 
 # %% ../../nbs/training/chat_rows.ipynb #d372656d
 def _fill(order, lens, block, open_rows=32):
@@ -100,25 +203,44 @@ def _fill(order, lens, block, open_rows=32):
     rows, free, done = [], [], []
     for k in order:
         fits = [j for j, f in enumerate(free) if f >= lens[k]]
-        if fits: j = min(fits, key=free.__getitem__); rows[j].append(k); free[j] -= lens[k]
-        else: rows.append([k]); free.append(block - lens[k])
-        if len(rows) > open_rows: j = free.index(min(free)); done.append(rows.pop(j)); free.pop(j)
+        if fits:
+            j = min(fits, key=free.__getitem__)
+            rows[j].append(k)
+            free[j] -= lens[k]
+        else:
+            rows.append([k])
+            free.append(block - lens[k])
+        if len(rows) > open_rows:
+            j = free.index(min(free))
+            done.append(rows.pop(j))
+            free.pop(j)
     return done + rows
+
+
 def _draw(pool, tokens, lens, rng, left):
     "Numbers of `pool` in turn until they make up so many tokens; `left` remembers where the last draw ended."
     out = []
     while tokens > 0:
-        if not left: left.extend(rng.permutation(pool).tolist())
-        out.append(left.pop()); tokens -= lens[out[-1]]
+        if not left:
+            left.extend(rng.permutation(pool).tolist())
+        out.append(left.pop())
+        tokens -= lens[out[-1]]
     return out
+
+
 def _epoch(data, block, share, en_share, pack, rng, left):
     "The numbers of one pass in rows. A share makes documents, or English chats, be taken in turn until they make up that share of the tokens."
-    chat, text, lens = [i for i, k in enumerate(data.kinds) if k != 'text'], [i for i, k in enumerate(data.kinds) if k == 'text'], [len(e.ids) for e in data.items]
-    rest = lambda of, part: sum(lens[i] for i in of)*part/(1 - part)
+    chat, text, lens = (
+        [i for i, k in enumerate(data.kinds) if k != 'text'],
+        [i for i, k in enumerate(data.kinds) if k == 'text'],
+        [len(e.ids) for e in data.items],
+    )
+    rest = lambda of, part: sum(lens[i] for i in of) * part / (1 - part)
     if en_share is not None:
         en, zh = ([i for i in chat if (data.kinds[i] == 'en') == k] for k in (True, False))
         chat = zh + _draw(en, rest(zh, en_share), lens, rng, left['en'])
-    if text and share is not None: text = _draw(text, rest(chat, share), lens, rng, left['text'])
+    if text and share is not None:
+        text = _draw(text, rest(chat, share), lens, rng, left['text'])
     order = rng.permutation(chat + text).tolist()
     rows = _fill(order, lens, block) if pack else [[i] for i in order]
     return [rows[i] for i in rng.permutation(len(rows))]
@@ -126,55 +248,95 @@ def _epoch(data, block, share, en_share, pack, rng, left):
 # %% ../../nbs/training/chat_rows.ipynb #b115a959
 class Packed:
     "Rows of examples in training order, as a dataset: `data[i]` is `{'parts': [Encoded, ...], 'row': i}`."
-    def __init__(self,
-        data:Examples,
-        block:int=512,     # tokens in a row
-        rows:int=None,     # rows in all; None: `epochs`
-        epochs:float=1,    # passes through the chats
-        share:float=None,  # share of the tokens for plain documents; None: each document once a pass
-        en_share:float=None, # share of the chats' tokens for English ones; None: each chat once a pass
-        pack:bool=True,    # False: one example a row
-        seed:int=0,
-        multiple:int=1,    # the number of rows is a multiple of this
+
+    def __init__(
+        self,
+        data: Examples,
+        block: int = 512,  # tokens in a row
+        rows: int = None,  # rows in all; None: `epochs`
+        epochs: float = 1,  # passes through the chats
+        share: float = None,  # share of the tokens for plain documents; None: each document once a pass
+        en_share: float = None,  # share of the chats' tokens for English ones; None: each chat once a pass
+        pack: bool = True,  # False: one example a row
+        seed: int = 0,
+        multiple: int = 1,  # the number of rows is a multiple of this
     ):
-        rng, self.data, self.rows, left = need('numpy').random.default_rng(seed), data, [], dict(en=[], text=[])
-        if not all(v is None or 0 <= v < 1 for v in (share, en_share)): raise LlamaZhError(f'the shares of the tokens are {share} (documents) and {en_share} (English): expected numbers from 0 to below 1')
-        if en_share is not None and not {'zh', 'en'} <= set(data.kinds): raise LlamaZhError(f"en_share is {en_share}, but the chats are all {'Chinese' if 'zh' in data.kinds else 'English'}: give chats of both languages, or leave it out")
+        rng, self.data, self.rows, left = (
+            need('numpy').random.default_rng(seed),
+            data,
+            [],
+            dict(en=[], text=[]),
+        )
+        if not all(v is None or 0 <= v < 1 for v in (share, en_share)):
+            raise LlamaZhError(
+                f'the shares of the tokens are {share} (documents) and {en_share} (English): expected numbers from 0 to below 1'
+            )
+        if en_share is not None and not {'zh', 'en'} <= set(data.kinds):
+            raise LlamaZhError(
+                f'en_share is {en_share}, but the chats are all {"Chinese" if "zh" in data.kinds else "English"}: give chats of both languages, or leave it out'
+            )
         one = _epoch(data, block, share, en_share, pack, rng, left)
-        n = rows or max(multiple, round(len(one)*epochs/multiple)*multiple)
+        n = rows or max(multiple, round(len(one) * epochs / multiple) * multiple)
         self.rows += one
-        while len(self.rows) < n: self.rows += _epoch(data, block, share, en_share, pack, rng, left)
+        while len(self.rows) < n:
+            self.rows += _epoch(data, block, share, en_share, pack, rng, left)
         del self.rows[n:]
-        self.mix = {k: sum(len(data[i].ids) for row in self.rows for i in row if data.kinds[i] == k) for k in ('zh', 'en', 'text')}  # tokens of each kind that will be read
-        self.filled = sum(self.mix.values()) / (n*block)
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return dict(parts=[self.data[k] for k in self.rows[i]], row=i)
+        self.mix = {
+            k: sum(len(data[i].ids) for row in self.rows for i in row if data.kinds[i] == k)
+            for k in ('zh', 'en', 'text')
+        }  # tokens of each kind that will be read
+        self.filled = sum(self.mix.values()) / (n * block)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return dict(parts=[self.data[k] for k in self.rows[i]], row=i)
 
 # %% ../../nbs/training/chat_rows.ipynb #95fc7ef3
 class ChatCollate:
     "Rows to a batch: ids, labels, positions that restart with every example; a weight for each label if prompts count too."
-    def __init__(self,
-        pad:int,                # id that fills up rows
-        prompt_weight:float=0., # weight of the loss on what is only read; 0: answers alone
-        flat:bool=False,        # all examples in one row without padding: what FlashAttention wants
-    ): self.pad, self.prompt_weight, self.flat = pad, prompt_weight, flat
+
+    def __init__(
+        self,
+        pad: int,  # id that fills up rows
+        prompt_weight: float = 0.0,  # weight of the loss on what is only read; 0: answers alone
+        flat: bool = False,  # all examples in one row without padding: what FlashAttention wants
+    ):
+        self.pad, self.prompt_weight, self.flat = pad, prompt_weight, flat
 
     def __call__(self, rows):
         torch = need('torch', 'train')
-        if self.flat: rows = [dict(parts=[e for r in rows for e in r['parts']], row=rows[0]['row'])] if len(rows) > 1 else rows
+        if self.flat:
+            rows = (
+                [dict(parts=[e for r in rows for e in r['parts']], row=rows[0]['row'])]
+                if len(rows) > 1
+                else rows
+            )
         out = [self._row(r['parts']) for r in rows]
         n = max(len(o[0]) for o in out)
-        cols = [torch.tensor([c + [fill]*(n - len(c)) for c in col]) for col, fill in zip(zip(*out), (self.pad, -100, 0, 0.))]
-        batch = dict(zip(('input_ids', 'labels', 'position_ids', 'weight'), cols), row=torch.tensor([r['row'] for r in rows]))
-        if not self.prompt_weight: del batch['weight']
+        cols = [
+            torch.tensor([c + [fill] * (n - len(c)) for c in col])
+            for col, fill in zip(zip(*out), (self.pad, -100, 0, 0.0))
+        ]
+        batch = dict(
+            zip(('input_ids', 'labels', 'position_ids', 'weight'), cols),
+            row=torch.tensor([r['row'] for r in rows]),
+        )
+        if not self.prompt_weight:
+            del batch['weight']
         return batch
+
     def _row(self, parts):
         ids, labels, pos, weight = [], [], [], []
         for e in parts:
-            ids += e.ids; pos += range(len(e.ids))
+            ids += e.ids
+            pos += range(len(e.ids))
             learn = [m or (self.prompt_weight and k > 0) for k, m in enumerate(e.mask)]
             labels += [i if l else -100 for i, l in zip(e.ids, learn)]
-            weight += [1. if m else self.prompt_weight if l else 0. for m, l in zip(e.mask, learn)]
+            weight += [
+                1.0 if m else self.prompt_weight if l else 0.0 for m, l in zip(e.mask, learn)
+            ]
         return ids, labels, pos, weight
 
 # %% ../../nbs/training/chat_rows.ipynb #f05bb7de
@@ -182,6 +344,14 @@ def token_losses(model, batch):
     "Loss of every learnt token of `batch`, in order (1-D, float32)."
     torch = need('torch', 'train')
     with torch.no_grad():
-        logits = model(input_ids=batch['input_ids'].to(model.device), position_ids=batch['position_ids'].to(model.device), use_cache=False).logits[:, :-1].float()
+        logits = (
+            model(
+                input_ids=batch['input_ids'].to(model.device),
+                position_ids=batch['position_ids'].to(model.device),
+                use_cache=False,
+            )
+            .logits[:, :-1]
+            .float()
+        )
     y = batch['labels'][:, 1:].to(model.device)
     return torch.nn.functional.cross_entropy(logits[y != -100], y[y != -100], reduction='none')

@@ -8,155 +8,290 @@ __all__ = ['ENGINES', 'world', 'rank', 'is_main', 'say', 'wait', 'first', 'ds_co
            'check_engine', 'check_resume', 'shared_bits']
 
 # %% ../../nbs/training/distributed.ipynb #fc870b46
-import contextlib, os, shutil, time
+import contextlib
+import os
+import shutil
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, read_json
 from ..core.machine import pick_device
 
 # %% ../../nbs/training/distributed.ipynb #61475a58
-def world()->int: return int(os.environ.get('WORLD_SIZE') or 1) # processes in all
-def rank()->int: return int(os.environ.get('RANK') or 0)        # number of this one
-def is_main()->bool: return rank() == 0
+def world() -> int:
+    return int(os.environ.get('WORLD_SIZE') or 1)  # processes in all
+
+
+def rank() -> int:
+    return int(os.environ.get('RANK') or 0)  # number of this one
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
 def say(*args):
     "Print once, however many processes there are"
-    if is_main(): print(*args, flush=True)
+    if is_main():
+        print(*args, flush=True)
 
 # %% ../../nbs/training/distributed.ipynb #f81ad7c3
 def wait():
     "Go on when all processes have come here"
-    if world() > 1: need('torch', 'train').distributed.barrier()
+    if world() > 1:
+        need('torch', 'train').distributed.barrier()
+
+
 @contextlib.contextmanager
 def first():
     "The main process goes first, the others after it"
-    if not is_main(): wait()
+    if not is_main():
+        wait()
     yield
-    if is_main(): wait()
+    if is_main():
+        wait()
 
 # %% ../../nbs/training/distributed.ipynb #6ec31ca1
 ENGINES = ('ddp', 'fsdp2', 'fsdp2-offload', 'zero2', 'zero2-offload', 'zero3', 'zero3-offload')
+
+
 def ds_config(
-    stage,         # 2: optimizer and gradients are split; 3: weights too
-    offload=False, # what is split lies in main memory
-)->dict:
+    stage,  # 2: optimizer and gradients are split; 3: weights too
+    offload=False,  # what is split lies in main memory
+) -> dict:
     "DeepSpeed's configuration; the Trainer fills in each 'auto'"
     z = dict(stage=stage, overlap_comm=True, contiguous_gradients=True, reduce_bucket_size='auto')
-    if stage == 3: z |= dict(stage3_prefetch_bucket_size='auto', stage3_param_persistence_threshold='auto')
-    if offload: z |= {k: dict(device='cpu', pin_memory=True) for k in ('offload_optimizer', 'offload_param')[:stage-1]}
-    return dict(zero_optimization=z, bf16=dict(enabled='auto'), fp16=dict(enabled='auto'), zero_force_ds_cpu_optimizer=False, zero_allow_untested_optimizer=True,
-                **{k: 'auto' for k in ('train_micro_batch_size_per_gpu', 'gradient_accumulation_steps', 'gradient_clipping')})
+    if stage == 3:
+        z |= dict(stage3_prefetch_bucket_size='auto', stage3_param_persistence_threshold='auto')
+    if offload:
+        z |= {
+            k: dict(device='cpu', pin_memory=True)
+            for k in ('offload_optimizer', 'offload_param')[: stage - 1]
+        }
+    return dict(
+        zero_optimization=z,
+        bf16=dict(enabled='auto'),
+        fp16=dict(enabled='auto'),
+        zero_force_ds_cpu_optimizer=False,
+        zero_allow_untested_optimizer=True,
+        **dict.fromkeys(
+            ('train_micro_batch_size_per_gpu', 'gradient_accumulation_steps', 'gradient_clipping'),
+            'auto',
+        ),
+    )
 
 # %% ../../nbs/training/distributed.ipynb #22f52e43
 def pick_engine(
-    engine=None, # one of `ENGINES`, or a DeepSpeed JSON file; None: what `accelerate launch` was told
-): # the same, or None for one process without an engine
+    engine=None,  # one of `ENGINES`, or a DeepSpeed JSON file; None: what `accelerate launch` was told
+):  # the same, or None for one process without an engine
     "Which engine is meant; one that cannot be had is refused"
     env = os.environ
     on = lambda k: env.get(k, '').lower() == 'true'
     if not engine:
         if on('ACCELERATE_USE_DEEPSPEED'):
-            name = f"zero{env.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', 2)}" + ('-offload' if env.get('ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE') == 'cpu' else '')
+            name = f'zero{env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)}' + (
+                '-offload'
+                if env.get('ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE') == 'cpu'
+                else ''
+            )
             file = env.get('ACCELERATE_DEEPSPEED_CONFIG_FILE', 'none')
             return name if file.lower() == 'none' else file
-        return ('fsdp2-offload' if on('FSDP_OFFLOAD_PARAMS') else 'fsdp2') if on('ACCELERATE_USE_FSDP') else 'ddp' if 'RANK' in env else None
+        return (
+            ('fsdp2-offload' if on('FSDP_OFFLOAD_PARAMS') else 'fsdp2')
+            if on('ACCELERATE_USE_FSDP')
+            else 'ddp'
+            if 'RANK' in env
+            else None
+        )
     if str(engine).endswith('.json'):
-        if not Path(engine).is_file(): raise LlamaZhError(f'no such DeepSpeed configuration: {engine}')
-    elif engine not in ENGINES: raise LlamaZhError(f"unknown engine {engine!r}: choose one of {', '.join(ENGINES)}, or a DeepSpeed JSON file")
+        if not Path(engine).is_file():
+            raise LlamaZhError(f'no such DeepSpeed configuration: {engine}')
+    elif engine not in ENGINES:
+        raise LlamaZhError(
+            f'unknown engine {engine!r}: choose one of {", ".join(ENGINES)}, or a DeepSpeed JSON file'
+        )
     if 'RANK' not in env:
-        raise LlamaZhError(f"engine {engine!r} was asked for, but this is one process on its own. Start it with  accelerate launch --config_file configs/{Path(str(engine)).stem}.yaml -m llama_zh_nb.pretrain RECIPE  or  "
-                           "torchrun --nproc_per_node N -m llama_zh_nb.pretrain RECIPE  (llama_zh_nb.sft for chats; `accelerate launch --cpu --num_processes N` would start a single process)")
+        raise LlamaZhError(
+            f'engine {engine!r} was asked for, but this is one process on its own. Start it with  accelerate launch --config_file configs/{Path(str(engine)).stem}.yaml -m llama_zh_nb.pretrain RECIPE  or  '
+            'torchrun --nproc_per_node N -m llama_zh_nb.pretrain RECIPE  (llama_zh_nb.sft for chats; `accelerate launch --cpu --num_processes N` would start a single process)'
+        )
     return str(engine)
-def is_zero(engine): return bool(engine) and (engine.startswith('zero') or engine.endswith('.json'))
-def is_fsdp(engine): return bool(engine) and engine.startswith('fsdp2')
+
+
+def is_zero(engine):
+    return bool(engine) and (engine.startswith('zero') or engine.endswith('.json'))
+
+
+def is_fsdp(engine):
+    return bool(engine) and engine.startswith('fsdp2')
+
+
 def stage(engine):
     "ZeRO's stage, 0 for other engines"
-    if not is_zero(engine): return 0
-    return int(engine[4]) if engine.startswith('zero') else read_json(engine).get('zero_optimization', {}).get('stage', 0)
+    if not is_zero(engine):
+        return 0
+    return (
+        int(engine[4])
+        if engine.startswith('zero')
+        else read_json(engine).get('zero_optimization', {}).get('stage', 0)
+    )
+
+
 def is_sharded(engine):
     "Whether no process holds all weights"
     return is_fsdp(engine) or stage(engine) == 3
 
 # %% ../../nbs/training/distributed.ipynb #aeaba250
 def join(
-    engine=None,   # see `pick_engine`
-    device='auto', # of the recipe
-): # (engine, the device of this process)
+    engine=None,  # see `pick_engine`
+    device='auto',  # of the recipe
+):  # (engine, the device of this process)
     "Start the process group, if there are other processes"
     engine, device = pick_engine(engine), pick_device(device)
-    if engine is None: return None, device
+    if engine is None:
+        return None, device
     cpu = device == 'cpu'
-    if not is_main(): os.environ['LLAMA_ZH_PROGRESS'] = '0'
-    os.environ['ACCELERATE_USE_DEEPSPEED'], os.environ['ACCELERATE_USE_FSDP'] = str(is_zero(engine)).lower(), str(is_fsdp(engine)).lower()
-    if is_fsdp(engine): os.environ['FSDP_CPU_RAM_EFFICIENT_LOADING'] = 'true' # the main process alone reads the weights
+    if not is_main():
+        os.environ['LLAMA_ZH_PROGRESS'] = '0'
+    os.environ['ACCELERATE_USE_DEEPSPEED'], os.environ['ACCELERATE_USE_FSDP'] = (
+        str(is_zero(engine)).lower(),
+        str(is_fsdp(engine)).lower(),
+    )
+    if is_fsdp(engine):
+        os.environ['FSDP_CPU_RAM_EFFICIENT_LOADING'] = (
+            'true'  # the main process alone reads the weights
+        )
     if is_zero(engine):
-        if cpu: os.environ.setdefault('DS_ACCELERATOR', 'cpu')
+        if cpu:
+            os.environ.setdefault('DS_ACCELERATOR', 'cpu')
         need('deepspeed', 'scale')
     s = need('accelerate', 'train').PartialState(cpu=cpu)
-    if s.num_processes != world(): raise LlamaZhError(f'the launcher announced {world()} processes, but {s.num_processes} found each other: see MASTER_ADDR and MASTER_PORT')
+    if s.num_processes != world():
+        raise LlamaZhError(
+            f'the launcher announced {world()} processes, but {s.num_processes} found each other: see MASTER_ADDR and MASTER_PORT'
+        )
     if is_zero(engine) and cpu:
-        s._shared_state['distributed_type'] = need('accelerate.utils').DistributedType.DEEPSPEED # accelerate would not use DeepSpeed on a CPU, and not say so
+        s._shared_state['distributed_type'] = need(
+            'accelerate.utils'
+        ).DistributedType.DEEPSPEED  # accelerate would not use DeepSpeed on a CPU, and not say so
         need('deepspeed').init_distributed('gloo', auto_mpi_discovery=False, verbose=False)
-    return engine, device if cpu else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return engine, device if cpu else f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
 
 # %% ../../nbs/training/distributed.ipynb #521832a5
 def fsdp_on_cpu():
     "accelerate knows FSDP2 only for accelerators, and takes DDP on a CPU without a word: let it see another kind of group, for tests"
     st, kind = need('accelerate.state', 'train'), need('accelerate.utils', 'train').DistributedType
-    if st.PartialState._shared_state.get('distributed_type') == kind.MULTI_CPU: st.PartialState._shared_state['distributed_type'] = kind.MULTI_GPU
+    if st.PartialState._shared_state.get('distributed_type') == kind.MULTI_CPU:
+        st.PartialState._shared_state['distributed_type'] = kind.MULTI_GPU
 
 # %% ../../nbs/training/distributed.ipynb #57de5a67
-def trainer_args(engine, device)->dict:
+def trainer_args(engine, device) -> dict:
     "`TrainingArguments` for an engine"
-    if engine is None: return {}
-    if is_zero(engine): return dict(deepspeed=ds_config(stage(engine), engine.endswith('offload')) if engine.startswith('zero') else engine, use_cpu=False, accelerator_config=dict(use_configured_state=True))
+    if engine is None:
+        return {}
+    if is_zero(engine):
+        return dict(
+            deepspeed=ds_config(stage(engine), engine.endswith('offload'))
+            if engine.startswith('zero')
+            else engine,
+            use_cpu=False,
+            accelerator_config=dict(use_configured_state=True),
+        )
     if is_fsdp(engine):
-        return dict(fsdp=True, fsdp_config=dict(version=2, auto_wrap_policy='TRANSFORMER_BASED_WRAP', transformer_layer_cls_to_wrap=['LlamaDecoderLayer'], state_dict_type='SHARDED_STATE_DICT',
-                                                reshard_after_forward=True, cpu_ram_efficient_loading=True, cpu_offload=engine.endswith('offload')))
+        return dict(
+            fsdp=True,
+            fsdp_config=dict(
+                version=2,
+                auto_wrap_policy='TRANSFORMER_BASED_WRAP',
+                transformer_layer_cls_to_wrap=['LlamaDecoderLayer'],
+                state_dict_type='SHARDED_STATE_DICT',
+                reshard_after_forward=True,
+                cpu_ram_efficient_loading=True,
+                cpu_offload=engine.endswith('offload'),
+            ),
+        )
     return dict(ddp_find_unused_parameters=False)
 
 # %% ../../nbs/training/distributed.ipynb #2914cb89
 def steps(batch, accum, global_batch=None):
     "(`accum` of a process, blocks in a step of all processes together)"
-    each = batch*world()
-    if global_batch is None: return accum, each*accum
-    if global_batch % each: raise LlamaZhError(f'global_batch {global_batch} is no multiple of batch {batch} x {world()} processes = {each}')
-    return global_batch//each, global_batch
+    each = batch * world()
+    if global_batch is None:
+        return accum, each * accum
+    if global_batch % each:
+        raise LlamaZhError(
+            f'global_batch {global_batch} is no multiple of batch {batch} x {world()} processes = {each}'
+        )
+    return global_batch // each, global_batch
+
+
 def same_step(batch, accum, total, global_batch):
     "How a step is written in the settings: a run may go on with another number of processes"
-    return dict(batch=batch, accum=accum) if global_batch is None and world() == 1 else dict(batch=total, accum=1)
+    return (
+        dict(batch=batch, accum=accum)
+        if global_batch is None and world() == 1
+        else dict(batch=total, accum=1)
+    )
 
 # %% ../../nbs/training/distributed.ipynb #ae543441
 def liger_args(on, train):
     "The Trainer's arguments for Liger's kernels; its fused loss reads lm_head's weight itself, and would not see rows or LoRA that lie beside it"
-    if not on: return {}
+    if not on:
+        return {}
     need('liger_kernel', 'scale')
-    return dict(use_liger_kernel=True, liger_kernel_config=dict(rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=train in ('full', 'embed', 'lora')))
+    return dict(
+        use_liger_kernel=True,
+        liger_kernel_config=dict(
+            rope=True,
+            rms_norm=True,
+            swiglu=True,
+            cross_entropy=False,
+            fused_linear_cross_entropy=train in ('full', 'embed', 'lora'),
+        ),
+    )
 
 # %% ../../nbs/training/distributed.ipynb #a978c210
-def wrapped(trainer)->str:
+def wrapped(trainer) -> str:
     "What really holds the model"
     torch, m = need('torch', 'train'), trainer.model_wrapped
-    if hasattr(m, 'zero_optimization_stage'): return f'zero{m.zero_optimization_stage()}'
-    if isinstance(m, torch.nn.parallel.DistributedDataParallel): return 'ddp'
+    if hasattr(m, 'zero_optimization_stage'):
+        return f'zero{m.zero_optimization_stage()}'
+    if isinstance(m, torch.nn.parallel.DistributedDataParallel):
+        return 'ddp'
     if isinstance(m, need('torch.distributed.fsdp').FSDPModule):
         whole = [n for n, p in m.named_parameters() if not hasattr(p, 'full_tensor')]
         return 'fsdp2' if not whole else f'fsdp2 without {len(whole)} parameters'
     return type(m).__name__
+
+
 def check_engine(trainer, engine):
     "The engine that was asked for is the one that runs; libraries fall back in silence"
-    if engine is None: return
-    want, have = f'zero{stage(engine)}' if is_zero(engine) else engine.removesuffix('-offload'), wrapped(trainer)
-    if trainer.args.world_size != world(): raise LlamaZhError(f'{world()} processes were started, but the Trainer counts {trainer.args.world_size}: each would train on the same rows')
-    if want != have: raise LlamaZhError(f'engine {engine!r} was asked for, but the model is held by {have}: see that accelerate, transformers and deepspeed fit this torch')
+    if engine is None:
+        return
+    want, have = (
+        f'zero{stage(engine)}' if is_zero(engine) else engine.removesuffix('-offload'),
+        wrapped(trainer),
+    )
+    if trainer.args.world_size != world():
+        raise LlamaZhError(
+            f'{world()} processes were started, but the Trainer counts {trainer.args.world_size}: each would train on the same rows'
+        )
+    if want != have:
+        raise LlamaZhError(
+            f'engine {engine!r} was asked for, but the model is held by {have}: see that accelerate, transformers and deepspeed fit this torch'
+        )
 
 # %% ../../nbs/training/distributed.ipynb #4f7cbbb8
 def check_resume(
-    mark,   # what a complete checkpoint says of itself: engine and processes
-    engine, # that is to go on from it
+    mark,  # what a complete checkpoint says of itself: engine and processes
+    engine,  # that is to go on from it
 ):
     "Refuse a checkpoint that this engine cannot read; another number of processes is fine"
     kind = lambda e: is_zero(e) and 'DeepSpeed' or is_fsdp(e) and 'fsdp2' or 'ddp'
     was = mark.get('engine')
-    if kind(was) != kind(engine): raise LlamaZhError(f"the checkpoint was written by engine {was or 'none'}: go on with that, or begin anew with resume=False")
+    if kind(was) != kind(engine):
+        raise LlamaZhError(
+            f'the checkpoint was written by engine {was or "none"}: go on with that, or begin anew with resume=False'
+        )
 
 # %% ../../nbs/training/distributed.ipynb #1c34004f
 @contextlib.contextmanager
@@ -164,18 +299,28 @@ def _trainable_after():
     "Weights that were put together in inference mode cannot be trained with"
     torch = need('torch', 'train')
     was, torch.inference_mode = torch.inference_mode, torch.no_grad
-    try: yield
-    finally: torch.inference_mode = was
+    try:
+        yield
+    finally:
+        torch.inference_mode = was
+
+
 def shared_bits(
-    bits, engine, # `measure.bits`; the engine of the run
-    model, tokenizer, texts, **kw,
+    bits,
+    engine,  # `measure.bits`; the engine of the run
+    model,
+    tokenizer,
+    texts,
+    **kw,
 ):
     "Held-out bits: each process measures its share of the texts; where weights are split, all measure all, for every forward pass needs every process"
     n, torch = world(), need('torch', 'train')
-    if n == 1 and engine is None: return bits(model, tokenizer, texts, **kw)
+    if n == 1 and engine is None:
+        return bits(model, tokenizer, texts, **kw)
     if is_sharded(engine):
-        with _trainable_after(): return bits(model, tokenizer, texts, **kw)
-    b = bits(model, tokenizer, texts[rank()::n], **kw)
-    parts = [None]*n
+        with _trainable_after():
+            return bits(model, tokenizer, texts, **kw)
+    b = bits(model, tokenizer, texts[rank() :: n], **kw)
+    parts = [None] * n
     torch.distributed.all_gather_object(parts, (b.nats, b.chars, b.bytes, b.tokens))
     return type(b)(*map(sum, zip(*parts)))

@@ -6,8 +6,10 @@
 __all__ = ['trains', 'seven', 'load_base', 'lora_config', 'prepare', 'trainable', 'save_adapter', 'save_trained']
 
 # %% ../../nbs/training/lora.ipynb #5ec350c2
-import hashlib, os, shutil
+import os
+import shutil
 from pathlib import Path
+
 from ..checkpoint.adapter import check_adapter
 from ..checkpoint.folder import fingerprint, rewrite, tokenizer_hash
 from ..checkpoint.merge import merge_adapter
@@ -17,82 +19,148 @@ from ..core.machine import pick_device, quiet
 
 # %% ../../nbs/training/lora.ipynb #46084764
 trains = ('lora+new', 'lora+embed', 'lora', 'embed', 'full')
-seven = ['q_proj','k_proj','v_proj','o_proj','gate_proj','up_proj','down_proj']
+seven = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
+
+
 def load_base(
-    folder,              # Hugging Face folder
-    train='lora+new',    # what will be trained: decides the dtype
-    device='auto', dtype=None,
+    folder,  # Hugging Face folder
+    train='lora+new',  # what will be trained: decides the dtype
+    device='auto',
+    dtype=None,
     load_in_4bit=False,  # QLoRA: frozen weights in 4 bits (CUDA and bitsandbytes)
-    attn='sdpa',         # 'sdpa', 'eager', 'flash_attention_2'
+    attn='sdpa',  # 'sdpa', 'eager', 'flash_attention_2'
     gradient_checkpointing=False,
 ):
     "The model, ready to be prepared for training"
-    tf, device = need('transformers','train'), pick_device(device)
-    if (Path(folder)/'config.json').exists() and read_json(Path(folder)/'config.json').get('quantization_config'): raise LlamaZhError(f'{folder} is quantized: train the folder that was quantized, then quantize again')
-    if train not in trains: raise LlamaZhError(f'unknown train={train!r}: choose one of ' + ', '.join(trains))
+    tf, device = need('transformers', 'train'), pick_device(device)
+    if (Path(folder) / 'config.json').exists() and read_json(Path(folder) / 'config.json').get(
+        'quantization_config'
+    ):
+        raise LlamaZhError(
+            f'{folder} is quantized: train the folder that was quantized, then quantize again'
+        )
+    if train not in trains:
+        raise LlamaZhError(f'unknown train={train!r}: choose one of ' + ', '.join(trains))
     kw = dict(attn_implementation=attn, dtype=_load_dtype(train, device, dtype))
-    if load_in_4bit: kw |= _four_bits(train, device, kw['dtype'])
-    with quiet(): model = tf.AutoModelForCausalLM.from_pretrained(str(folder), **kw)
-    if not load_in_4bit: model.to(device)
+    if load_in_4bit:
+        kw |= _four_bits(train, device, kw['dtype'])
+    with quiet():
+        model = tf.AutoModelForCausalLM.from_pretrained(str(folder), **kw)
+    if not load_in_4bit:
+        model.to(device)
     model.config.use_cache = False
     if gradient_checkpointing:
-        if hasattr(model, 'activation_checkpointing_enable'): model.activation_checkpointing_enable(activation_checkpointing_kwargs=dict(use_reentrant=False))
-        else: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False)) # its name before transformers 5.2x
-        model.enable_input_require_grads() # else a checkpointed layer before the first trained part gets no gradient
+        if hasattr(model, 'activation_checkpointing_enable'):
+            model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=dict(use_reentrant=False)
+            )
+        else:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs=dict(use_reentrant=False)
+            )  # its name before transformers 5.2x
+        model.enable_input_require_grads()  # else a checkpointed layer before the first trained part gets no gradient
     return model
 
 # %% ../../nbs/training/lora.ipynb #9bd7b28c
 def _load_dtype(train, device, dtype):
     torch = need('torch', 'train')
-    if not device.startswith('cuda') or train in ('full', 'embed'): return torch.float32
-    if dtype not in (None, 'auto'): return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if not device.startswith('cuda') or train in ('full', 'embed'):
+        return torch.float32
+    if dtype not in (None, 'auto'):
+        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
+
+
 def _four_bits(train, device, dtype):
-    if not device.startswith('cuda'): raise LlamaZhError(f'load_in_4bit needs a CUDA GPU (bitsandbytes), the device here is {device!r}: leave it out, the weights then stay in full')
-    if not train.startswith('lora'): raise LlamaZhError(f"load_in_4bit goes with train='lora...', not {train!r}: 4-bit weights cannot be trained")
+    if not device.startswith('cuda'):
+        raise LlamaZhError(
+            f'load_in_4bit needs a CUDA GPU (bitsandbytes), the device here is {device!r}: leave it out, the weights then stay in full'
+        )
+    if not train.startswith('lora'):
+        raise LlamaZhError(
+            f"load_in_4bit goes with train='lora...', not {train!r}: 4-bit weights cannot be trained"
+        )
     need('bitsandbytes')
-    return dict(device_map={'': device}, quantization_config=need('transformers').BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
+    return dict(
+        device_map={'': device},
+        quantization_config=need('transformers').BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type='nf4',
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
 
 # %% ../../nbs/training/lora.ipynb #2861e356
-def lora_config(model, train, rows=None, r=8, alpha=16, dropout=0., targets=None):
+def lora_config(model, train, rows=None, r=8, alpha=16, dropout=0.0, targets=None):
     "peft's configuration for `train`"
     kw, tied = {}, model.config.tie_word_embeddings
-    if train == 'lora+new' and rows: # a plain list would train the input side alone
-        kw = dict(trainable_token_indices={k: list(range(*rows)) for k in (['embed_tokens'] if tied else ['embed_tokens', 'lm_head'])})
-    if train == 'lora+embed': kw = dict(modules_to_save=['embed_tokens','lm_head'], ensure_weight_tying=tied)
-    return need('peft','train').LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets or seven, bias='none', task_type='CAUSAL_LM', **kw)
+    if train == 'lora+new' and rows:  # a plain list would train the input side alone
+        kw = dict(
+            trainable_token_indices={
+                k: list(range(*rows))
+                for k in (['embed_tokens'] if tied else ['embed_tokens', 'lm_head'])
+            }
+        )
+    if train == 'lora+embed':
+        kw = dict(modules_to_save=['embed_tokens', 'lm_head'], ensure_weight_tying=tied)
+    return need('peft', 'train').LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets or seven,
+        bias='none',
+        task_type='CAUSAL_LM',
+        **kw,
+    )
 
 # %% ../../nbs/training/lora.ipynb #bcd6a8d2
 def prepare(
     model,
     train='lora+new',  # see above
-    rows=None,         # (start, stop) of the new rows
-    r=8, alpha=16, dropout=0., seed=0,
-    targets=None,      # names of the projections; all seven by default
+    rows=None,  # (start, stop) of the new rows
+    r=8,
+    alpha=16,
+    dropout=0.0,
+    seed=0,
+    targets=None,  # names of the projections; all seven by default
 ):
     "Freeze what stays, add LoRA, mark the rows: gives the model to train"
     need('torch', 'train').manual_seed(seed)
     if train.startswith('lora'):
-        with quiet(), _no_gptq(): model = need('peft', 'train').get_peft_model(model, lora_config(model, train, rows, r, alpha, dropout, targets))
+        with quiet(), _no_gptq():
+            model = need('peft', 'train').get_peft_model(
+                model, lora_config(model, train, rows, r, alpha, dropout, targets)
+            )
     else:
         model.requires_grad_(train == 'full')
-        for m in (model.get_input_embeddings(), model.get_output_embeddings()): m.weight.requires_grad_(True)
+        for m in (model.get_input_embeddings(), model.get_output_embeddings()):
+            m.weight.requires_grad_(True)
     for p in model.parameters():
-        if p.requires_grad: p.data = p.data.float()
+        if p.requires_grad:
+            p.data = p.data.float()
     return model
 
 # %% ../../nbs/training/lora.ipynb #1c9fdcde
 import contextlib
+
+
 @contextlib.contextmanager
 def _no_gptq():
     "peft imports gptqmodel, banner and all, only to see that a plain layer is none of its layers"
     g = need('peft.tuners.lora.gptq', 'train')
     was = getattr(g, 'is_gptqmodel_available', None)
-    if was: g.is_gptqmodel_available = lambda: False
-    try: yield
+    if was:
+        g.is_gptqmodel_available = lambda: False
+    try:
+        yield
     finally:
-        if was: g.is_gptqmodel_available = was
+        if was:
+            g.is_gptqmodel_available = was
+
+
 def trainable(model):
     "(trained, all) parameters"
     ps = list(model.parameters())
@@ -102,30 +170,54 @@ def trainable(model):
 def _bits(model):
     "Whether the frozen weights lay in 4 bits, and how"
     q = getattr(model.config, 'quantization_config', None)
-    if not getattr(model, 'is_loaded_in_4bit', False) or q is None: return dict(in_4bit=False)
-    return dict(in_4bit=True, quant=dict(type=q.bnb_4bit_quant_type, double=q.bnb_4bit_use_double_quant, dtype=str(q.bnb_4bit_compute_dtype).removeprefix('torch.')))
+    if not getattr(model, 'is_loaded_in_4bit', False) or q is None:
+        return dict(in_4bit=False)
+    return dict(
+        in_4bit=True,
+        quant=dict(
+            type=q.bnb_4bit_quant_type,
+            double=q.bnb_4bit_use_double_quant,
+            dtype=str(q.bnb_4bit_compute_dtype).removeprefix('torch.'),
+        ),
+    )
+
+
 def save_adapter(
-    model, # a peft model
-    out,   # folder to make
+    model,  # a peft model
+    out,  # folder to make
     base,  # folder that was trained on
-)->Path:
+) -> Path:
     "Save the adapter and what it belongs to; read it back and check it"
     with writing(out) as t:
-        with quiet(): model.save_pretrained(str(t), save_embedding_layers=False)
-        (t/'README.md').unlink(missing_ok=True) # peft's empty card
-        write_json(t/'belongs_to.json', dict(base=fingerprint(base), tokenizer=tokenizer_hash(base), rows=read_json(Path(base)/'config.json')['vocab_size'], **_bits(model)))
+        with quiet():
+            model.save_pretrained(str(t), save_embedding_layers=False)
+        (t / 'README.md').unlink(missing_ok=True)  # peft's empty card
+        write_json(
+            t / 'belongs_to.json',
+            dict(
+                base=fingerprint(base),
+                tokenizer=tokenizer_hash(base),
+                rows=read_json(Path(base) / 'config.json')['vocab_size'],
+                **_bits(model),
+            ),
+        )
         check_adapter(t, want=sum(p.requires_grad for p in model.parameters()))
     return Path(out)
 
 # %% ../../nbs/training/lora.ipynb #a9cfa7ea
 def save_trained(
-    model, # what `prepare` gave, trained
-    out,   # folder to make
+    model,  # what `prepare` gave, trained
+    out,  # folder to make
     base,  # folder that was trained on
     train='lora+new',
-)->Path:
+) -> Path:
     "`out`/adapter and the merged plain model in `out`; for 'embed' and 'full' the model alone, in the base's dtype"
     out = Path(out)
-    if train.startswith('lora'): return merge_adapter(base, save_adapter(model, out/'adapter', base), out)
+    if train.startswith('lora'):
+        return merge_adapter(base, save_adapter(model, out / 'adapter', base), out)
     state, w = model.state_dict(), open_weights(base)
-    return rewrite(base, {k: lambda old, v=state[k]: v.detach().cpu().to(old.dtype) for k in w if k in state}, out)
+    return rewrite(
+        base,
+        {k: lambda old, v=state[k]: v.detach().cpu().to(old.dtype) for k in w if k in state},
+        out,
+    )

@@ -8,6 +8,7 @@ __all__ = ['zero_state', 'zero_restore', 'resharded']
 # %% ../../nbs/training/reshard.ipynb #9d1e0a05
 import contextlib
 from pathlib import Path
+
 from ..core.errors import need, read_json
 from .distributed import is_zero, stage, world
 
@@ -16,69 +17,122 @@ def _equal_pieces(shapes, n):
     "ZeRO-3: each process has an equal piece of each parameter, the last one filled up: {name: (numbers, [(process, start, length)])}"
     out, at = {}, 0
     for name, shape in shapes.items():
-        each = -(-shape.numel()//n)
+        each = -(-shape.numel() // n)
         out[name] = shape.numel(), [(r, at, each) for r in range(n)]
         at += each
     return out
+
+
 def _own_pieces(maps):
     "ZeRO-2: the parameters lie one after the other, cut wherever a process ends"
     out = {}
     for r, m in enumerate(maps):
-        for name, f in m.items(): out.setdefault(name, []).append((r, f.start, f.numel))
+        for name, f in m.items():
+            out.setdefault(name, []).append((r, f.start, f.numel))
     return {k: (sum(n for *_, n in v), v) for k, v in out.items()}
 
 # %% ../../nbs/training/reshard.ipynb #9d1e0a0a
 def zero_state(
-    checkpoint, # folder of a run with DeepSpeed
-): # yields (parameter, {'fp32': flat tensor, 'exp_avg': ..., 'exp_avg_sq': ..., 'step': ..., 'lrs': of all groups})
+    checkpoint,  # folder of a run with DeepSpeed
+):  # yields (parameter, {'fp32': flat tensor, 'exp_avg': ..., 'exp_avg_sq': ..., 'step': ..., 'lrs': of all groups})
     "What DeepSpeed's optimizers of all processes knew, a parameter at a time; the files are mapped into memory, not read at once. They are pickles: go on only from checkpoints of your own"
     torch, d = need('torch', 'train'), Path(checkpoint)
-    d = d/(d/'latest').read_text().strip()
+    d = d / (d / 'latest').read_text().strip()
     read = lambda f: torch.load(f, map_location='cpu', mmap=True, weights_only=False)
-    files = sorted(d.glob('*_optim_states.pt'), key=lambda f: int(f.name.split('pp_rank_')[1].split('_')[0]))
+    files = sorted(
+        d.glob('*_optim_states.pt'), key=lambda f: int(f.name.split('pp_rank_')[1].split('_')[0])
+    )
     ranks = [read(f)['optimizer_state_dict'] for f in files]
     three = 'fp32_flat_groups' in ranks[0]
-    weights, inner = ('fp32_flat_groups', 'optimizer_state_dict') if three else ('single_partition_of_fp32_groups', 'base_optimizer_state')
-    if three: shapes = read(next(d.glob('*pp_rank_0_*_model_states.pt')))['param_shapes']
+    weights, inner = (
+        ('fp32_flat_groups', 'optimizer_state_dict')
+        if three
+        else ('single_partition_of_fp32_groups', 'base_optimizer_state')
+    )
+    if three:
+        shapes = read(next(d.glob('*pp_rank_0_*_model_states.pt')))['param_shapes']
     lrs = [g['lr'] for g in ranks[0][inner]['param_groups']]
     for g in range(len(ranks[0][weights])):
         flat = [dict(r[inner]['state'][g], fp32=r[weights][g]) for r in ranks]
-        places = _equal_pieces(shapes[g], len(ranks)) if three else _own_pieces(r['param_slice_mappings'][g] for r in ranks)
+        places = (
+            _equal_pieces(shapes[g], len(ranks))
+            if three
+            else _own_pieces(r['param_slice_mappings'][g] for r in ranks)
+        )
         for name, (numel, pieces) in places.items():
-            yield name, {k: torch.cat([flat[r][k][at:at+n] for r, at, n in pieces])[:numel] for k in ('fp32', 'exp_avg', 'exp_avg_sq')} | dict(step=flat[0]['step'], lrs=lrs)
+            yield (
+                name,
+                {
+                    k: torch.cat([flat[r][k][at : at + n] for r, at, n in pieces])[:numel]
+                    for k in ('fp32', 'exp_avg', 'exp_avg_sq')
+                }
+                | dict(step=flat[0]['step'], lrs=lrs),
+            )
 
 # %% ../../nbs/training/reshard.ipynb #9d1e0a10
 def _place(opt, p, three):
     "Where a trained parameter lies here: (group, start in its flat tensor, length, start in the parameter); None: all of it is with others"
     if three:
         g, at, each = opt.grad_position[opt.get_param_id(p)]
-        start = each*need('torch').distributed.get_rank()
+        start = each * need('torch').distributed.get_rank()
         return g, at, max(0, min(each, p.ds_numel - start)), start
-    if (m := p._hp_mapping) is None: return None
-    return m.param_group_index, m.hp_fragment_address.start, m.hp_fragment_address.numel, m.lp_fragment_address.start
+    if (m := p._hp_mapping) is None:
+        return None
+    return (
+        m.param_group_index,
+        m.hp_fragment_address.start,
+        m.hp_fragment_address.numel,
+        m.lp_fragment_address.start,
+    )
 
 # %% ../../nbs/training/reshard.ipynb #9d1e0a13
 def zero_restore(
     ds_engine,  # DeepSpeed's, fresh
-    checkpoint, # written by any number of processes
+    checkpoint,  # written by any number of processes
 ):
     "Weights and optimizer as the checkpoint's"
-    torch, opt, three = need('torch', 'train'), ds_engine.optimizer, ds_engine.zero_optimization_stage() == 3
-    flat, params = opt.fp32_partitioned_groups_flat if three else opt.single_partition_of_fp32_groups, dict(ds_engine.module.named_parameters())
-    if three: opt.checkpoint_event_prologue()
+    torch, opt, three = (
+        need('torch', 'train'),
+        ds_engine.optimizer,
+        ds_engine.zero_optimization_stage() == 3,
+    )
+    flat, params = (
+        opt.fp32_partitioned_groups_flat if three else opt.single_partition_of_fp32_groups,
+        dict(ds_engine.module.named_parameters()),
+    )
+    if three:
+        opt.checkpoint_event_prologue()
     for name, s in zero_state(checkpoint):
-        if (place := _place(opt, params[name], three)) is None: continue
+        if (place := _place(opt, params[name], three)) is None:
+            continue
         g, at, n, start = place
         state, f = opt.optimizer.state[flat[g]], flat[g]
-        if not state: state |= dict(step=s['step'].clone().to(f.device) if torch.is_tensor(s['step']) else s['step'], exp_avg=torch.zeros_like(f), exp_avg_sq=torch.zeros_like(f))
+        if not state:
+            state |= dict(
+                step=s['step'].clone().to(f.device) if torch.is_tensor(s['step']) else s['step'],
+                exp_avg=torch.zeros_like(f),
+                exp_avg_sq=torch.zeros_like(f),
+            )
         with torch.no_grad():
-            for k, to in (('fp32', f), ('exp_avg', state['exp_avg']), ('exp_avg_sq', state['exp_avg_sq'])): to[at:at+n].copy_(s[k][start:start+n])
-    for group, lr in zip(opt.optimizer.param_groups, s['lrs']): group['lr'] = lr # of the next step; after it the schedule goes on
-    if not three: return opt.update_lp_params()
-    for a, b in zip(opt.fp16_partitioned_groups_flat, flat): a.data.copy_(b.data)
+            for k, to in (
+                ('fp32', f),
+                ('exp_avg', state['exp_avg']),
+                ('exp_avg_sq', state['exp_avg_sq']),
+            ):
+                to[at : at + n].copy_(s[k][start : start + n])
+    for group, lr in zip(opt.optimizer.param_groups, s['lrs']):
+        group['lr'] = lr  # of the next step; after it the schedule goes on
+    if not three:
+        return opt.update_lp_params()
+    for a, b in zip(opt.fp16_partitioned_groups_flat, flat):
+        a.data.copy_(b.data)
     for i, a in enumerate(opt.fp16_partitioned_groups_flat):
-        for p, v in zip(opt.fp16_partitioned_groups[i], opt.unflatten(a, opt.fp16_partitioned_groups[i])): p.data = v.data
+        for p, v in zip(
+            opt.fp16_partitioned_groups[i], opt.unflatten(a, opt.fp16_partitioned_groups[i])
+        ):
+            p.data = v.data
     opt.checkpoint_event_epilogue()
+    return None
 
 # %% ../../nbs/training/reshard.ipynb #9d1e0a15
 @contextlib.contextmanager
@@ -87,9 +141,16 @@ def resharded(
     engine,
 ):
     "Within, the Trainer reads DeepSpeed's checkpoints of any number of processes and of both stages"
-    mark = read_json(Path(start)/'complete.json') if start and is_zero(engine) else {}
-    if not mark or (mark['processes'], stage(mark['engine'])) == (world(), stage(engine)): yield; return
+    mark = read_json(Path(start) / 'complete.json') if start and is_zero(engine) else {}
+    if not mark or (mark['processes'], stage(mark['engine'])) == (world(), stage(engine)):
+        yield
+        return
     trainer = need('transformers.trainer', 'train')
-    was, trainer.deepspeed_load_checkpoint = trainer.deepspeed_load_checkpoint, lambda ds_engine, path, **kw: zero_restore(ds_engine, path)
-    try: yield
-    finally: trainer.deepspeed_load_checkpoint = was
+    was, trainer.deepspeed_load_checkpoint = (
+        trainer.deepspeed_load_checkpoint,
+        lambda ds_engine, path, **kw: zero_restore(ds_engine, path),
+    )
+    try:
+        yield
+    finally:
+        trainer.deepspeed_load_checkpoint = was

@@ -6,8 +6,14 @@
 __all__ = ['History', 'plot_history', 'train_flops', 'last_checkpoint', 'make_trainer', 'fit']
 
 # %% ../../nbs/training/trainer.ipynb #51b7fb42
-import contextlib, html, importlib.util, json, math, os, shutil, time, warnings
+import html
+import importlib.util
+import math
+import os
+import shutil
+import time
 from pathlib import Path
+
 from ..core.errors import LlamaZhError, need, read_back, read_json, write_json
 from ..core.machine import progress, quiet
 from . import distributed
@@ -16,27 +22,33 @@ from .reshard import resharded
 # %% ../../nbs/training/trainer.ipynb #d65999d8
 class History(list):
     "What a run measured: one dict a row, with `step` and what was known then (`loss`, `lr`, `tokens`, `flops`, `seconds`, `zh_bpc`, `en_bpb`)"
+
     def __init__(self, rows=(), **info):
         super().__init__(dict(r) for r in rows)
-        self.info = info # settings, counts and the folder, for the reader
+        self.info = info  # settings, counts and the folder, for the reader
 
     def column(self, key):
         "Steps and values of `key`, where it was measured"
         rows = [r for r in self if r.get(key) is not None]
         return [r['step'] for r in rows], [r[key] for r in rows]
 
-    def first(self, key): return next(iter(self.column(key)[1]), None)
-    def last(self, key): return next(reversed(self.column(key)[1]), None)
+    def first(self, key):
+        return next(iter(self.column(key)[1]), None)
+
+    def last(self, key):
+        return next(reversed(self.column(key)[1]), None)
 
     def at(self, key, **x):
         "`key` at `step=`, `tokens=`, `flops=` or `seconds=` some value, on the line between two measurements; None beyond the ends"
-        (name, v), = x.items()
+        ((name, v),) = x.items()
         rows = [(r[name], r[key]) for r in self if r.get(key) is not None and name in r]
         for (a, p), (b, q) in zip(rows, rows[1:]):
-            if a <= v <= b: return p if a == b else p + (q-p)*(v-a)/(b-a)
+            if a <= v <= b:
+                return p if a == b else p + (q - p) * (v - a) / (b - a)
         return next((p for a, p in rows if a == v), None)
 
-    def save(self, path): return write_json(path, dict(info=self.info, rows=list(self)))
+    def save(self, path):
+        return write_json(path, dict(info=self.info, rows=list(self)))
 
     @classmethod
     def load(cls, path):
@@ -48,108 +60,179 @@ class History(list):
 
 # %% ../../nbs/training/trainer.ipynb #e7aa46f0
 _titles = dict(loss='loss (nats per token)', bpc='bits per character', bpb='bits per byte')
-def _unit(k): return k if k == 'loss' else k[-3:] if k.endswith(('_bpc', '_bpb')) else None
+
+
+def _unit(k):
+    return k if k == 'loss' else k[-3:] if k.endswith(('_bpc', '_bpb')) else None
 
 # %% ../../nbs/training/trainer.ipynb #b05f667d
 def plot_history(
-    h,               # a `History`
-    others=None,     # {label: History} to draw beside it
-    x='step',        # 'step', 'tokens', 'flops' or 'seconds'
+    h,  # a `History`
+    others=None,  # {label: History} to draw beside it
+    x='step',  # 'step', 'tokens', 'flops' or 'seconds'
     figsize=None,
-): # a matplotlib figure
+):  # a matplotlib figure
     "Loss and held-out bits, a panel for each unit"
     plt = need('matplotlib.pyplot', 'train')
     runs = {h.info.get('label', 'run'): h} | (others or {})
     units = [u for u in _titles if any(_unit(k) == u for r in h for k in r)] or ['loss']
-    fig, axs = plt.subplots(1, len(units), figsize=figsize or (4.2*len(units), 3), squeeze=False)
+    fig, axs = plt.subplots(1, len(units), figsize=figsize or (4.2 * len(units), 3), squeeze=False)
     for ax, u in zip(axs[0], units):
-        for label, run in runs.items(): _lines(ax, u, run, x, label if len(runs) > 1 else '')
-        ax.set(xlabel=x, title=_titles[u]); ax.grid(alpha=.3)
-        if any(t for t in ax.get_legend_handles_labels()[1]): ax.legend(frameon=False, fontsize=8)
-    fig.tight_layout(); plt.close(fig)
+        for label, run in runs.items():
+            _lines(ax, u, run, x, label if len(runs) > 1 else '')
+        ax.set(xlabel=x, title=_titles[u])
+        ax.grid(alpha=0.3)
+        if any(t for t in ax.get_legend_handles_labels()[1]):
+            ax.legend(frameon=False, fontsize=8)
+    fig.tight_layout()
+    plt.close(fig)
     return fig
+
+
 def _lines(ax, unit, run, x, label):
     for key in sorted({k for r in run for k in r if _unit(k) == unit}):
         rows = [r for r in run if r.get(key) is not None and x in r]
-        ax.plot([r[x] for r in rows], [r[key] for r in rows], '-' if unit == 'loss' else 'o-', ms=3, lw=1.2, label=' '.join(o for o in (label, key[:-4]) if o))
+        ax.plot(
+            [r[x] for r in rows],
+            [r[key] for r in rows],
+            '-' if unit == 'loss' else 'o-',
+            ms=3,
+            lw=1.2,
+            label=' '.join(o for o in (label, key[:-4]) if o),
+        )
 
 # %% ../../nbs/training/trainer.ipynb #da8e7418
 def _table(self):
     "The rows where held-out text was measured, as HTML"
-    keys = [k for k in ('step','tokens','seconds','loss') if any(k in r for r in self)] + sorted({k for r in self for k in r if k.endswith(('_bpc','_bpb'))}, reverse=True)
-    rows = [r for r in self if any(k.endswith(('_bpc','_bpb')) for k in r)] or self[-10:]
-    cell = lambda v: '' if v is None else f'{v:,}' if isinstance(v, int) else f'{v:,.0f}' if abs(v) >= 1000 else f'{v:.4g}'
+    keys = [k for k in ('step', 'tokens', 'seconds', 'loss') if any(k in r for r in self)] + sorted(
+        {k for r in self for k in r if k.endswith(('_bpc', '_bpb'))}, reverse=True
+    )
+    rows = [r for r in self if any(k.endswith(('_bpc', '_bpb')) for k in r)] or self[-10:]
+    cell = lambda v: (
+        ''
+        if v is None
+        else f'{v:,}'
+        if isinstance(v, int)
+        else f'{v:,.0f}'
+        if abs(v) >= 1000
+        else f'{v:.4g}'
+    )
     head = ''.join(f'<th>{html.escape(k)}</th>' for k in keys)
-    body = ''.join('<tr>' + ''.join(f'<td>{cell(r.get(k))}</td>' for k in keys) + '</tr>' for r in rows)
+    body = ''.join(
+        '<tr>' + ''.join(f'<td>{cell(r.get(k))}</td>' for k in keys) + '</tr>' for r in rows
+    )
     return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+
+
 def _line(self):
     "Steps, tokens, and each measure from first to last"
     ms = sorted({k for r in self for k in r if _unit(k)}, key=lambda k: (k != 'loss', k))
-    return f"History: {self.last('step') or 0} steps, {self.last('tokens') or 0:,} tokens; " + ', '.join(f'{k} {self.first(k):.3f} -> {self.last(k):.3f}' for k in ms)
+    return (
+        f'History: {self.last("step") or 0} steps, {self.last("tokens") or 0:,} tokens; '
+        + ', '.join(f'{k} {self.first(k):.3f} -> {self.last(k):.3f}' for k in ms)
+    )
+
+
 History._repr_html_, History.__repr__, History.plot = _table, _line, plot_history
 
 # %% ../../nbs/training/trainer.ipynb #0585a680
 def train_flops(
     model,
-    context=0, # tokens in a block
-)->int: # operations for each token
+    context=0,  # tokens in a block
+) -> int:  # operations for each token
     "Floating-point operations of forward and backward, without those that checkpointing repeats"
     n = 0
     for name, m in model.named_modules():
-        if hasattr(m, 'base_layer') or hasattr(m, 'token_adapter'): continue   # peft's wrappers show the weight that they wrap
+        if hasattr(m, 'base_layer') or hasattr(m, 'token_adapter'):
+            continue  # peft's wrappers show the weight that they wrap
         w = getattr(m, 'weight', None)
-        if getattr(w, 'ndim', 0) != 2 or 'Embedding' in type(m).__name__ or 'original_module' in name: continue
-        new_rows = name.endswith('token_adapter.base_layer') # some rows are trained: the gradient of all is computed
+        if (
+            getattr(w, 'ndim', 0) != 2
+            or 'Embedding' in type(m).__name__
+            or 'original_module' in name
+        ):
+            continue
+        new_rows = name.endswith(
+            'token_adapter.base_layer'
+        )  # some rows are trained: the gradient of all is computed
         n += w.numel() * (6 if w.requires_grad or new_rows else 4)
     c = model.config
-    att = 12*c.num_hidden_layers*c.num_attention_heads*(getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads)
-    return n + att*context//2 # on average a token looks back over half the block
+    att = (
+        12
+        * c.num_hidden_layers
+        * c.num_attention_heads
+        * (getattr(c, 'head_dim', None) or c.hidden_size // c.num_attention_heads)
+    )
+    return n + att * context // 2  # on average a token looks back over half the block
 
 # %% ../../nbs/training/trainer.ipynb #3f11a18d
 class _Exact:
     "Mixed into `transformers.Trainer`: fixed order, stop at the first NaN, a learning rate of their own for embedding rows"
+
     embed_lr = flops = tokens = pending = engine = None
-    before = began = measuring = 0.
-    pace = (0, 0.) # step and seconds of training at the last log
+    before = began = measuring = 0.0
+    pace = (0, 0.0)  # step and seconds of training at the last log
 
     def create_accelerator_and_postprocess(self):
-        if distributed.is_fsdp(self.engine): distributed.fsdp_on_cpu()
+        if distributed.is_fsdp(self.engine):
+            distributed.fsdp_on_cpu()
         super().create_accelerator_and_postprocess()
 
     def _get_train_sampler(self, train_dataset=None):
-        return need('torch', 'train').utils.data.SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        return need('torch', 'train').utils.data.SequentialSampler(
+            train_dataset if train_dataset is not None else self.train_dataset
+        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         rows = inputs.pop('row', None)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not need('torch', 'train').isfinite(loss): self._stop(loss, rows)
+        if not need('torch', 'train').isfinite(loss):
+            self._stop(loss, rows)
         return loss
 
     def _stop(self, loss, rows):
         which = f', in the batch of rows {rows.tolist()}' if rows is not None else ''
         last = last_checkpoint(self.args.output_dir)
-        raise LlamaZhError(f"the loss became {loss.item()} at step {self.state.global_step+1}{which}. Training stopped; " + (f'{last.name} is sound. ' if last else 'nothing was saved yet. ')
-                           + 'Lower lr or lengthen warmup, train in bfloat16 or float32 instead of float16, and look at those rows.')
+        raise LlamaZhError(
+            f'the loss became {loss.item()} at step {self.state.global_step + 1}{which}. Training stopped; '
+            + (f'{last.name} is sound. ' if last else 'nothing was saved yet. ')
+            + 'Lower lr or lengthen warmup, train in bfloat16 or float32 instead of float16, and look at those rows.'
+        )
 
-    def floating_point_ops(self, inputs): return 0 # the Trainer would count all parameters at every step; `train_flops` does so once
+    def floating_point_ops(self, inputs):
+        return 0  # the Trainer would count all parameters at every step; `train_flops` does so once
 
     def log(self, logs, start_time=None, **kw):
         "Adds tokens, operations, time and what was measured on held-out text"
         n = self.state.global_step
-        if self.tokens: logs = logs | dict(tokens=n*self.tokens, flops=n*self.tokens*(self.flops or 0), seconds=round(self.clock(), 2), **self._pace(n))
-        if self.pending and 'train_runtime' not in logs: logs, self.pending = logs | self.pending, None
+        if self.tokens:
+            logs = logs | dict(
+                tokens=n * self.tokens,
+                flops=n * self.tokens * (self.flops or 0),
+                seconds=round(self.clock(), 2),
+                **self._pace(n),
+            )
+        if self.pending and 'train_runtime' not in logs:
+            logs, self.pending = logs | self.pending, None
         return super().log(logs, start_time, **kw)
 
-    def clock(self): return self.before + time.perf_counter() - self.began
+    def clock(self):
+        return self.before + time.perf_counter() - self.began
 
     def _pace(self, n):
         "Tokens per second since the last log, without the time of measuring"
         (m, s), now = self.pace, self.clock() - self.measuring
-        if n > m: self.pace = n, now
-        return dict(tokens_per_second=round((n-m)*self.tokens/max(now-s, 1e-9))) if n > m else {}
+        if n > m:
+            self.pace = n, now
+        return (
+            dict(tokens_per_second=round((n - m) * self.tokens / max(now - s, 1e-9)))
+            if n > m
+            else {}
+        )
 
     def create_optimizer(self, model=None):
-        if self.optimizer is None and self.embed_lr: self.optimizer = _two_rates(self, self.model if model is None else model)
+        if self.optimizer is None and self.embed_lr:
+            self.optimizer = _two_rates(self, self.model if model is None else model)
         return super().create_optimizer(*(() if model is None else (model,)))
 
 # %% ../../nbs/training/trainer.ipynb #e46f6cd1
@@ -157,9 +240,13 @@ def _two_rates(self, model):
     "AdamW with the embedding rows in groups of their own"
     decay, groups = set(self.get_decay_parameter_names(model)), {}
     for n, p in model.named_parameters():
-        if not p.requires_grad: continue
+        if not p.requires_grad:
+            continue
         emb = any(s in n for s in ('trainable_tokens_delta', 'embed_tokens', 'lm_head'))
-        g = dict(lr=self.embed_lr if emb else self.args.learning_rate, weight_decay=self.args.weight_decay if n in decay else 0.)
+        g = dict(
+            lr=self.embed_lr if emb else self.args.learning_rate,
+            weight_decay=self.args.weight_decay if n in decay else 0.0,
+        )
         groups.setdefault(tuple(g.values()), dict(g, params=[]))['params'].append(p)
     cls, kw = self.get_optimizer_cls_and_kwargs(self.args, model)
     return cls(list(groups.values()), **kw)
@@ -167,28 +254,46 @@ def _two_rates(self, model):
 # %% ../../nbs/training/trainer.ipynb #018f1f26
 class _Live:
     "A picture in a notebook that is drawn anew after each measurement, and goes when the run ends; nothing elsewhere"
+
     def __init__(self):
-        try: from IPython import get_ipython; from IPython.display import display, HTML
-        except ImportError: display = get_ipython = None
-        on = get_ipython and hasattr(get_ipython(), 'kernel') and os.environ.get('LLAMA_ZH_PROGRESS') != '0' and importlib.util.find_spec('matplotlib')
+        try:
+            from IPython import get_ipython
+            from IPython.display import HTML, display
+        except ImportError:
+            display = get_ipython = None
+        on = (
+            get_ipython
+            and hasattr(get_ipython(), 'kernel')
+            and os.environ.get('LLAMA_ZH_PROGRESS') != '0'
+            and importlib.util.find_spec('matplotlib')
+        )
         self.empty = HTML('') if on else None
         self.at = display(self.empty, display_id=True) if on else None
 
     def draw(self, log):
-        if self.at and sum('loss' in d for d in log) > 1: self.at.update(plot_history(History(_rows(log))))
+        if self.at and sum('loss' in d for d in log) > 1:
+            self.at.update(plot_history(History(_rows(log))))
 
     def end(self):
-        if self.at: self.at.update(self.empty)
+        if self.at:
+            self.at.update(self.empty)
 
 # %% ../../nbs/training/trainer.ipynb #d7e8a090
 class _Watch:
     "Callback: held-out bits, progress bar, a mark in every complete checkpoint"
+
     def _measure(self):
-        from llama_zh_nb.measure import bits
+        from llama_zh_nb.evals.measure import bits
+
         model, was, t = self.trainer.model, self.trainer.model.training, time.perf_counter()
         row, engine = {}, self.trainer.engine
         for lang, texts in self.heldout.items():
-            b, unit = distributed.shared_bits(bits, engine, model.eval(), self.tokenizer, texts, batch=self.eval_batch), 'bpc' if lang.startswith('zh') else 'bpb'
+            b, unit = (
+                distributed.shared_bits(
+                    bits, engine, model.eval(), self.tokenizer, texts, batch=self.eval_batch
+                ),
+                'bpc' if lang.startswith('zh') else 'bpb',
+            )
             row[f'{lang}_{unit}'] = getattr(b, unit)
         model.train(was)
         self.trainer.measuring += time.perf_counter() - t
@@ -198,32 +303,55 @@ class _Watch:
     def on_train_begin(self, args, state, control, **kw):
         distributed.check_engine(self.trainer, self.trainer.engine)
         self.trainer.pace = state.global_step, self.trainer.clock()
-        self.bar, self.shown, self.live = progress(desc=self.desc, total=state.max_steps, initial=state.global_step), {}, _Live()
-        if state.global_step == 0 and self.heldout: self._measure(); self.trainer.log({})
+        self.bar, self.shown, self.live = (
+            progress(desc=self.desc, total=state.max_steps, initial=state.global_step),
+            {},
+            _Live(),
+        )
+        if state.global_step == 0 and self.heldout:
+            self._measure()
+            self.trainer.log({})
 
     def on_step_end(self, args, state, control, **kw):
         self.bar.update(1)
         last = state.global_step >= state.max_steps
-        due = self.heldout and (last or self.eval_every and state.global_step % self.eval_every == 0)
-        if due: self._measure()
-        if due or last or control.should_save: control.should_log = True # so a resumed run averages its losses over the same steps
+        due = self.heldout and (
+            last or self.eval_every and state.global_step % self.eval_every == 0
+        )
+        if due:
+            self._measure()
+        if due or last or control.should_save:
+            control.should_log = True  # so a resumed run averages its losses over the same steps
         return control
 
     def on_log(self, args, state, control, logs=None, **kw):
-        if logs and 'loss' in logs: self.shown['loss'] = f"{logs['loss']:.3f}"
+        if logs and 'loss' in logs:
+            self.shown['loss'] = f'{logs["loss"]:.3f}'
         self.bar.set_postfix(self.shown, refresh=False)
-        if logs and any(k.endswith(('_bpc', '_bpb')) for k in logs): self.live.draw(state.log_history)
+        if logs and any(k.endswith(('_bpc', '_bpb')) for k in logs):
+            self.live.draw(state.log_history)
 
     def on_save(self, args, state, control, **kw):
-        distributed.wait() # every process has written its part
-        if args.should_save: write_json(Path(args.output_dir)/f'checkpoint-{state.global_step}'/'complete.json', dict(step=state.global_step, seconds=self.trainer.clock(), engine=self.trainer.engine, processes=distributed.world()))
+        distributed.wait()  # every process has written its part
+        if args.should_save:
+            write_json(
+                Path(args.output_dir) / f'checkpoint-{state.global_step}' / 'complete.json',
+                dict(
+                    step=state.global_step,
+                    seconds=self.trainer.clock(),
+                    engine=self.trainer.engine,
+                    processes=distributed.world(),
+                ),
+            )
 
-    def on_train_end(self, args, state, control, **kw): self.bar.close(); self.live.end()
+    def on_train_end(self, args, state, control, **kw):
+        self.bar.close()
+        self.live.end()
 
 # %% ../../nbs/training/trainer.ipynb #a2a31f93
 def last_checkpoint(
-    folder, # holds checkpoint-N/
-): # a Path, or None
+    folder,  # holds checkpoint-N/
+):  # a Path, or None
     "The newest complete checkpoint; one that was being written when the process was killed doesn't count"
     done = [p.parent for p in Path(folder).glob('checkpoint-*/complete.json')]
     return max(done, key=lambda p: int(p.name.split('-')[1]), default=None)
@@ -231,59 +359,121 @@ def last_checkpoint(
 # %% ../../nbs/training/trainer.ipynb #11358f87
 def _start(folder, settings, resume):
     "The checkpoint to go on from, or None; a folder that belongs to other settings is emptied"
-    folder, mark = Path(folder), Path(folder)/'settings.json'
-    if not distributed.is_main(): return last_checkpoint(folder)
+    folder, mark = Path(folder), Path(folder) / 'settings.json'
+    if not distributed.is_main():
+        return last_checkpoint(folder)
     if folder.exists() and not (resume and mark.exists() and read_json(mark) == settings):
-        if resume and last_checkpoint(folder): print('settings or data have changed since the last checkpoint: starting from the beginning')
+        if resume and last_checkpoint(folder):
+            print(
+                'settings or data have changed since the last checkpoint: starting from the beginning'
+            )
         shutil.rmtree(folder)
     write_json(mark, settings)
     c = last_checkpoint(folder)
     for p in folder.glob('checkpoint-*'):
-        if not (p/'complete.json').exists(): shutil.rmtree(p) # cut off while it was written
-    if c: distributed.say(f'resuming from {c.name}')
+        if not (p / 'complete.json').exists():
+            shutil.rmtree(p)  # cut off while it was written
+    if c:
+        distributed.say(f'resuming from {c.name}')
     return c
 
 # %% ../../nbs/training/trainer.ipynb #89ff07d5
 def _precision(device, dtype):
     "The Trainer's arguments for 16-bit computing"
-    if not str(device).startswith('cuda') or str(dtype).endswith('float32'): return {}
-    return dict(bf16=True) if need('torch', 'train').cuda.is_bf16_supported(including_emulation=False) else dict(fp16=True)
+    if not str(device).startswith('cuda') or str(dtype).endswith('float32'):
+        return {}
+    return (
+        dict(bf16=True)
+        if need('torch', 'train').cuda.is_bf16_supported(including_emulation=False)
+        else dict(fp16=True)
+    )
 
 # %% ../../nbs/training/trainer.ipynb #3dde093b
 def _loggers(report_to, folder):
     "Names for the Trainer; TensorBoard's files go beside the checkpoints and stay"
-    if report_to == 'auto': report_to = 'tensorboard' if importlib.util.find_spec('tensorboard') else 'none'
-    names, known = [report_to] if isinstance(report_to, str) else list(report_to), need('transformers.integrations.integration_utils', 'train').INTEGRATION_TO_CALLBACK
+    if report_to == 'auto':
+        report_to = 'tensorboard' if importlib.util.find_spec('tensorboard') else 'none'
+    names, known = (
+        [report_to] if isinstance(report_to, str) else list(report_to),
+        need('transformers.integrations.integration_utils', 'train').INTEGRATION_TO_CALLBACK,
+    )
     for n in names:
-        if n not in known and n != 'none': raise LlamaZhError(f"report_to is {n!r}: expected 'auto', 'none' or one of {', '.join(sorted(known))}")
-        if n not in ('none', 'azure_ml', 'flyte'): need(n)
+        if n not in known and n != 'none':
+            raise LlamaZhError(
+                f"report_to is {n!r}: expected 'auto', 'none' or one of {', '.join(sorted(known))}"
+            )
+        if n not in ('none', 'azure_ml', 'flyte'):
+            need(n)
     if 'tensorboard' in names:
-        os.environ['TENSORBOARD_LOGGING_DIR'] = str(Path(folder).parent/'tensorboard')
+        os.environ['TENSORBOARD_LOGGING_DIR'] = str(Path(folder).parent / 'tensorboard')
     return names
 
 # %% ../../nbs/training/trainer.ipynb #64b9511b
 def make_trainer(
-    model, dataset, collate, # model with its trainable parts, a map-style dataset, rows -> batch
-    folder,                  # for checkpoints
-    *, batch, accum, max_steps, lr, embed_lr=None, warmup=.05, weight_decay=.01, clip=1., schedule='cosine',
-    log_every=10, save_every=None, keep=2, seed=0, device='cpu', dtype=None,
-    base=None,               # a subclass of `transformers.Trainer`, such as trl's `SFTTrainer`
-    args_class=None,         # a subclass of `TrainingArguments`
-    engine=None,             # see `scale`
-    report_to='none',        # 'auto' (TensorBoard where it is installed), 'tensorboard', 'wandb', ...
-    **kw,                    # more TrainingArguments
+    model,
+    dataset,
+    collate,  # model with its trainable parts, a map-style dataset, rows -> batch
+    folder,  # for checkpoints
+    *,
+    batch,
+    accum,
+    max_steps,
+    lr,
+    embed_lr=None,
+    warmup=0.05,
+    weight_decay=0.01,
+    clip=1.0,
+    schedule='cosine',
+    log_every=10,
+    save_every=None,
+    keep=2,
+    seed=0,
+    device='cpu',
+    dtype=None,
+    base=None,  # a subclass of `transformers.Trainer`, such as trl's `SFTTrainer`
+    args_class=None,  # a subclass of `TrainingArguments`
+    engine=None,  # see `scale`
+    report_to='none',  # 'auto' (TensorBoard where it is installed), 'tensorboard', 'wandb', ...
+    **kw,  # more TrainingArguments
 ):
     "A Hugging Face `Trainer` with our changes and nothing that costs time"
     tf = need('transformers', 'train')
     args = (args_class or tf.TrainingArguments)(
-        output_dir=str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accum, max_steps=max_steps,
-        learning_rate=lr, warmup_steps=math.ceil(warmup*max_steps) if warmup < 1 else int(warmup), weight_decay=weight_decay, max_grad_norm=clip, lr_scheduler_type=schedule,
-        optim='adamw_torch_fused', logging_steps=log_every, logging_nan_inf_filter=False, save_strategy='steps' if save_every else 'no', save_steps=save_every or 500,
-        save_total_limit=keep, seed=seed, data_seed=seed, disable_tqdm=True, report_to=_loggers(report_to, folder), remove_unused_columns=False,
-        dataloader_num_workers=0, dataloader_pin_memory=device != 'cpu', **(dict(use_cpu=device == 'cpu') | distributed.trainer_args(engine, device) | _precision(device, dtype) | kw))
-    t = type('ExactTrainer', (_Exact, base or tf.Trainer), dict(engine=engine))(model=model, args=args, train_dataset=dataset, data_collator=collate)
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accum,
+        max_steps=max_steps,
+        learning_rate=lr,
+        warmup_steps=math.ceil(warmup * max_steps) if warmup < 1 else int(warmup),
+        weight_decay=weight_decay,
+        max_grad_norm=clip,
+        lr_scheduler_type=schedule,
+        optim='adamw_torch_fused',
+        logging_steps=log_every,
+        logging_nan_inf_filter=False,
+        save_strategy='steps' if save_every else 'no',
+        save_steps=save_every or 500,
+        save_total_limit=keep,
+        seed=seed,
+        data_seed=seed,
+        disable_tqdm=True,
+        report_to=_loggers(report_to, folder),
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=device != 'cpu',
+        **(
+            dict(use_cpu=device == 'cpu')
+            | distributed.trainer_args(engine, device)
+            | _precision(device, dtype)
+            | kw
+        ),
+    )
+    t = type('ExactTrainer', (_Exact, base or tf.Trainer), dict(engine=engine))(
+        model=model, args=args, train_dataset=dataset, data_collator=collate
+    )
     t.embed_lr = embed_lr
-    for c in (tf.PrinterCallback, tf.ProgressCallback): t.remove_callback(c)
+    for c in (tf.PrinterCallback, tf.ProgressCallback):
+        t.remove_callback(c)
     return t
 
 # %% ../../nbs/training/trainer.ipynb #ad1f24d7
@@ -291,39 +481,89 @@ def _rows(log):
     "Rows of the Trainer's log, one for each step, in our names"
     rows = {}
     for d in (d for d in log if 'train_runtime' not in d):
-        rows.setdefault(d['step'], dict(step=d['step'])).update({dict(learning_rate='lr').get(k, k): v for k, v in d.items() if k not in ('step', 'epoch')})
+        rows.setdefault(d['step'], dict(step=d['step'])).update(
+            {
+                dict(learning_rate='lr').get(k, k): v
+                for k, v in d.items()
+                if k not in ('step', 'epoch')
+            }
+        )
     return [rows[k] for k in sorted(rows)]
 
 # %% ../../nbs/training/trainer.ipynb #70859190
 def fit(
-    model, tokenizer,       # what to train; what encodes the held-out texts
-    dataset, collate,       # rows in training order, `max_steps*batch*accum` of them at least; rows -> batch with `labels`
-    out,                    # `out`/checkpoints holds checkpoints while the run lasts
-    *, max_steps, batch=8, accum=1, lr=2e-4,
-    tokens=None,            # tokens in one step, for the x axis
-    context=0,              # tokens in a block, for the operations
-    heldout=None,           # {'zh': texts, 'en': texts}: bits per character (zh...) or per byte during the run
-    eval_every=None, eval_batch=16,
-    settings=None,          # whatever must be the same for a checkpoint to be resumed
-    resume=True, seed=0, desc='train', keep_checkpoints=False,
-    **kw,                   # see `make_trainer`
-)->History:
+    model,
+    tokenizer,  # what to train; what encodes the held-out texts
+    dataset,
+    collate,  # rows in training order, `max_steps*batch*accum` of them at least; rows -> batch with `labels`
+    out,  # `out`/checkpoints holds checkpoints while the run lasts
+    *,
+    max_steps,
+    batch=8,
+    accum=1,
+    lr=2e-4,
+    tokens=None,  # tokens in one step, for the x axis
+    context=0,  # tokens in a block, for the operations
+    heldout=None,  # {'zh': texts, 'en': texts}: bits per character (zh...) or per byte during the run
+    eval_every=None,
+    eval_batch=16,
+    settings=None,  # whatever must be the same for a checkpoint to be resumed
+    resume=True,
+    seed=0,
+    desc='train',
+    keep_checkpoints=False,
+    **kw,  # see `make_trainer`
+) -> History:
     "Train; stop at the first NaN; resume bit for bit"
-    tf, folder = need('transformers', 'train'), Path(out)/'checkpoints'
-    with distributed.first(): start = _start(folder, read_back(settings), resume)
-    if start: distributed.check_resume(read_json(start/'complete.json'), kw.get('engine'))
-    t = make_trainer(model, dataset, collate, folder, batch=batch, accum=accum, max_steps=max_steps, lr=lr, seed=seed, **kw)
+    tf, folder = need('transformers', 'train'), Path(out) / 'checkpoints'
+    with distributed.first():
+        start = _start(folder, read_back(settings), resume)
+    if start:
+        distributed.check_resume(read_json(start / 'complete.json'), kw.get('engine'))
+    t = make_trainer(
+        model,
+        dataset,
+        collate,
+        folder,
+        batch=batch,
+        accum=accum,
+        max_steps=max_steps,
+        lr=lr,
+        seed=seed,
+        **kw,
+    )
     t.tokens, t.flops = tokens, train_flops(model, context)
-    t.before, t.began = (read_json(start/'complete.json')['seconds'] if start else 0.), time.perf_counter()
+    t.before, t.began = (
+        (read_json(start / 'complete.json')['seconds'] if start else 0.0),
+        time.perf_counter(),
+    )
     watch = type('Watch', (_Watch, tf.TrainerCallback), {})()
-    watch.__dict__ |= dict(trainer=t, tokenizer=tokenizer, heldout=heldout, eval_every=eval_every, eval_batch=eval_batch, desc=desc)
+    watch.__dict__ |= dict(
+        trainer=t,
+        tokenizer=tokenizer,
+        heldout=heldout,
+        eval_every=eval_every,
+        eval_batch=eval_batch,
+        desc=desc,
+    )
     t.add_callback(watch)
     try:
-        with quiet(), resharded(start, kw.get('engine')): t.train(resume_from_checkpoint=str(start) if start else None)
+        with quiet(), resharded(start, kw.get('engine')):
+            t.train(resume_from_checkpoint=str(start) if start else None)
     finally:
-        if hasattr(watch, 'bar'): watch.bar.close()
+        if hasattr(watch, 'bar'):
+            watch.bar.close()
     spent = time.perf_counter() - t.began - t.measuring
     done = max_steps - (int(start.name.split('-')[1]) if start else 0)
     distributed.wait()
-    if not keep_checkpoints and distributed.is_main(): shutil.rmtree(folder, ignore_errors=True)
-    return History(_rows(t.state.log_history), steps=max_steps, batch=batch, accum=accum, lr=lr, seed=seed, tokens_per_second=round((tokens or 0)*done/spent))
+    if not keep_checkpoints and distributed.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    return History(
+        _rows(t.state.log_history),
+        steps=max_steps,
+        batch=batch,
+        accum=accum,
+        lr=lr,
+        seed=seed,
+        tokens_per_second=round((tokens or 0) * done / spent),
+    )
