@@ -79,7 +79,10 @@ def judge(
     r = run.recipe
     model, tok = load(run / folder, r.device, r.dtype)
     out, qs = both(model, tok, heldout(r)), _samples(run)
-    ask = lambda qs: ask_of_measure(model, tok, [q['question'] for q in qs], r.template, r.system)
+
+    def ask(qs):
+        return ask_of_measure(model, tok, [q['question'] for q in qs], r.template, r.system)
+
     if qs:
         out['samples'] = [
             dict(q=q['question'], a=a, kind=q['kind'], expected=q.get('answer', ''))
@@ -87,7 +90,7 @@ def judge(
         ]
     if answers and (qs := questions(r)):
         out |= _verdicts(score(ask(qs), qs))
-    del model
+    del model, ask  # `ask` holds the model too
     _free()
     return out
 
