@@ -79,10 +79,7 @@ def judge(
     r = run.recipe
     model, tok = load(run / folder, r.device, r.dtype)
     out, qs = both(model, tok, heldout(r)), _samples(run)
-
-    def ask(qs):
-        return ask_of_measure(model, tok, [q['question'] for q in qs], r.template, r.system)
-
+    ask = lambda qs: ask_of_measure(model, tok, [q['question'] for q in qs], r.template, r.system)
     if qs:
         out['samples'] = [
             dict(q=q['question'], a=a, kind=q['kind'], expected=q.get('answer', ''))
@@ -90,7 +87,7 @@ def judge(
         ]
     if answers and (qs := questions(r)):
         out |= _verdicts(score(ask(qs), qs))
-    del model, ask  # `ask` holds the model too
+    model = None
     _free()
     return out
 
