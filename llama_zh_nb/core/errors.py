@@ -46,6 +46,12 @@ for _name in ('torchao', 'torch.utils._pytree'):
 warnings.filterwarnings('ignore', message='IProgress not found')
 
 
+def _give_gptqmodel_two_workers():
+    "gptqmodel takes (CPUs + 1) // 2 workers, wants 2 to load a model, and reads its variable when it is imported"
+    if (os.cpu_count() or 1) <= 2:
+        os.environ.setdefault('GPTQMODEL_CPU_WORKERS', '2')
+
+
 def _import_gptqmodel_silently():
     "peft imports gptqmodel where it is installed, and that prints a banner: import it first, silently"
     if 'gptqmodel' in sys.modules or not importlib.util.find_spec('gptqmodel'):
@@ -63,6 +69,7 @@ def need(
     extra: str = '',  # the extra of this package that brings it: `train`, `quant`, `rag`, ...
 ):  # the imported module
     "Import `module` now, or say which `pip install` brings it"
+    _give_gptqmodel_two_workers()  # whatever is imported may import gptqmodel: peft and transformers do
     if module.split('.')[0] == 'peft':
         _import_gptqmodel_silently()
     try:
