@@ -14,12 +14,20 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import record
 from ..pretrain import pretrain
-from ..recipes import Recipe, get_recipe, heldout, resolve, run_dir
+from llama_zh_nb.recipes import (
+    Recipe,
+    get_recipe,
+    heldout,
+    recipe_settings,
+    resolve,
+    run_dir,
+)
 from ..sft import finetune
 from ..text.files import _some, read_texts
 from ..training.distributed import ds_config, is_main, rank
@@ -39,8 +47,6 @@ def _of_recipe(r, run):
     return dict(
         chats=resolve(r, r.sft),
         extra_texts=texts,
-        text_share=r.sft_text_share if texts else None,
-        weight_decay=0.0,
         questions=None,
     )
 
@@ -85,17 +91,23 @@ def call_by_recipe(
     for k, d in folders.items():
         p.add_argument('--' + name(k), dest=k, help=f'default: {d}/ in the run folder')
     a, rest = p.parse_known_args(argv)
-    mine, ours = inspect.signature(f).parameters, Recipe.__dataclass_fields__
+    mine, ours = dict(inspect.signature(f).parameters), Recipe.__dataclass_fields__
+    objects = {k: v.annotation for k, v in mine.items() if is_dataclass(v.annotation)}
+    known = {*mine, *(field.name for cls in objects.values() for field in fields(cls))}
     over = {
         prefix + k if prefix and prefix + k in ours else k: v for k, v in _overrides(rest).items()
     }
-    r = get_recipe(a.recipe, **{k: v for k, v in over.items() if k in ours or k not in mine})
+    r = get_recipe(a.recipe, **{k: v for k, v in over.items() if k in ours or k not in known})
     run = run_dir(r)
     kw = {
         k: getattr(r, prefix + k if prefix + k in ours else k)
         for k in mine
         if (k in ours or prefix + k in ours) and k not in folders
-    } | {k: _value(v) for k, v in over.items() if k not in ours}
+    }
+    more_fields = {k: _value(v) for k, v in over.items() if k not in ours}
+    made = {type(s): s for s in recipe_settings(r, **more_fields).values()}
+    kw |= {k: made[cls] for k, cls in objects.items()}
+    kw |= {k: v for k, v in more_fields.items() if k in mine}
     if 'heldout' in mine:
         kw['heldout'] = {k: v[:60] for k, v in heldout(r).items() if v}
     kw |= {k: getattr(a, k) or run / d for k, d in folders.items()}
@@ -283,13 +295,13 @@ def train(stage, argv) -> int:
         return train_by_recipe(
             pretrain,
             argv,
-            dict(model_dir='resized', corpus='corpus', replay_corpus='corpus_en', out='pretrained'),
+            dict(model='resized', corpus='corpus', replay_corpus='corpus_en', out='pretrained'),
         )
     made_by = 'weights corpus vocab embeddings pretrain'
     return train_by_recipe(
         finetune,
         argv,
-        dict(model_dir='pretrained', out='chat'),
+        dict(model='pretrained', out='chat'),
         stage='sft',
         made_by=made_by,
         prefix='sft_',

@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from .launch import check_alone
@@ -38,7 +38,14 @@ from ..evaluate import check_tasks, evaluate_command
 from ..pretrain import pretrain
 from ..quantize import check_shapes, quantize
 from ..rag import judge_rag
-from ..recipes import Recipe, get_recipe, heldout, questions, sample_questions
+from llama_zh_nb.recipes import (
+    Recipe,
+    get_recipe,
+    heldout,
+    questions,
+    recipe_settings,
+    sample_questions,
+)
 from ..sft import finetune
 from ..text.chats import read_chats
 from ..text.files import _some, find_files, read_texts
@@ -223,14 +230,20 @@ def look_embeddings(run):
     return judge(run, 'resized')
 
 # %% ../../nbs/14_run.ipynb #b7cf00bd
-def _train(run, model, out, **kw):
-    f, r = pretrain, run.recipe
-    replay = run / 'corpus_en' if r.replay_corpus else None
-    h = f(
+def _train(run, model, out, label, **changes):
+    "Pretrain `model` of the run into `out`, with `changes` of the recipe's settings"
+    r, settings = run.recipe, recipe_settings(run.recipe)
+    h = pretrain(
         run / model,
         run / 'corpus',
         run / out,
-        **{**args_for(f, r), **dict(replay_corpus=replay, heldout=_few(heldout(r))), **kw},
+        replace(settings['pretrain'], **changes),
+        settings['lora'],
+        settings['compute'],
+        replay_corpus=run / 'corpus_en' if r.replay_corpus else None,
+        heldout=_few(heldout(r)),
+        seed=r.seed,
+        label=label,
     )
     return _history(h)
 
@@ -250,9 +263,8 @@ def make_pretrain(run):
 
 
 def make_control(run):
-    return _train(
-        run, 'base', 'control', max_steps=run.recipe.control_steps, save_every=None, label='control'
-    )
+    steps = run.recipe.control_steps
+    return _train(run, 'base', 'control', label='control', max_steps=steps, save_every=None)
 
 # %% ../../nbs/14_run.ipynb #ca40733b
 def make_sft(run):
@@ -267,14 +279,18 @@ def make_sft(run):
         if r.sft_text_share
         else None
     )
-    kw = {
-        k: v for k, v in args_for(finetune, r, 'sft_').items() if k != 'weight_decay'
-    }  # none while fine-tuning
+    settings = recipe_settings(r)
     h = finetune(
         run / 'pretrained',
         chats,
         run / 'chat',
-        **{**kw, 'extra_texts': texts, 'heldout': _few(heldout(r))},
+        settings['sft'],
+        settings['lora'],
+        settings['compute'],
+        settings['chat'],
+        extra_texts=texts,
+        heldout=_few(heldout(r)),
+        seed=r.seed,
     )
     return _history(h) | dict(chats=len(chats), bad_rows=len(chats.bad))
 
