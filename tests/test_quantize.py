@@ -91,6 +91,23 @@ def test_the_module_is_light():
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
+@pytest.mark.parametrize(
+    'cpus, given, workers', [(1, None, '2'), (2, None, '2'), (2, '7', '7'), (4, None, None)]
+)
+def test_one_or_two_cpus_are_enough(monkeypatch, cpus, given, workers):
+    "gptqmodel fails to load a model with one worker, which is what it takes by itself on 1 or 2 CPUs"
+    import os
+
+    from llama_zh_nb.core.errors import need
+
+    monkeypatch.setenv('GPTQMODEL_CPU_WORKERS', given or '')
+    if given is None:
+        monkeypatch.delenv('GPTQMODEL_CPU_WORKERS')
+    monkeypatch.setattr(os, 'cpu_count', lambda: cpus)
+    need('json')
+    assert os.environ.get('GPTQMODEL_CPU_WORKERS') == workers
+
+
 def test_what_is_saved(tiny, packed):
     import torch
 

@@ -94,7 +94,7 @@ def judge(
         ]
     if answers and (qs := questions(r)):
         out |= _verdicts(score(ask(qs), qs))
-    del model
+    model = None
     _free()
     return out
 
