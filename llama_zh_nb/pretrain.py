@@ -456,7 +456,9 @@ def _trained_part(train, model, new):
     return train, rows
 
 # %% ../nbs/06_pretrain.ipynb #a52f697b
-def _mark(model, args, lora, compute, total, *, blocks, share, train, rows, steps, warmup, seed, skip):
+def _mark(
+    model, args, lora, compute, total, *, blocks, share, train, rows, steps, warmup, seed, skip
+):
     "What the result depends on: a checkpoint or a finished folder with the same mark is used again"
     mark = dict(
         base=fingerprint(model),
@@ -667,9 +669,7 @@ def _embeddings_first(model, corpus, out, args, lora, compute, *, skip, push_to_
 def _joined(first, second):
     "One history of two stages: steps, tokens, operations and seconds of the second go on counting"
     ends = {k: first.last(k) or 0 for k in ('step', 'tokens', 'flops', 'seconds')}
-    later = [
-        {k: v + ends.get(k, 0) for k, v in row.items()} for row in second if row['step'] > 0
-    ]
+    later = [{k: v + ends.get(k, 0) for k, v in row.items()} for row in second if row['step'] > 0]
     history = History([*first, *later])
     history.info = dict(second.info)
     return history

@@ -386,9 +386,7 @@ def test_two_stages(base, tmp_path, capsys):
 
 def test_speed_and_tensorboard(base, tmp_path):
     pytest.importorskip('tensorboard')
-    h = pretrain(
-        base, ZH, tmp_path / 'o', **small(max_steps=4, save_every=None, report_to='auto')
-    )
+    h = pretrain(base, ZH, tmp_path / 'o', **small(max_steps=4, save_every=None, report_to='auto'))
     assert len(h.column('tokens_per_second')[1]) == 2 and all(
         v > 0 for v in h.column('tokens_per_second')[1]
     )

@@ -459,7 +459,10 @@ def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monke
     def go(out, **kw):
         if train == 'pretrain':
             return pretrain(
-                base, ZH, out, **grouped(TrainArgs, KW | dict(max_steps=1, save_every=None, heldout={}) | kw)
+                base,
+                ZH,
+                out,
+                **grouped(TrainArgs, KW | dict(max_steps=1, save_every=None, heldout={}) | kw),
             )
         return chat_run(tiny(tmp_path), out, max_steps=1, save_every=None, eval_every=None, **kw)
 

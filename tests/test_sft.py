@@ -462,12 +462,10 @@ def test_finetune_leaves_a_plain_folder(folder, tok, tmp_path):
         folder,
         CHATS,
         out,
-        template='atom',
         extra_texts=texts,
-        text_share=0.2,
         heldout=dict(zh=['长江很长。']),
         questions=[dict(question='长江?', answer='长江很长。')],
-        **small_sft(),
+        **small_sft(template='atom', text_share=0.2),
     )
     assert (
         h.last('loss') < h.first('loss')
