@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import context_length, load
 from ..core.errors import LlamaZhError, need, write_json
 from ..core.machine import progress
 from .measure import Bits, _batch, _nats, encode_texts
@@ -79,10 +79,10 @@ def strided(
     )
     if not texts:
         raise LlamaZhError('no text to measure on: every text was empty')
-    window = window or min(getattr(model.config, 'max_position_embeddings', None) or 2048, 2048)
+    window = window or min(context_length(model), 2048)
     stride, bos = stride or max(1, (window - 1) // 2), tokenizer.bos_token_id
-    if (reach := getattr(model.config, 'max_position_embeddings', None)) and window > reach:
-        raise LlamaZhError(f'window {window:,}: the model reaches {reach:,} tokens')
+    if window > context_length(model):
+        raise LlamaZhError(f'window {window:,}: the model reads {context_length(model):,} tokens')
     ids = encode_texts(tokenizer, texts)
     rows = sorted(
         (

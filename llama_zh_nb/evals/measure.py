@@ -13,7 +13,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import context_length, load, special_ids, stop_tokens
 from ..core.errors import LlamaZhError, need
 from ..core.machine import progress
 from ..text.templates import get_template
@@ -210,8 +210,8 @@ def bits(
     torch = need('torch', 'train')
     texts = [texts] if isinstance(texts, str) else [t for t in texts if t]
     batch = batch or _batch(model, 8, 32)
-    max_len = max_len or min(getattr(model.config, 'max_position_embeddings', None) or 2048, 2048)
-    rows, ntok, bos = [], 0, tokenizer.bos_token_id
+    max_len = max_len or min(context_length(model), 2048)
+    rows, ntok, bos = [], 0, special_ids(tokenizer).bos
     for ids in encode_texts(tokenizer, texts):
         ntok += len(ids)
         rows += [([bos] + list(ids[s:e]), f - s) for s, e, f in windows(len(ids), max_len)]
@@ -258,7 +258,7 @@ def greedy(
 ) -> list:  # of str, in the order of `prompts`
     "The model's likeliest continuations, stop token left out"
     torch = need('torch', 'train')
-    stop = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
+    stop = stop_tokens(tokenizer, stop_ids)
     gen = need('transformers', 'train').GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
