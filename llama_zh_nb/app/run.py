@@ -27,6 +27,7 @@ from ..checkpoint.folder import load
 from ..checkpoint.tensors import open_weights
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import read_run, record, update_run
+from ..core.settings import ChatArgs, QuantArgs
 from ..corpus import build_corpus
 from ..documents.assistant import Assistant
 from ..documents.index import build_index, open_index
@@ -36,7 +37,7 @@ from ..evals.measure import ask as ask_of_measure
 from ..evals.measure import both, score
 from ..evaluate import check_tasks, evaluate_command
 from ..pretrain import pretrain
-from ..quantize import check_shapes, quantize
+from ..quantize import check_layers, quantize
 from ..rag import judge_rag
 from ..recipes import Recipe, get_recipe, heldout, questions, sample_questions
 from ..sft import finetune
@@ -87,7 +88,7 @@ def judge(
         ]
     if answers and (qs := questions(r)):
         out |= _verdicts(score(ask(qs), qs))
-    del model
+    model = None
     _free()
     return out
 
@@ -292,12 +293,13 @@ def _last(run):
 def make_quantize(run):
     r = run.recipe
     data = read_chats(run.files('sft')) if r.sft else list(read_texts(run / 'corpus'))
-    kw = args_for(quantize, r)
+    args = QuantArgs(r.bits, r.group_size, r.desc_act, r.calib)
+    chat = ChatArgs(r.template, r.system)
     try:
-        check_shapes(run / _chat(run), r.group_size, r.bits)
+        check_layers(run / _chat(run), args.group_size, args.bits)
     except LlamaZhError as e:
         raise LeftOut(e) from None
-    quantize(run / _chat(run), data, run / 'gptq', **kw)
+    quantize(run / _chat(run), data, run / 'gptq', args, chat=chat, device=r.device, seed=r.seed)
     return dict(bytes_before=_bytes(run / _chat(run)), bytes_after=_bytes(run / 'gptq'))
 
 # %% ../../nbs/14_run.ipynb #12f4687b
