@@ -7,13 +7,12 @@ __all__ = ['PRESETS', 'Recipe', 'explain', 'get_recipe', 'to_yaml', 'runs_root',
            'sample_questions']
 
 # %% ../nbs/01_recipes.ipynb #130a156a
-import difflib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from .core.errors import LlamaZhError, need
+from .core.errors import LlamaZhError, did_you_mean, need
 from .mini.domain import write_herbs
 from .mini.world import write_world
 from .text.files import read_texts
@@ -357,15 +356,6 @@ _CHOICES = dict(
 _OPTIONAL = {f.name for f in fields(Recipe) if f.default is None}
 
 
-def _near(x, xs, what):
-    near = difflib.get_close_matches(str(x), xs, 3, 0.5)
-    return f'unknown {what} {x!r}' + (
-        f': did you mean {" or ".join(map(repr, near))}?'
-        if near
-        else f'; there are: {", ".join(xs)}'
-    )
-
-
 def _coerce(k, v):
     "`v` as the type of field `k`, or an error that names both"
     t = _TYPES[k]
@@ -448,7 +438,7 @@ def _based(d, path):
 
 def _preset(name):
     if name not in PRESETS:
-        raise LlamaZhError(_near(name, list(PRESETS), 'recipe'))
+        raise LlamaZhError(did_you_mean(name, PRESETS, 'recipe'))
     return dict(PRESETS[name], name=name)
 
 # %% ../nbs/01_recipes.ipynb #6cd563ab
@@ -488,7 +478,7 @@ def get_recipe(
         d = _preset(src)
     for k in (*d, *overrides):
         if k not in _TYPES:
-            raise LlamaZhError(_near(k, list(_TYPES), 'recipe field'))
+            raise LlamaZhError(did_you_mean(k, _TYPES, 'recipe field'))
     given = {k: _coerce(k, v) for k, v in overrides.items()}
     return Recipe(**{k: _coerce(k, v) for k, v in {**_own(d, given), **given}.items()})
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.meta import packaged
-from ..core.errors import LlamaZhError, need, read_json
+from ..core.errors import LlamaZhError, did_you_mean, need, read_json
 from ..core.machine import pick_device, quiet
 from ..recipes import PRESETS, Recipe, get_recipe
-from ..recipes import _near as near
 from ..training.lora import prepare
 
 # %% ../../nbs/app/estimate.ipynb #6bf2ac44
@@ -495,7 +494,7 @@ USABLE, SUSTAINED = (
 def find_gpu(name):
     k = str(name).lower().replace(' ', '').removeprefix('nvidia-')
     if k not in GPUS:
-        raise LlamaZhError(near(k, list(GPUS), 'GPU'))
+        raise LlamaZhError(did_you_mean(k, GPUS, 'GPU'))
     return k
 
 # %% ../../nbs/app/estimate.ipynb #88967ece

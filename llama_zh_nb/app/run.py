@@ -34,7 +34,7 @@ from ..documents.index import build_index, open_index
 from ..documents.recall import pick_threshold
 from ..embeddings import INITS, resize
 from ..evals.measure import ask as ask_of_measure
-from ..evals.measure import both, score
+from ..evals.measure import heldout_bits, score
 from ..evaluate import check_tasks, evaluate_command
 from ..pretrain import pretrain
 from ..quantize import check_layers, quantize
@@ -79,7 +79,7 @@ def judge(
     "What the model in `folder` can do: bits on held-out text, right answers by kind, sample answers"
     r = run.recipe
     model, tok = load(run / folder, r.device, r.dtype)
-    out, qs = both(model, tok, heldout(r)), _samples(run)
+    out, qs = heldout_bits(model, tok, heldout(r)), _samples(run)
     ask = lambda qs: ask_of_measure(model, tok, [q['question'] for q in qs], r.template, r.system)
     if qs:
         out['samples'] = [
