@@ -176,7 +176,7 @@ def _reader(tty, err):
     if not tty:
         return lambda: sys.stdin.readline() or None
     with contextlib.suppress(ImportError):
-        import readline
+        pass
 
     def read():
         while True:
