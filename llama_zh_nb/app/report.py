@@ -272,9 +272,9 @@ _KIND = dict(
 
 
 def _right(a, want):
-    from llama_zh_nb.evals.measure import _plain
+    from llama_zh_nb.evals.measure import same_answer
 
-    return None if not want else _plain(a) == _plain(want)
+    return None if not want else same_answer(a, want)
 
 
 def _answer(stage, x):

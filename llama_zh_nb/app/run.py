@@ -33,10 +33,10 @@ from ..documents.index import build_index, open_index
 from ..documents.recall import pick_threshold
 from ..embeddings import INITS, resize
 from ..evals.measure import ask as ask_of_measure
-from ..evals.measure import both, score
+from ..evals.measure import heldout_bits, score
 from ..evaluate import check_tasks, evaluate_command
 from ..pretrain import pretrain
-from ..quantize import check_shapes, quantize
+from ..quantize import check_layers, quantize
 from ..rag import judge_rag
 from ..recipes import get_recipe, heldout, questions, sample_questions
 from ..sft import finetune
@@ -78,10 +78,12 @@ def judge(
     "What the model in `folder` can do: bits on held-out text, right answers by kind, sample answers"
     r = run.recipe
     model, tok = load(run / folder, r.compute.device, r.compute.dtype)
-    out, qs = both(model, tok, heldout(r)), _samples(run)
-    ask = lambda qs: ask_of_measure(
-        model, tok, [q['question'] for q in qs], r.chat.template, r.chat.system
-    )
+    out, qs = heldout_bits(model, tok, heldout(r)), _samples(run)
+
+    def ask(qs):
+        texts = [q['question'] for q in qs]
+        return ask_of_measure(model, tok, texts, r.chat.template, r.chat.system)
+
     if qs:
         out['samples'] = [
             dict(q=q['question'], a=a, kind=q['kind'], expected=q.get('answer', ''))
@@ -89,7 +91,7 @@ def judge(
         ]
     if answers and (qs := questions(r)):
         out |= _verdicts(score(ask(qs), qs))
-    del model
+    model = None
     _free()
     return out
 
@@ -298,12 +300,12 @@ def _last(run):
 def make_quantize(run):
     r = run.recipe
     data = read_chats(run.files('sft')) if r.data.chats else list(read_texts(run / 'corpus'))
-    kw = args_for(quantize, r)
+    args, device = r.quantize, r.compute.device
     try:
-        check_shapes(run / _chat(run), r.quantize.group_size, r.quantize.bits)
+        check_layers(run / _chat(run), args.group_size, args.bits)
     except LlamaZhError as e:
         raise LeftOut(e) from None
-    quantize(run / _chat(run), data, run / 'gptq', **kw)
+    quantize(run / _chat(run), data, run / 'gptq', args, chat=r.chat, device=device, seed=r.seed)
     return dict(bytes_before=_bytes(run / _chat(run)), bytes_after=_bytes(run / 'gptq'))
 
 # %% ../../nbs/14_run.ipynb #12f4687b

@@ -153,6 +153,9 @@ class MetaFiles:
         ):
             self.names[EMBED] = ('tok_embeddings.weight', 0)
 
+    def __iter__(self):
+        return iter(self.names)
+
     def keys(self):
         return list(self.names)
 

@@ -76,6 +76,9 @@ class SafeFile:
                 f'{path}: {size:,} bytes, but its header promises {want:,}: the file was cut off or damaged; fetch it again'
             )
 
+    def __iter__(self):
+        return iter(self.head)
+
     def keys(self):
         return list(self.head)
 
@@ -224,6 +227,9 @@ class TorchFile:
             raise LlamaZhError(
                 f'{self.path} holds a {type(self.state).__name__}, a dictionary of tensors was expected'
             )
+
+    def __iter__(self):
+        return iter(self.specs)
 
     def keys(self):
         return list(self.specs)

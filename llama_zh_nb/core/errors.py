@@ -36,6 +36,12 @@ for _n in ('torchao', 'torch.utils._pytree'):
 warnings.filterwarnings('ignore', message='IProgress not found')
 
 
+def _give_gptqmodel_two_workers():
+    "gptqmodel takes (CPUs + 1) // 2 workers, wants 2 to load a model, and reads its variable when it is imported"
+    if (os.cpu_count() or 1) <= 2:
+        os.environ.setdefault('GPTQMODEL_CPU_WORKERS', '2')
+
+
 def _hush(module):
     "peft imports gptqmodel where it is installed, and that prints a banner: import it first, silently"
     if (
@@ -57,6 +63,7 @@ def need(
     extra: str = '',  # the extra of this package that brings it: `train`, `quant`, `rag`, ...
 ):  # the imported module
     "Import `module` now, or say which `pip install` brings it"
+    _give_gptqmodel_two_workers()  # whatever is imported may import gptqmodel: peft and transformers do
     _hush(module)
     try:
         return importlib.import_module(module)

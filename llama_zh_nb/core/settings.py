@@ -160,8 +160,6 @@ class QuantArgs:
     group_size: int = 128  # weights that share a scale
     desc_act: bool = False  # most active columns first: more exact, slower in some programs
     calib: int = 128  # calibration chats
-    max_len: int = 2048  # longest of them in tokens
-    damp: float = 0.05  # share of the mean added to the Hessian's diagonal
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import LlamaZhError, need
-from ..evals.measure import encode_texts
+from ..text.templates import encode_texts
 
 # %% ../../nbs/documents/split.ipynb #5b1a0007
 need('langchain_core', 'rag')
