@@ -11,8 +11,8 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from .core.errors import LlamaZhError, need
-from .core.settings import Recipe, flatten, make_recipe, unknown
+from .core.errors import LlamaZhError, did_you_mean, need
+from .core.settings import Recipe, flatten, make_recipe
 from .mini.domain import write_herbs
 from .mini.world import write_world
 from .text.files import read_texts
@@ -26,7 +26,7 @@ def presets() -> list:  # of names
 # %% ../nbs/01_recipes.ipynb #60e71fb4
 def _preset_text(name):
     if name not in presets():
-        raise unknown(name, presets(), 'recipe')
+        raise LlamaZhError(did_you_mean(name, presets(), 'recipe'))
     file = resources.files('llama_zh_nb').joinpath('data', 'recipes', f'{name}.yaml')
     return file.read_text(encoding='utf-8')
 

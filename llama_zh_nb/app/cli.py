@@ -14,7 +14,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from ..core.errors import LlamaZhError
+from ..core.errors import LlamaZhError, did_you_mean
 
 # %% ../../nbs/app/cli.ipynb #138f341e
 _HIDE = {
@@ -431,14 +431,8 @@ def _no_command(argv):
             overview(argv[0]), file=sys.stdout if set(argv[1:]) & {'-h', '--help'} else sys.stderr
         )
         return 0 if set(argv[1:]) & {'-h', '--help'} else 2
-    from difflib import get_close_matches
-
-    near = get_close_matches(argv[0], {c.split()[0] for c in COMMANDS}, 2, 0.5)
-    return _usage(
-        f'no command {argv[0]!r}'
-        + (f', did you mean {" or ".join(near)}?' if near else '')
-        + ' See llama-zh --help'
-    )
+    names = dict.fromkeys(c.split()[0] for c in COMMANDS)
+    return _usage(f'{did_you_mean(argv[0], names, "command")} See llama-zh --help')
 
 
 if __name__ == '__main__' and '__file__' in globals():

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.meta import packaged
-from ..core.errors import LlamaZhError, need, read_json
+from ..core.errors import LlamaZhError, did_you_mean, need, read_json
 from ..core.machine import pick_device, quiet
-from ..core.settings import Recipe, flatten, unknown
+from ..core.settings import Recipe, flatten
 from ..recipes import get_recipe, presets
 from ..training.lora import prepare
 
@@ -495,7 +495,7 @@ USABLE, SUSTAINED = (
 def find_gpu(name):
     k = str(name).lower().replace(' ', '').removeprefix('nvidia-')
     if k not in GPUS:
-        raise unknown(k, list(GPUS), 'GPU')
+        raise LlamaZhError(did_you_mean(k, GPUS, 'GPU'))
     return k
 
 # %% ../../nbs/app/estimate.ipynb #88967ece

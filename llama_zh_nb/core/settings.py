@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['Engine', 'Train', 'DataArgs', 'ComputeArgs', 'VocabArgs', 'EmbeddingArgs', 'LoraArgs', 'TrainArgs', 'SftArgs',
            'ChatArgs', 'QuantArgs', 'RagArgs', 'EvalArgs', 'Recipe', 'Setting', 'flat_name', 'groups', 'settings',
-           'explain', 'unpack_type', 'coerce', 'unknown', 'flatten', 'make_recipe', 'to_yaml']
+           'explain', 'unpack_type', 'coerce', 'flatten', 'make_recipe', 'to_yaml']
 
 # %% ../../nbs/core/settings.ipynb #cab51d5d
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from .errors import LlamaZhError, need
+from .errors import LlamaZhError, did_you_mean, need
 
 # %% ../../nbs/core/settings.ipynb #c10d4c08
 @dataclass(frozen=True)
@@ -315,14 +314,6 @@ def coerce(
     return v
 
 # %% ../../nbs/core/settings.ipynb #84348d97
-def unknown(x, known, what) -> LlamaZhError:
-    "The error for a name that does not exist, with those that come near"
-    near = difflib.get_close_matches(str(x), known, 3, 0.5)
-    if near:
-        return LlamaZhError(f'unknown {what} {x!r}: did you mean {" or ".join(map(repr, near))}?')
-    return LlamaZhError(f'unknown {what} {x!r}; there are: {", ".join(known)}')
-
-
 def flatten(
     d,  # a `Recipe`, or a mapping whose keys are groups (with a mapping as value) and flat names
 ) -> dict:  # flat name -> value
@@ -335,12 +326,13 @@ def flatten(
             for name, x in values.items():
                 if flat_name(key, name) not in settings():
                     names = [f.name for f in fields(groups()[key])]
-                    raise unknown(name, names, f'recipe field in {key!r}')
+                    what = f'recipe field in {key!r}'
+                    raise LlamaZhError(did_you_mean(name, names, what))
                 out[flat_name(key, name)] = x
         elif key in settings():
             flat[key] = v
         else:
-            raise unknown(key, list(settings()), 'recipe field')
+            raise LlamaZhError(did_you_mean(key, settings(), 'recipe field'))
     return out | flat
 
 
