@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
+    check_sizes,
     fingerprint,
     load_tokenizer,
     new_rows,
@@ -528,7 +528,7 @@ def pretrain(
             **more,
         )
     engine, device = distributed.join(compute.engine, compute.device)
-    check_folder(model)
+    check_sizes(model)
     publish = artifacts.publisher(push_to_hub, model)
     train, rows = _trained_part(args.train, model, new)
     accum, total = distributed.steps(args.batch, args.accum, args.global_batch)

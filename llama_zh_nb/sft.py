@@ -13,10 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
+    check_sizes,
+    context_length,
     fingerprint,
     load_tokenizer,
     new_rows,
+    pad_id,
     tokenizer_hash,
 )
 from .core.errors import LlamaZhError, need, read_json, write_json
@@ -25,7 +27,7 @@ from .text.chats import Chats, read_chats
 from .text.files import read_texts
 from .text.templates import get_template, write_template
 from .training import artifacts, distributed
-from .training.chat_rows import ChatCollate, Packed, examples, pad_id, with_texts
+from .training.chat_rows import ChatCollate, Packed, examples, with_texts
 from .training.lora import prepare, trains
 from .training.trainer import History, fit
 
@@ -184,13 +186,13 @@ def _check(model, out, args, compute):
         raise LlamaZhError(
             f'{model} is the model itself: choose another folder for the fine-tuned one'
         )
-    check_folder(model)
-    longest = read_json(model / 'config.json').get('max_position_embeddings')
+    check_sizes(model)
+    longest = context_length(model)
     _must(
-        not longest or args.block <= longest,
+        args.block <= longest,
         'block',
         f'{args.block:,}',
-        f'at most {longest or 0:,}, where the positions of {model.name} end',
+        f'at most {longest:,}, where the positions of {model.name} end',
     )
 
 # %% ../nbs/08_sft.ipynb #9a0e1b10
