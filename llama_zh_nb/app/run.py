@@ -356,7 +356,7 @@ def make_evaluate(run):
         folders,
         r.evaluate.tasks,
         out=run / 'evaluation',
-        limit=r.evaluate.tasks_limit,
+        limit=r.evaluate.limit,
         form='chat' if r.data.chats else 'base',
         template=r.chat.template,
         system=r.chat.system,
