@@ -393,13 +393,13 @@ def test_a_failure_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
 
 
 def test_before_after(tiny, packed):
-    from llama_zh_nb.evals.measure import before_after
+    from llama_zh_nb.evals.measure import measure_models
 
     qs = [
         dict(question=c['messages'][0]['content'], answer=c['messages'][1]['content'], kind='asked')
         for c in CHATS[:4]
     ]
-    t = before_after(
+    t = measure_models(
         {'before': tiny, 'after': packed},
         {'zh': ['法国的首都是巴黎。'], 'en': []},
         qs,
