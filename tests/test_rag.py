@@ -15,7 +15,7 @@ from llama_zh_nb.documents.chat_model import load_chat
 from llama_zh_nb.documents.index import build_index, open_index
 from llama_zh_nb.documents.lexicon import Lexicon
 from llama_zh_nb.documents.load import Document, DocumentLoader, load_documents
-from llama_zh_nb.documents.passages import pack
+from llama_zh_nb.documents.passages import pack_passages
 from llama_zh_nb.documents.recall import DEFAULT_THRESHOLD, eval_retrieval, pick_threshold
 from llama_zh_nb.documents.split import ZhTextSplitter, chunks, sentences, split_text, token_counter
 from llama_zh_nb.generation.streaming import Pieces
@@ -439,7 +439,7 @@ def test_packing_respects_the_reach(town, llm):
 
     n = len(llm.encode([HumanMessage(bot.message('船？', src))]))
     assert src and llm.reach - 40 < n + llm.max_new_tokens <= llm.reach
-    assert pack([long], token_counter(), 10) == []
+    assert pack_passages([long], token_counter(), 10) == []
 
 
 def test_documents_cannot_forge_turns(llm):

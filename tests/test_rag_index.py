@@ -18,10 +18,10 @@ from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.documents import index as indexing
 from llama_zh_nb.documents import load as documents
 from llama_zh_nb.documents.index import build_index, eval_command, open_index
-from llama_zh_nb.documents.lexicon import Lexicon, terms, unify
+from llama_zh_nb.documents.lexicon import Lexicon, extract_terms, normalize_text
 from llama_zh_nb.documents.load import Document, find_documents, load_documents, read_file
 from llama_zh_nb.documents.recall import eval_retrieval, pick_threshold, read_questions
-from llama_zh_nb.documents.retriever import ZhRetriever, fuse
+from llama_zh_nb.documents.retriever import ZhRetriever, fuse_ranks
 from llama_zh_nb.documents.split import chunks, split_text
 from llama_zh_nb.documents.stores import open_store
 
@@ -227,7 +227,7 @@ def test_quotes_and_headings_travel():
 
 
 def test_scripts_are_one():
-    assert terms('臺灣的頭髮') == terms('台湾的头发') and unify('ＡＢＣ') == 'abc'
+    assert extract_terms('臺灣的頭髮') == extract_terms('台湾的头发') and normalize_text('ＡＢＣ') == 'abc'
     lex = Lexicon.fit(['長江發源於青藏高原，是中國最長的河流。', '黄河的水是黄的。'])
     assert (
         lex.scores('长江发源于哪里').tolist() == lex.scores('長江發源於哪裡').tolist()
@@ -503,7 +503,7 @@ def test_hybrid_rerank_and_filters(poems):
             again.find('西湖在哪座城市？', k=1)[0].metadata['source'] == '茶.md'
             and again.kind == f'{how}+rerank'
         )
-    assert fuse([['a', 'b', 'c'], ['b', 'c', 'a']])[0] == 'b'
+    assert fuse_ranks([['a', 'b', 'c'], ['b', 'c', 'a']])[0] == 'b'
 
 
 def test_rag_eval(poems, tmp_path, capsys):
