@@ -79,6 +79,9 @@ class SafeFile:
     def keys(self):
         return list(self.head)
 
+    def __iter__(self):
+        return iter(self.head)
+
     def spec(self, name):
         return self.head[name]['dtype'], tuple(self.head[name]['shape'])
 
@@ -227,6 +230,9 @@ class TorchFile:
 
     def keys(self):
         return list(self.specs)
+
+    def __iter__(self):
+        return iter(self.specs)
 
     def spec(self, name):
         return self.specs[name]
