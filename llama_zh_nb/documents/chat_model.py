@@ -9,15 +9,14 @@ __all__ = ['as_chat', 'LlamaSettings', 'LlamaIdentity', 'ChatLlama', 'served_mod
 # %% ../../nbs/documents/chat_model.ipynb #e52af211
 import asyncio
 import contextvars
-import difflib
 import os
 import threading
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..checkpoint.folder import load
-from ..core.errors import LlamaZhError, need
+from ..checkpoint.folder import context_length, load, special_ids
+from ..core.errors import LlamaZhError, did_you_mean, need
 from ..evals.measure import greedy as greedy_of_measure
 from ..generation.streaming import Pieces, token_stream
 from ..text.templates import encode_texts, find_template, get_template
@@ -93,10 +92,7 @@ class LlamaSettings(BaseChatModel):
     def _names(cls, data):
         data = {k: v for k, v in _renamed(data).items() if k not in _IDLE}
         for k in data.keys() - cls.model_fields.keys():
-            near = difflib.get_close_matches(k, cls.model_fields, 1)
-            raise LlamaZhError(
-                f'ChatLlama has no setting {k!r}' + (f', did you mean {near[0]}?' if near else '')
-            )
+            raise LlamaZhError(did_you_mean(k, cls.model_fields, 'setting of ChatLlama', 1))
         return data
 
 # %% ../../nbs/documents/chat_model.ipynb #d3706c9d
@@ -135,7 +131,7 @@ class LlamaIdentity(LlamaSettings):
 
     @property
     def reach(self):
-        return getattr(self.model.config, 'max_position_embeddings', None) or 2048
+        return context_length(self.model)
 
     def encode(self, messages):
         "Ids of a conversation, ready to be continued"
@@ -173,14 +169,14 @@ def _config(self, room=10**9, **kw):
         if get('temperature') > 0
         else dict(do_sample=False)
     )
-    eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+    special = special_ids(self.tokenizer)
     return need('transformers', 'train').GenerationConfig(
         **warm,
         max_new_tokens=min(get('max_new_tokens'), room),
         repetition_penalty=get('repetition_penalty'),
         max_time=get('timeout'),
-        eos_token_id=eos,
-        pad_token_id=eos if pad is None else pad,
+        eos_token_id=special.eos,
+        pad_token_id=special.filler,
     )
 
 

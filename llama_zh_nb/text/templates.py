@@ -7,14 +7,14 @@ __all__ = ['LONG_ANSWER', 'check_messages', 'Seg', 'Template', 'get_template', '
            'Coloured', 'add_template', 'find_template', 'write_template']
 
 # %% ../../nbs/07_templates.ipynb #3c35463b
-import difflib
 import html
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.errors import LlamaZhError, read_json, write_json, writing
+from ..checkpoint.folder import special_ids, stop_tokens
+from ..core.errors import LlamaZhError, did_you_mean, read_json, write_json, writing
 
 # %% ../../nbs/07_templates.ipynb #e0ed8c04
 def _content(m, i):
@@ -217,12 +217,7 @@ def get_template(
         known = {a: t for t in _TEMPLATES.values() for a in (t.name, *t.aliases)}
         key = str(name).strip().lower().replace('_', '-')
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-            raise LlamaZhError(
-                f'unknown chat template {name!r}'
-                + (f'; did you mean {" or ".join(near)}?' if near else '.')
-                + f' Known: {", ".join(sorted(known))}'
-            )
+            raise LlamaZhError(did_you_mean(key, sorted(known), 'chat template'))
         name = known[key]
     return replace(name, **changes) if changes else name
 
@@ -268,16 +263,6 @@ class Encoded(NamedTuple):
     ids: list  # token ids
     mask: list  # 1 on the tokens of answers and their EOS, 0 elsewhere
 
-
-def _controls(tokenizer):
-    "{'bos': id, 'eos': id}, checked."
-    out = dict(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
-    if None in out.values() or out['bos'] == out['eos']:
-        raise LlamaZhError(
-            f'the tokenizer needs different BOS and EOS tokens; found {out}; rebuild the folder with vocab.save_tokenizer'
-        )
-    return out
-
 # %% ../../nbs/07_templates.ipynb #101696c3
 def encode_chats(
     template: Template,  # the layout
@@ -288,7 +273,7 @@ def encode_chats(
 ) -> list[Encoded]:
     "Encode conversations segment by segment: control tokens as ids, text as text."
     control, segs = (
-        _controls(tokenizer),
+        special_ids(tokenizer)._asdict(),
         [template.segments(c, add_generation_prompt, system) for c in chats],
     )
     table = {}
@@ -297,7 +282,7 @@ def encode_chats(
             dict.fromkeys(s.text for c in segs for s in c if s.kind == 'text' and s.start == start)
         )
         table.update(zip(((t, start) for t in texts), encode_texts(tokenizer, texts, start)))
-    forbidden = {*control.values(), tokenizer.pad_token_id} - {tokenizer.unk_token_id}
+    forbidden = {*control.values()} - {None, tokenizer.unk_token_id}
     for (text, _), ids in table.items():
         if not forbidden.isdisjoint(ids):
             raise LlamaZhError(
@@ -322,7 +307,7 @@ def _encode(self: Template, tokenizer, messages, add_generation_prompt=False, sy
 
 def _stop_ids(self: Template, tokenizer):
     "Ids that end an answer."
-    return [_controls(tokenizer)['eos']]
+    return stop_tokens(tokenizer)
 
 
 Template.encode, Template.stop_ids = _encode, _stop_ids
