@@ -42,7 +42,7 @@ from ..rag import judge_rag
 from ..recipes import get_recipe, heldout, questions, sample_questions
 from ..sft import finetune
 from ..text.chats import read_chats
-from ..text.files import _some, find_files, read_texts
+from ..text.files import find_files, read_texts, reservoir_sample
 from ..tokenizer.audit import audit
 from ..tokenizer.exact import load_sp
 from ..vocab import merge
@@ -268,7 +268,7 @@ def make_sft(run):
     r, read = run.recipe, read_texts
     chats = read_chats(run.files('sft'))
     texts = (
-        _some(
+        reservoir_sample(
             (t for c in ('corpus', 'corpus_en') if (run / c).exists() for t in read(run / c)),
             50_000,
             r.seed,
