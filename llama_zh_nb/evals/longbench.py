@@ -31,7 +31,7 @@ from llama_zh_nb.evals.choice import (
     template_for,
 )
 from .measure import as_model, greedy, wilson
-from .tasks import hub_rows, read_rows
+from .tasks import hub_rows, question_rows
 from ..text.templates import encode_texts
 
 # %% ../../nbs/evals/longbench.ipynb #917c1446
@@ -182,7 +182,7 @@ def _rows_of_files(path):
     files = sorted(path.glob('*.jsonl')) if path.is_dir() else [path]
     if not files:
         raise LlamaZhError(f'{path}: no .jsonl file in it')
-    return [{'dataset': file.stem, **row} for file in files for row in read_rows(file)]
+    return [{'dataset': file.stem, **row} for file in files for row in question_rows(file)]
 
 
 def _check_row(row, where):
