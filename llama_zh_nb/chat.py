@@ -10,11 +10,11 @@ import html
 import sys
 from pathlib import Path
 
-from .checkpoint.folder import load
+from .checkpoint.folder import context_length, load
 from .core.errors import LlamaZhError, need, write_json
 from .core.machine import quiet
 from .generation.decoding import load_draft, negative, negative_messages
-from .generation.sampling import fit_turns, generation_config, reach, room_for, sampling
+from .generation.sampling import fit_turns, generation_config, room_for, sampling
 from .generation.streaming import Pieces, token_stream
 from .generation.terminal import Terminal, _reader
 from .text.chats import read_chats
@@ -93,7 +93,7 @@ def _prompt(self, text):
     kept, gone, cut = fit_turns(
         [*self.messages, dict(role='user', content=text)],
         self.count,
-        room_for(reach(self.model.config), self.max_new_tokens),
+        room_for(context_length(self.model), self.max_new_tokens),
         self.too_long,
     )
     notes = (
@@ -127,7 +127,7 @@ def _stream(self, text):
         Pieces(self.tok, self.stop),
         self.template.stop_ids(self.tok),
     )
-    limit = min(self.max_new_tokens, reach(self.model.config) - len(ids))
+    limit = min(self.max_new_tokens, context_length(self.model) - len(ids))
     config = generation_config(
         self.tok,
         self.settings,
@@ -264,7 +264,7 @@ def chat(
     term = Terminal(c, _reader(tty, sys.stderr), sys.stdout, sys.stderr)
     if tty:
         term.remark(
-            f'{Path(model).name}, {preset}, reads {reach(c.model.config):,} tokens; /help lists the commands'
+            f'{Path(model).name}, {preset}, reads {context_length(c.model):,} tokens; /help lists the commands'
         )
     with quiet():
         term.run()

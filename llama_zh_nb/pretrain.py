@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
+    check_sizes,
     fingerprint,
     load_tokenizer,
     new_rows,
@@ -535,7 +535,7 @@ def pretrain(
     corpus, replay_corpus = (
         c if c is None or isinstance(c, (str, Path)) else list(c) for c in (corpus, replay_corpus)
     )
-    check_folder(model_dir)
+    check_sizes(model_dir)
     publish = artifacts.publisher(push_to_hub, model_dir)
     rows, tok = new_rows(model_dir, new) if train == 'lora+new' else None, load_tokenizer(model_dir)
     if train == 'lora+new' and not rows:

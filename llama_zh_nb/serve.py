@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import __version__
-from .checkpoint.folder import check_sizes
+from .checkpoint.folder import check_sizes, context_length
 from .core.errors import LlamaZhError, need, read_json
 from .generation.batching import settings_of
 from llama_zh_nb.serving.api import (
@@ -548,7 +548,7 @@ def vllm_command(
         '--chat-template',
         str(jinja),
         '--max-model-len',
-        str(conf.get('max_position_embeddings', 2048)),
+        str(context_length(folder)),
         '--generation-config',
         'vllm',
         '--override-generation-config',

@@ -12,10 +12,12 @@ import warnings
 from pathlib import Path
 
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
+    check_sizes,
+    context_length,
     fingerprint,
     load_tokenizer,
     new_rows,
+    pad_id,
     tokenizer_hash,
 )
 from .core.errors import LlamaZhError, need, read_json, write_json
@@ -23,7 +25,7 @@ from .text.chats import Chats, read_chats
 from .text.files import read_texts
 from .text.templates import get_template, write_template
 from .training import artifacts, distributed
-from .training.chat_rows import ChatCollate, Packed, examples, pad_id, with_texts
+from .training.chat_rows import ChatCollate, Packed, examples, with_texts
 from .training.lora import prepare, trains
 from .training.trainer import History, fit
 
@@ -186,13 +188,13 @@ def _check(a):
         raise LlamaZhError(
             f'{model_dir} is the model itself: choose another folder for the fine-tuned one'
         )
-    check_folder(model_dir)
-    reach = read_json(model_dir / 'config.json').get('max_position_embeddings')
+    check_sizes(model_dir)
+    longest = context_length(model_dir)
     must(
-        not reach or block <= reach,
+        block <= longest,
         'block',
         f'{block:,}',
-        f'at most {reach or 0:,}, where the positions of {model_dir.name} end',
+        f'at most {longest:,}, where the positions of {model_dir.name} end',
     )
 
 # %% ../nbs/08_sft.ipynb #9a0e1b10

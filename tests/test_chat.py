@@ -15,9 +15,10 @@ import pytest
 
 from llama_zh_nb import chat as room
 from llama_zh_nb.chat import Chat
+from llama_zh_nb.checkpoint.folder import context_length
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.generation import decoding, long_context
-from llama_zh_nb.generation.sampling import fit_turns, reach, room_for, sampling
+from llama_zh_nb.generation.sampling import fit_turns, room_for, sampling
 from llama_zh_nb.generation.terminal import Terminal
 from llama_zh_nb.text.templates import get_template
 
@@ -531,7 +532,7 @@ def test_dynamic_2_is_adaptive(dim, max_pos, base):
         want = 1 / (base * alpha ** (dim / (dim - 2))) ** (torch.arange(0, dim, 2).float() / dim)
         rope(torch.zeros(1), torch.arange(n)[None])
         torch.testing.assert_close(rope.inv_freq, want, rtol=1e-5, atol=0)
-    assert reach(config) == 2 * max_pos
+    assert context_length(config) == 2 * max_pos
 
 
 @pytest.mark.parametrize('kind', long_context.KINDS)
@@ -551,7 +552,7 @@ def test_folder_equals_memory(folder, mini, tmp_path, kind):
             scaled, 'none', original=mini[0].config.max_position_embeddings
         )
         torch.testing.assert_close(back(x).logits, mini[0](x).logits)
-    assert reach(model.config) == 512 and before == {
+    assert context_length(model) == 512 and before == {
         p.name: p.read_bytes() for p in folder.glob('*.json')
     }
 

@@ -18,7 +18,7 @@ os.environ['LLAMA_ZH_PROGRESS'] = '0'
 
 from llama_zh_nb.checkpoint.adapter import check_adapter
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
+    check_sizes,
     fingerprint,
     load_tokenizer,
     new_rows,
@@ -260,8 +260,7 @@ def test_learns_and_leaves_a_plain_folder(base, done):
         out / 'history.json'
     ) == h
     assert (
-        not (out / 'checkpoints').exists()
-        and check_folder(out)['config'] == check_folder(base)['config']
+        not (out / 'checkpoints').exists() and check_sizes(out).config == check_sizes(base).config
     )
     assert '<table>' in h._repr_html_() and len(h.plot().axes) == 3
 
@@ -517,7 +516,7 @@ def test_sizes_that_disagree_are_all_named(base, tmp_path):
     c = json.loads((bad / 'config.json').read_text())
     (bad / 'config.json').write_text(json.dumps(c | dict(vocab_size=160)))
     with pytest.raises(LlamaZhError, match='vocab_size 160.*152 rows.*150 pieces'):
-        check_folder(bad)
+        check_sizes(bad)
 
 
 def test_what_cannot_be_done_is_said(base, tmp_path):

@@ -631,7 +631,7 @@ def test_too_long_is_counted_not_cut(tok):
 def test_pad_is_never_the_end(tok, folder):
     from transformers import AutoTokenizer
 
-    from llama_zh_nb.training.chat_rows import pad_id
+    from llama_zh_nb.checkpoint.folder import pad_id
 
     t = AutoTokenizer.from_pretrained(folder)
     t.pad_token = t.eos_token

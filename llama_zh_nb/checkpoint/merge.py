@@ -31,16 +31,16 @@ from llama_zh_nb.checkpoint.adapter import (
 )
 from .cards import write_card
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
-    copy_rest,
+    check_sizes,
+    copy_small_files,
     fingerprint,
     load_tokenizer,
-    placing,
+    special_ids,
+    staging,
     tokenizer_hash,
     write_files,
 )
 from .meta import EMBED, HEAD, _params, meta_names, unpermute
-from .sizes import check_sizes
 from .tensors import nbytes, open_weights
 from ..core.errors import LlamaZhError, md5, need, read_json, sha256, write_json, writing
 from ..core.machine import Meter
@@ -54,7 +54,7 @@ def merge_adapter(
 ) -> Path:
     "Add LoRA to the weights and put the trained rows in their place"
     m = Plan(base, [adapter])
-    with placing(out) as t:
+    with staging(out) as t:
         m.write(t)
     return Path(out)
 
@@ -289,9 +289,7 @@ def _new_tokenizer(self: Plan, out):
         raise LlamaZhError(
             f'{self.tokenizer}: its tokenizer ({tokenizer_hash(out)[:12]}) has {n:,} pieces, but the adapter has {self.rows:,} rows: it is not the tokenizer it was trained with; name the right one with --tokenizer'
         )
-    ids = dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id) | (
-        dict(pad_token_id=tok.pad_token_id) if tok.pad_token_id is not None else {}
-    )
+    ids = {f'{k}_token_id': i for k, i in special_ids(tok)._asdict().items() if i is not None}
     write_json(out / 'config.json', self.config | dict(vocab_size=self.rows) | ids)
     g = self.base / 'generation_config.json'
     write_json(out / 'generation_config.json', (read_json(g) if g.exists() else {}) | ids)
@@ -312,7 +310,7 @@ def write(
         write_files(out, self.specs, read, where)
     if self.rows != self.config['vocab_size']:
         self._new_tokenizer(Path(out))
-    copy_rest(self.base, out)
+    copy_small_files(self.base, out)
 
 # %% ../../nbs/checkpoint/merge.ipynb #a089fa72
 import io
@@ -571,7 +569,7 @@ def merge_lora(
     "Adapters and base to a plain model, a few rows at a time"
     adapters = _asked(adapters, layout, shards)
     with Meter() as took, ThreadPoolExecutor(1) as beside:
-        check_sizes(base) if (Path(base) / 'tokenizer.model').exists() else check_folder(base)
+        check_sizes(base)
         with _one_thread():
             plan = Plan(base, adapters, in_4bit, tokenizer, force)
         _room(out, base, adapters, sum(nbytes(*s) for s in plan.specs.values()), overwrite)

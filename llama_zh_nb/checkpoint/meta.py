@@ -153,11 +153,11 @@ class MetaFiles:
         ):
             self.names[EMBED] = ('tok_embeddings.weight', 0)
 
-    def __iter__(self):
-        return iter(self.names)
-
     def keys(self):
         return list(self.names)
+
+    def __iter__(self):
+        return iter(self.names)
 
     def spec(self, name):
         m, ax = self.names[name]
@@ -255,7 +255,7 @@ def convert_meta(
             )
     if dtype:
         c['torch_dtype'] = str(dtype_of(code)).removeprefix('torch.')
-    specs = {k: (code or m.spec(k)[0], m.spec(k)[1]) for k in m}
+    specs = {k: (code or m.spec(k)[0], m.spec(k)[1]) for k in m.names}
     with writing(out) as tmp:
         tmp.mkdir()
         write_shards(tmp, specs, lambda k: m.get(k).to(dtype_of(specs[k][0])), shard_bytes)

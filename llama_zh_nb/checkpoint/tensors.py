@@ -76,11 +76,11 @@ class SafeFile:
                 f'{path}: {size:,} bytes, but its header promises {want:,}: the file was cut off or damaged; fetch it again'
             )
 
-    def __iter__(self):
-        return iter(self.head)
-
     def keys(self):
         return list(self.head)
+
+    def __iter__(self):
+        return iter(self.head)
 
     def spec(self, name):
         return self.head[name]['dtype'], tuple(self.head[name]['shape'])
@@ -228,11 +228,11 @@ class TorchFile:
                 f'{self.path} holds a {type(self.state).__name__}, a dictionary of tensors was expected'
             )
 
-    def __iter__(self):
-        return iter(self.specs)
-
     def keys(self):
         return list(self.specs)
+
+    def __iter__(self):
+        return iter(self.specs)
 
     def spec(self, name):
         return self.specs[name]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import context_length, load, special_ids
 from ..core.errors import LlamaZhError, did_you_mean, need
 from ..evals.measure import greedy as greedy_of_measure
 from ..generation.streaming import Pieces, token_stream
@@ -131,7 +131,7 @@ class LlamaIdentity(LlamaSettings):
 
     @property
     def reach(self):
-        return getattr(self.model.config, 'max_position_embeddings', None) or 2048
+        return context_length(self.model)
 
     def encode(self, messages):
         "Ids of a conversation, ready to be continued"
@@ -169,14 +169,14 @@ def _config(self, room=10**9, **kw):
         if get('temperature') > 0
         else dict(do_sample=False)
     )
-    eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+    special = special_ids(self.tokenizer)
     return need('transformers', 'train').GenerationConfig(
         **warm,
         max_new_tokens=min(get('max_new_tokens'), room),
         repetition_penalty=get('repetition_penalty'),
         max_time=get('timeout'),
-        eos_token_id=eos,
-        pad_token_id=eos if pad is None else pad,
+        eos_token_id=special.eos,
+        pad_token_id=special.filler,
     )
 
 

@@ -9,7 +9,8 @@ __all__ = ['privategpt_settings']
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ..core.errors import LlamaZhError, need, read_json, writing
+from ..checkpoint.folder import context_length
+from ..core.errors import LlamaZhError, need, writing
 
 # %% ../../nbs/export/privategpt.ipynb #48741d1e
 def privategpt_settings(
@@ -30,7 +31,7 @@ def privategpt_settings(
         raise LlamaZhError(
             f'{api!r} is no address of an OpenAI-compatible server: expected one like http://127.0.0.1:8000/v1'
         )
-    n = read_json(folder / 'config.json')['max_position_embeddings']
+    n = context_length(folder)
     new = min(n // 4, 512) if max_new_tokens is None else max_new_tokens
     if not 0 < new < n:
         raise LlamaZhError(

@@ -11,14 +11,14 @@ import html
 import time
 from pathlib import Path
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import load, pad_id
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
 from ..core.machine import progress, quiet
 from .sampling import generation_config
 from ..text.chats import read_chats
 from ..text.templates import find_template
 from ..tokenizer.exact import copy_tokenizer
-from ..training.chat_rows import ChatCollate, Packed, examples, pad_id
+from ..training.chat_rows import ChatCollate, Packed, examples
 
 # %% ../../nbs/generation/decoding.ipynb #4188f7a4
 def negative_messages(

@@ -18,10 +18,9 @@ import threading
 import time
 from pathlib import Path
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import context_length, load, stop_tokens
 from ..core.errors import LlamaZhError, need
 from ..generation.batching import Rows, draw, mean_vectors, penalize, settings_of
-from ..generation.sampling import reach
 from ..generation.streaming import Pieces
 from ..text.templates import encode_texts, find_template, get_template
 
@@ -231,7 +230,7 @@ class Engine:
         self.name = Path(model).name if not isinstance(model, tuple) else 'model'
         self.model, self.tok = model if isinstance(model, tuple) else load(model, device, dtype)
         self.template = get_template(template) if template else find_template(self.tok)
-        self.reach = reach(self.model.config)
+        self.reach = context_length(self.model)
         self.max_waiting, self.max_new_tokens, self.max_seconds = (
             max_waiting,
             max_new_tokens,
@@ -343,7 +342,7 @@ def _job(
         {**settings_of(), **(settings or {})},
         self._limit(len(ids), max_new_tokens),
         [stop] if isinstance(stop, str) else list(stop or ()),
-        {self.tok.eos_token_id} if stop_ids is None else set(stop_ids),
+        set(stop_tokens(self.tok, stop_ids)),
         random.getrandbits(63) if seed is None else seed,
         logprobs,
         seconds,
