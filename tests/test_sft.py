@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.tiny import CHATS, small_sft, talk, tiny
 
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.text.chats import read_chats
@@ -15,10 +16,6 @@ def write(d, name, text, **kw):
     p = d / name
     p.write_text(text, encoding=kw.pop('encoding', 'utf-8'), newline='')
     return p
-
-
-def talk(*texts):
-    return [dict(role=('user', 'assistant')[i % 2], content=t) for i, t in enumerate(texts)]
 
 
 @pytest.mark.parametrize(
@@ -313,50 +310,6 @@ def test_real_files(shared, name, n, bad):
 # ---- training, on a tiny random Llama
 
 
-def tiny(d):
-    "A tiny untied Llama with random weights and a tokenizer of its own in `d`/hf; its last 20 rows count as new."
-    import sentencepiece as spm
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from llama_zh_nb.tokenizer.exact import save_tokenizer
-
-    text = (
-        'The river is long.\n[INST] Where is the sea? [/INST] It is far.\n长江很长。黄河在哪里？\n'
-        * 20
-    )
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()),
-        model_prefix=str(d / 'm'),
-        vocab_size=330,
-        model_type='bpe',
-        byte_fallback=True,
-        normalization_rule_name='identity',
-        remove_extra_whitespaces=False,
-        pad_id=3,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
-    save_tokenizer(d / 'm.model', d / 'hf')
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=330,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-            tie_word_embeddings=False,
-        )
-    ).save_pretrained(d / 'hf')
-    (d / 'hf/resize.json').write_text('{"old_rows": 310}')
-    return d / 'hf'
-
-
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp('model'))
@@ -367,24 +320,6 @@ def tok(folder):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
-
-
-CHATS = [
-    dict(messages=talk(f'Where is {i}?', f'It is {i * 7}.', '长江?', '长江很长。'))
-    for i in range(40)
-]
-KW = dict(
-    train='lora+new',
-    lora_r=4,
-    lora_alpha=8,
-    lora_dropout=0.0,
-    block=128,
-    batch=2,
-    lr=1e-2,
-    max_steps=6,
-    log_every=1,
-    device='cpu',
-)
 
 
 def load(d):
@@ -527,12 +462,10 @@ def test_finetune_leaves_a_plain_folder(folder, tok, tmp_path):
         folder,
         CHATS,
         out,
-        template='atom',
         extra_texts=texts,
-        text_share=0.2,
         heldout=dict(zh=['长江很长。']),
         questions=[dict(question='长江?', answer='长江很长。')],
-        **KW,
+        **small_sft(template='atom', text_share=0.2),
     )
     assert (
         h.last('loss') < h.first('loss')
@@ -568,7 +501,7 @@ def test_resume_is_exact(folder, tmp_path, monkeypatch):
 
     from llama_zh_nb import sft
 
-    kw = KW | dict(lora_dropout=0.1, save_every=3)
+    kw = small_sft(lora_dropout=0.1, save_every=3)
     sft.finetune(folder, CHATS, tmp_path / 'a', **kw)
 
     class Stop(Exception):
@@ -599,7 +532,7 @@ def test_other_trained_parts(folder, tmp_path, train):
     from llama_zh_nb.sft import finetune
 
     finetune(
-        folder, CHATS, tmp_path / 'c', **KW | dict(train=train, max_steps=2, trl=train == 'full')
+        folder, CHATS, tmp_path / 'c', **small_sft(train=train, max_steps=2, trl=train == 'full')
     )
     assert not torch.equal(
         load(folder).lm_head.weight[:310], load(tmp_path / 'c').lm_head.weight[:310]
@@ -658,7 +591,7 @@ def test_folder_that_pads_with_its_end_mark(folder, tmp_path, capsys):
     (d / 'config.json').write_text(
         json.dumps(json.loads((d / 'config.json').read_text()) | dict(pad_token_id=2))
     )
-    finetune(d, CHATS, tmp_path / 'out', **KW | dict(max_steps=2))
+    finetune(d, CHATS, tmp_path / 'out', **small_sft(max_steps=2))
     assert 'pads with its end mark' in capsys.readouterr().out
     t = AutoTokenizer.from_pretrained(tmp_path / 'out')
     assert (
@@ -692,7 +625,7 @@ def test_a_plain_base_learns_without_new_rows(folder, tmp_path, capsys):
 
     d = tmp_path / 'plain'
     shutil.copytree(folder, d, ignore=shutil.ignore_patterns('resize.json'))
-    h = finetune(d, CHATS, tmp_path / 'chat', **KW | dict(max_steps=12))
+    h = finetune(d, CHATS, tmp_path / 'chat', **small_sft(max_steps=12))
     assert (
         'no new rows: training LoRA alone' in capsys.readouterr().out and h.info['train'] == 'lora'
     )
@@ -722,7 +655,7 @@ def test_packaged_mini_learns_as_it_is(tmp_path, root):
         'instruction,output\n'
         + ''.join(f'What is {i} and {i}?,It is {2 * i}.\n' for i in range(30)),
     )
-    h = finetune(base, [zh, en], tmp_path / 'chat', **KW | dict(max_steps=2, en_share=0.3))
+    h = finetune(base, [zh, en], tmp_path / 'chat', **small_sft(max_steps=2, en_share=0.3))
     assert h.info['chats']['languages'] == dict(zh=30, en=30) and h.last('loss') < h.first('loss')
     assert (
         abs(h.info['mix']['en'] / sum(h.info['mix'].values()) - 0.3) < 0.1
@@ -795,7 +728,6 @@ def test_truncation_is_counted_by_kind(tok):
         (dict(train='lorra'), "'lorra': expected one of lora"),
         (dict(too_long='x'), "'x': expected one of turns"),
         (dict(attn='x'), "'x': expected one of sdpa"),
-        (dict(text_share=0.2), 'extra_texts with it'),
         (dict(block=10**6), 'positions of hf end'),
         (dict(template='chatml'), 'unknown chat template'),
         (dict(questions='nofile'), 'no questions could be read'),
@@ -807,7 +739,7 @@ def test_wrong_values_are_refused_first(folder, tmp_path, kw, says):
     from llama_zh_nb.sft import finetune
 
     with pytest.raises(LlamaZhError, match=says):
-        finetune(folder, kw.pop('chats', CHATS), tmp_path / 'o', **KW | kw)
+        finetune(folder, kw.pop('chats', CHATS), tmp_path / 'o', **small_sft(**kw))
     assert not (tmp_path / 'o').exists()
 
 
@@ -815,13 +747,21 @@ def test_the_model_itself_is_never_overwritten(folder):
     from llama_zh_nb.sft import finetune
 
     with pytest.raises(LlamaZhError, match='is the model itself'):
-        finetune(folder, CHATS, folder / '..' / folder.name, **KW)
+        finetune(folder, CHATS, folder / '..' / folder.name, **small_sft())
+
+
+def test_a_share_of_nothing_is_said(folder, tmp_path, capsys):
+    from llama_zh_nb.sft import finetune
+
+    h = finetune(folder, CHATS, tmp_path / 'o', **small_sft(max_steps=1, text_share=0.2))
+    assert 'text_share is 0.2, but no extra_texts' in capsys.readouterr().out
+    assert h.info['text_share'] is None
 
 
 def test_one_step_learns_something(folder, tmp_path):
     from llama_zh_nb.sft import finetune
 
-    finetune(folder, CHATS, tmp_path / 'o', **KW | dict(max_steps=1))
+    finetune(folder, CHATS, tmp_path / 'o', **small_sft(max_steps=1))
 
 
 def test_what_was_read_is_said_and_kept(folder, tmp_path, capsys):
@@ -833,7 +773,7 @@ def test_what_was_read_is_said_and_kept(folder, tmp_path, capsys):
         '{"prompt": "q", "response": "a"}\n{broken\n{"prompt": "q", "response": ""}\n'
         + json.dumps(dict(prompt='q', response='far ' * 300)),
     )
-    h = finetune(folder, f, tmp_path / 'o', **KW | dict(max_steps=1))
+    h = finetune(folder, f, tmp_path / 'o', **small_sft(max_steps=1))
     said = capsys.readouterr().out
     assert (
         'a.jsonl, line 2: not valid JSON' in said

@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from .launch import check_alone
@@ -226,14 +227,20 @@ def look_embeddings(run):
     return judge(run, 'resized')
 
 # %% ../../nbs/14_run.ipynb #b7cf00bd
-def _train(run, model, out, **kw):
-    f, r = pretrain, run.recipe
-    replay = run / 'corpus_en' if r.data.replay_corpus else None
-    h = f(
+def _train(run, model, out, label, **changes):
+    "Pretrain `model` of the run into `out`, with `changes` of the recipe's settings"
+    r = run.recipe
+    h = pretrain(
         run / model,
         run / 'corpus',
         run / out,
-        **{**args_for(f, r), **dict(replay_corpus=replay, heldout=_few(heldout(r))), **kw},
+        replace(r.pretrain, **changes),
+        r.lora,
+        r.compute,
+        replay_corpus=run / 'corpus_en' if r.data.replay_corpus else None,
+        heldout=_few(heldout(r)),
+        seed=r.seed,
+        label=label,
     )
     return _history(h)
 
@@ -253,14 +260,8 @@ def make_pretrain(run):
 
 
 def make_control(run):
-    return _train(
-        run,
-        'base',
-        'control',
-        max_steps=run.recipe.pretrain.control_steps,
-        save_every=None,
-        label='control',
-    )
+    steps = run.recipe.pretrain.control_steps
+    return _train(run, 'base', 'control', label='control', max_steps=steps, save_every=None)
 
 # %% ../../nbs/14_run.ipynb #ca40733b
 def make_sft(run):
@@ -275,14 +276,17 @@ def make_sft(run):
         if r.sft.text_share
         else None
     )
-    kw = {
-        k: v for k, v in args_for(finetune, r, 'sft_').items() if k != 'weight_decay'
-    }  # none while fine-tuning
     h = finetune(
         run / 'pretrained',
         chats,
         run / 'chat',
-        **{**kw, 'extra_texts': texts, 'heldout': _few(heldout(r))},
+        r.sft,
+        r.lora,
+        r.compute,
+        r.chat,
+        extra_texts=texts,
+        heldout=_few(heldout(r)),
+        seed=r.seed,
     )
     return _history(h) | dict(chats=len(chats), bad_rows=len(chats.bad))
 
