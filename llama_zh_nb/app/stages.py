@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..core.errors import read_back
 from ..core.machine import Meter
 from ..core.run_log import read_run, update_run
-from ..core.settings import Recipe, flatten, settings
+from ..core.settings import Recipe, flatten, groups, settings
 from ..recipes import resolve, run_dir
 from ..text.files import find_files
 
@@ -97,7 +97,7 @@ def watched(
 ) -> list:  # flat names
     "The settings that decide what a stage makes"
     concern = {k: s for k, s in settings().items() if s.group in stage.settings}
-    single = [k for k in settings() if k in stage.settings]
+    single = [k for k in settings() if k in stage.settings and k not in groups()]
     return [k for k, s in concern.items() if not s.how and k not in stage.without] + single
 
 # %% ../../nbs/app/stages.ipynb #d793dd07
