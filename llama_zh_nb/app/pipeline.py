@@ -32,7 +32,7 @@ from ..rag import judge_rag
 from ..recipes import heldout, questions, sample_questions
 from ..sft import finetune
 from ..text.chats import read_chats
-from ..text.files import _some, read_texts
+from ..text.files import read_texts, reservoir_sample
 from ..tokenizer.audit import audit
 from ..tokenizer.exact import load_sp
 from ..vocab import merge
@@ -251,7 +251,9 @@ def plain_texts(
     folders = [run / c for c in ('corpus', 'corpus_en') if (run / c).exists()]
     if not run.recipe.sft.text_share or not folders:
         return None
-    return _some((t for folder in folders for t in read_texts(folder)), most, run.recipe.seed)
+    return reservoir_sample(
+        (t for folder in folders for t in read_texts(folder)), most, run.recipe.seed
+    )
 
 
 def finetune_model(run):
