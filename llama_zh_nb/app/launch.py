@@ -20,7 +20,7 @@ from .pipeline import plain_texts
 from .stages import Run
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import record
-from ..core.settings import flatten, groups, settings
+from ..core.settings import flatten, settings
 from ..pretrain import pretrain
 from ..recipes import get_recipe, heldout
 from ..sft import finetune
