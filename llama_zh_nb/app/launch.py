@@ -18,11 +18,11 @@ from pathlib import Path
 
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import record
-from ..core.settings import flatten, settings
+from ..core.settings import flatten, groups, settings
 from ..pretrain import pretrain
 from ..recipes import get_recipe, heldout, resolve, run_dir
 from ..sft import finetune
-from ..text.files import _some, read_texts
+from ..text.files import read_texts, reservoir_sample
 from ..training.distributed import ds_config, is_main, rank
 
 # %% ../../nbs/app/launch.ipynb #44ee7d42
@@ -31,7 +31,7 @@ def _of_recipe(r, run):
     if not r.data.chats:
         raise LlamaZhError(f'recipe {r.name!r} names no chats: give --sft FILES')
     had = [run / c for c in ('corpus', 'corpus_en') if (run / c).exists()]
-    read, some = read_texts, _some
+    read, some = read_texts, reservoir_sample
     texts = (
         some((t for c in had for t in read(c)), 50_000, r.seed)
         if r.sft.text_share and had
@@ -40,8 +40,6 @@ def _of_recipe(r, run):
     return dict(
         chats=resolve(r, r.data.chats),
         extra_texts=texts,
-        text_share=r.sft.text_share if texts else None,
-        weight_decay=0.0,
         questions=None,
     )
 
@@ -86,7 +84,7 @@ def call_by_recipe(
     for k, d in folders.items():
         p.add_argument('--' + name(k), dest=k, help=f'default: {d}/ in the run folder')
     a, rest = p.parse_known_args(argv)
-    mine, ours = inspect.signature(f).parameters, settings()
+    mine, ours = dict(inspect.signature(f).parameters), settings()
     over = {
         prefix + k if prefix and prefix + k in ours else k: v for k, v in _overrides(rest).items()
     }
@@ -96,7 +94,10 @@ def call_by_recipe(
         k: flat[prefix + k if prefix + k in ours else k]
         for k in mine
         if (k in ours or prefix + k in ours) and k not in folders
-    } | {k: _value(v) for k, v in over.items() if k not in ours}
+    }
+    kw |= {k: _value(v) for k, v in over.items() if k not in ours}
+    by_class = {type(getattr(r, group)): getattr(r, group) for group in groups()}
+    kw |= {k: by_class[v.annotation] for k, v in mine.items() if v.annotation in by_class}
     if 'heldout' in mine:
         kw['heldout'] = {k: v[:60] for k, v in heldout(r).items() if v}
     kw |= {k: getattr(a, k) or run / d for k, d in folders.items()}
@@ -284,13 +285,13 @@ def train(stage, argv) -> int:
         return train_by_recipe(
             pretrain,
             argv,
-            dict(model_dir='resized', corpus='corpus', replay_corpus='corpus_en', out='pretrained'),
+            dict(model='resized', corpus='corpus', replay_corpus='corpus_en', out='pretrained'),
         )
     made_by = 'weights corpus vocab embeddings pretrain'
     return train_by_recipe(
         finetune,
         argv,
-        dict(model_dir='pretrained', out='chat'),
+        dict(model='pretrained', out='chat'),
         stage='sft',
         made_by=made_by,
         prefix='sft_',

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip('torch')
 peft = pytest.importorskip('peft')
 
-from test_pretrain import make, tensors
+from helpers.tiny import make, tensors
 
 from llama_zh_nb.checkpoint.adapter import apply_changes, nf4_changes
 from llama_zh_nb.checkpoint.folder import fingerprint, load_tokenizer, tokenizer_hash
