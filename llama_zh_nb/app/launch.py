@@ -22,7 +22,7 @@ from ..core.settings import flatten, groups, settings
 from ..pretrain import pretrain
 from ..recipes import get_recipe, heldout, resolve, run_dir
 from ..sft import finetune
-from ..text.files import _some, read_texts
+from ..text.files import read_texts, reservoir_sample
 from ..training.distributed import ds_config, is_main, rank
 
 # %% ../../nbs/app/launch.ipynb #44ee7d42
@@ -31,7 +31,7 @@ def _of_recipe(r, run):
     if not r.data.chats:
         raise LlamaZhError(f'recipe {r.name!r} names no chats: give --sft FILES')
     had = [run / c for c in ('corpus', 'corpus_en') if (run / c).exists()]
-    read, some = read_texts, _some
+    read, some = read_texts, reservoir_sample
     texts = (
         some((t for c in had for t in read(c)), 50_000, r.seed)
         if r.sft.text_share and had
