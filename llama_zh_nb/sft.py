@@ -6,7 +6,6 @@
 __all__ = ['chat_trainer', 'finetune']
 
 # %% ../nbs/08_sft.ipynb #7ddd46ce
-import json
 import time
 import warnings
 from dataclasses import replace
@@ -25,6 +24,7 @@ from .core.errors import LlamaZhError, need, read_json, write_json
 from .core.settings import ChatArgs, ComputeArgs, LoraArgs, SftArgs, TrainArgs
 from .text.chats import Chats, read_chats
 from .text.files import read_texts
+from .text.questions import read_questions
 from .text.templates import get_template, write_template
 from .training import artifacts, distributed
 from .training.chat_rows import ChatCollate, Packed, examples, with_texts
@@ -204,16 +204,7 @@ def _read(chats, questions, extra_texts):
     if isinstance(extra_texts, (str, Path)):
         extra_texts = list(read_texts(extra_texts))
     if isinstance(questions, (str, Path)):
-        try:
-            questions = [
-                json.loads(l)
-                for l in Path(questions).read_text(encoding='utf-8-sig').splitlines()
-                if l.strip()
-            ]
-        except (OSError, ValueError) as e:
-            raise LlamaZhError(
-                f'{questions}: no questions could be read ({e}); expected lines such as {{"question": "...", "answer": "..."}}'
-            ) from None
+        questions = read_questions(questions, strict=True)
     for i, q in enumerate(questions or [], 1):
         if not isinstance(q, dict) or not {'question', 'answer'} <= q.keys():
             raise LlamaZhError(f'question {i} has no "question" and "answer": {str(q)[:80]}')
@@ -456,3 +447,7 @@ def _finish(out, t, tok):
                 read_json(out / f)
                 | dict(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id),
             )
+
+# %% ../nbs/08_sft.ipynb #a9b1e6c1
+if __name__ == '__main__' and '__file__' in globals():
+    raise SystemExit('to train by a recipe: python -m llama_zh_nb.app.launch sft RECIPE')

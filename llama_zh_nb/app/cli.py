@@ -217,7 +217,7 @@ COMMANDS = {
     'chat': ('chat.chat', 'talk to a model in the terminal'),
     'serve': ('serve.serve', "serve a model: OpenAI's API, LinkSoul's, Atom's"),
     'page': ('app.page.page', 'a web page to chat and to ask about files'),
-    'evaluate': ('evaluate.evaluate_command', 'C-Eval and its like, LongBench, bits, side by side'),
+    'evaluate': ('evaluate.evaluate_models', 'C-Eval and its like, LongBench, bits, side by side'),
     'gguf': ('export.gguf.to_gguf', 'one file for llama.cpp, Ollama and others'),
     'gguf show': ('export.gguf.read_gguf', 'what a GGUF file holds'),
     'modelfile': ('export.ollama.modelfile', 'a Modelfile for Ollama, its template made from ours'),

@@ -23,7 +23,7 @@ from llama_zh_nb.core.show import (
     show_seconds,
     tokens,
 )
-from ..evaluate import compare_part
+from ..evals.compare import comparison_part
 from ..training.trainer import History
 
 # %% ../../nbs/app/report.ipynb #7da49a03
@@ -510,7 +510,7 @@ def _lead(s):
 
 # %% ../../nbs/app/report.ipynb #f2d5a440
 def tasks_part(s):
-    return compare_part(s)  # models in columns, where chapter 11 compared them
+    return comparison_part(s)  # models in columns, where several were compared
 
 
 PARTS = (

@@ -550,7 +550,9 @@ def score_options(model, tokenizer, questions, ids, by, spelling='both', budget=
 # %% ../../nbs/evals/choice.ipynb #d6ce3ba7
 def check_args(args: EvalArgs):
     "Refuse settings that cannot be, with what can be"
-    choices = dict(form=(None, *FORMS), by=WAYS, spelling=SPELLINGS, split=(None, 'val', 'test', 'dev'))
+    choices = dict(
+        form=(None, *FORMS), by=WAYS, spelling=SPELLINGS, split=(None, 'val', 'test', 'dev')
+    )
     for name, known in choices.items():
         if (value := getattr(args, name)) not in known:
             said = ', '.join(str(k) for k in known if k)
@@ -661,9 +663,7 @@ def _ask_subject(model, encoder, task, args, questions, prompts, budget):
         places = [i for i, shots in enumerate(prompts.shots) if shots == k]
         part = [questions[i] for i in places]
         ids = [prompts.ids[i] for i in places]
-        scored = score_options(
-            model, encoder.tokenizer, part, ids, args.by, args.spelling, budget
-        )
+        scored = score_options(model, encoder.tokenizer, part, ids, args.by, args.spelling, budget)
         for j, scores in scored:
             q = part[j]
             if any(map(math.isnan, scores)):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'METRICS', 'LONGEST', 'jieba_words', 'word_f1', 'common_subsequence', 'rouge_l', 'class_score',
-           'retrieval_score', 'score_answer', 'read_longbench', 'cut_middle', 'LongResult', 'longbench']
+           'retrieval_score', 'score_answer', 'read_longbench', 'is_longbench', 'cut_middle', 'LongResult', 'longbench']
 
 # %% ../../nbs/evals/longbench.ipynb #c13fa0a9
+import json
 import logging
 import math
 import re
@@ -176,6 +177,27 @@ def read_longbench(
     for i, row in enumerate(rows, 1):
         _check_row(row, f'row {i} of {where}')
     return [dict(row, id=f'{row["dataset"]}-{row.get("_id", i)}') for i, row in enumerate(rows)]
+
+
+def is_longbench(
+    source,  # a path or a name
+) -> bool:
+    "Is it a task of LongBench, or a file or folder of rows of its form?"
+    path = Path(source)
+    if str(source) in PROMPTS and not path.exists():
+        return True
+    if path.is_dir():
+        files = [] if (path / 'val').is_dir() else sorted(path.glob('*.jsonl'))
+    else:
+        files = [path] if path.suffix == '.jsonl' and path.is_file() else []
+    if not files:
+        return False
+    with files[0].open(encoding='utf-8', errors='replace') as f:
+        first = f.readline()
+    try:
+        return {'input', 'context', 'answers'} <= set(json.loads(first))
+    except (ValueError, TypeError):
+        return False
 
 
 def _rows_of_files(path):

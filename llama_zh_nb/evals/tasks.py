@@ -93,7 +93,9 @@ def ask_text(
     "One question as it stands in a prompt"
     options = [style.option.format(letter=a, text=b) for a, b in zip(LETTERS, q.options)]
     passage = q.passage
-    if passage and style.join == '\n':  # styles with a line for each option give the passage one too
+    if (
+        passage and style.join == '\n'
+    ):  # styles with a line for each option give the passage one too
         passage += '\n'
     last = LETTERS[len(q.options) - 1]
     fill = dict(passage=passage, question=q.question, options=style.join.join(options), last=last)

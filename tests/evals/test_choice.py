@@ -180,7 +180,9 @@ def test_wrong_settings(tiny, wrong, message):
         measure_task(tiny, made_task(), EvalArgs(**wrong))
 
 
-@pytest.mark.parametrize('wrong,message', [(dict(max_len=3), 'max_len'), (dict(budget=0), 'budget')])
+@pytest.mark.parametrize(
+    'wrong,message', [(dict(max_len=3), 'max_len'), (dict(budget=0), 'budget')]
+)
 def test_wrong_lengths(tiny, wrong, message):
     with pytest.raises(LlamaZhError, match=message):
         measure_task(tiny, made_task(), **wrong)
