@@ -10,8 +10,8 @@ from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.core.settings import EvalArgs
 from llama_zh_nb.evals.bits import compare_bits
 from llama_zh_nb.evals.choice import measure_task
-from llama_zh_nb.evals.tasks import world_task, write_task
 from llama_zh_nb.evals.compare import changed_answers, comparison_html, result_lines
+from llama_zh_nb.evals.tasks import world_task, write_task
 from llama_zh_nb.evaluate import evaluate_models
 
 torch = pytest.importorskip('torch')
