@@ -183,9 +183,7 @@ class EvalArgs:
     by: Literal['letter', 'text'] = 'letter'  # likelihood of A-D, or of the options themselves
     spelling: Literal['both', 'bare', 'space'] = 'both'  # of the letters: `A` and ` A`, or one
     split: Literal['val', 'test', 'dev'] | None = None  # of the benchmark; None: val, else test
-    window: int | None = (
-        None  # tokens read at once for bits; None: the longest input, at most 2,048
-    )
+    window: int | None = None  # tokens read at once for bits; None: up to 2,048
     stride: int | None = None  # tokens counted in each later window; None: half a window
     english: bool = True  # our English task and text too, so that forgetting shows
 
