@@ -447,3 +447,7 @@ def _finish(out, t, tok):
                 read_json(out / f)
                 | dict(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id),
             )
+
+# %% ../nbs/08_sft.ipynb #a9b1e6c1
+if __name__ == '__main__' and '__file__' in globals():
+    raise SystemExit('to train by a recipe: python -m llama_zh_nb.app.launch sft RECIPE')
