@@ -102,7 +102,7 @@ class Evaluation(ShownAsTable):
         "A page of its own"
         comparison = comparison_html(self.lines)
         leaks = self._about_leaks()
-        return render_template('comparison_page.html', comparison=comparison, leaks=leaks)
+        return render_template('comparison_page.html.jinja', comparison=comparison, leaks=leaks)
 
     def _repr_html_(self):
         return str(comparison_html(self.lines))

@@ -37,8 +37,8 @@ class Html(str):
     def _repr_html_(self):
         return str(self)
 
-    def __html__(self):
-        return str(self)  # a template takes it as it is
+    def __html__(self):  # templates of jinja2 insert it as it is
+        return str(self)
 
 
 def escape(

@@ -69,7 +69,7 @@ PUBLISHED = [
 
 def published_table() -> Html:
     "The reference figures with their source"
-    return render_template('published.html', rows=PUBLISHED)
+    return render_template('published.html.jinja', rows=PUBLISHED)
 
 # %% ../../nbs/evals/compare.ipynb #cmp00017
 def result_lines(
@@ -197,7 +197,7 @@ def comparison_html(
     ]
     below = published_table() if published else Html('')
     return render_template(
-        'comparison.html', title=title, models=models, sections=sections, published=below
+        'comparison.html.jinja', title=title, models=models, sections=sections, published=below
     )
 
 # %% ../../nbs/evals/compare.ipynb #cmp00027
