@@ -379,7 +379,7 @@ def _gguf_show():
 
 @_command('modelfile', 'a Modelfile for Ollama, its template made from ours')
 def _modelfile():
-    from llama_zh_nb.export.ollama import modelfile
+    from llama_zh_nb.export.apps import modelfile
 
     return modelfile
 
@@ -388,14 +388,14 @@ def _modelfile():
     'webui-template', 'an instruction template for text-generation-webui', first=('template',)
 )
 def _webui_template():
-    from llama_zh_nb.export.webui import webui_template
+    from llama_zh_nb.export.apps import webui_template
 
     return webui_template
 
 
 @_command('privategpt-settings', 'settings for privateGPT')
 def _privategpt_settings():
-    from llama_zh_nb.export.privategpt import privategpt_settings
+    from llama_zh_nb.export.apps import privategpt_settings
 
     return privategpt_settings
 
