@@ -37,7 +37,7 @@ def measure(a):
             started = time.time()
             g = gf.to_gguf(a.folder, Path(d) / f'{t}.gguf', t)
             wrote = time.time() - started
-            row = gr.gguf_rows({t: g.path}, texts, qs, r.template).rows[0]
+            row = gr.gguf_rows({t: g.path}, texts, qs, r.chat.template).rows[0]
             n = row['accuracy'].get('asked', {})
             rows.append(
                 {

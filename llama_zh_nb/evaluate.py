@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .checkpoint.folder import load
 from .core.errors import LlamaZhError, write_json, writing
-from .core.show import COLOURS, Html, esc
+from .core.show import COLOURS, Html
+from .core.show import escape as esc
 from .evals.bits import BitsTable, compare_bits
 from .evals.choice import Result, evaluate
 from .evals.contamination import contamination

@@ -251,7 +251,11 @@ def test_commands(mini, tmp_path):
         and '/retry' in out
         and 'temperature 0.95' in out
     )
-    assert term.failed == 1 and 'no command /nothing' in err and '没有人读' not in repr(term.chat)
+    assert (
+        term.failed == 1
+        and "unknown command '/nothing'" in err
+        and '没有人读' not in repr(term.chat)
+    )
     assert json.loads(f.read_text('utf-8'))[0]['messages'] == term.chat.messages
     before = f.read_bytes()
     _, err, _ = terminal(

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llama_zh_nb.app.cli import COMMANDS, _load, add_arguments, commands, main
-from llama_zh_nb.recipes import Recipe
+from llama_zh_nb.core.settings import settings
 
 
 def cli(*args, **kw):
@@ -36,7 +36,7 @@ def test_run_help_is_light_and_names_every_field():
         env=dict(os.environ, COLUMNS='200'),
     )
     assert p.returncode == 0 and 'HEAVY []' in p.stdout
-    for f in Recipe.__dataclass_fields__:
+    for f in settings():
         assert f'--{f.replace("_", "-")} ' in p.stdout, f
 
 

@@ -18,7 +18,7 @@ from llama_zh_nb.app.estimate import (
     trained_params,
 )
 from llama_zh_nb.core.errors import LlamaZhError
-from llama_zh_nb.recipes import PRESETS, get_recipe
+from llama_zh_nb.recipes import get_recipe, presets
 
 torch = pytest.importorskip('torch')
 S7 = 'meta-llama/Llama-2-7b-hf'
@@ -134,7 +134,7 @@ def test_peak_within_15_percent_of_the_tensors_of_a_step(kw):
 
 
 def test_what_fits_is_ordered():
-    for p in PRESETS:
+    for p in presets():
         sizes = [g for g in GPUS if p in fits(g, [p])]
         assert sizes and all(GPUS[g][0] >= min(GPUS[o][0] for o in sizes) for g in sizes), p
     assert (
@@ -266,7 +266,7 @@ def test_engines_of_presets():
         and eight['other trained weights'] == one['other trained weights'] / 8
         and eight['gathered'] > one['gathered'] == 0
     )
-    assert f'each of {r.gpus} GPUs' in estimate(r, gpu='h100').note
+    assert f'each of {r.compute.gpus} GPUs' in estimate(r, gpu='h100').note
     t = [
         estimate(get_recipe('llama2-7b-8x80gb-full', gpus=n), gpu='h100', tokens=10**9)[
             'time of pretraining, about'

@@ -8,7 +8,7 @@ import pytest
 
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.evals import choice as ev
-from llama_zh_nb.evals.bits import compare_bits, strided
+from llama_zh_nb.evals.bits import compare_bits
 from llama_zh_nb.evals.choice import evaluate, fill_text, letter_ids, prompt_text
 from llama_zh_nb.evals.contamination import contamination, units
 from llama_zh_nb.evals.longbench import (
@@ -20,6 +20,7 @@ from llama_zh_nb.evals.longbench import (
     retrieval_score,
     rouge_l,
 )
+from llama_zh_nb.evals.measure import bits
 from llama_zh_nb.evals.tasks import (
     HUB,
     LETTERS,
@@ -429,7 +430,7 @@ def test_a_dataset_of_the_hub_reads_like_files(monkeypatch):
 
 def test_strided_bits_are_bounded_by_documents(tiny):
     a, b = '秋天的湖水很静。' * 4, 'The lake is calm. ' * 3
-    one, two, both = (strided(*tiny, x, window=40, stride=9) for x in (a, b, [a, b]))
+    one, two, both = (bits(*tiny, x, max_len=40, stride=9) for x in (a, b, [a, b]))
     assert (
         math.isclose(one.nats + two.nats, both.nats, rel_tol=1e-5)
         and both.chars == len(a) + len(b)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from llama_zh_nb.core.errors import LlamaZhError, read_json
+from llama_zh_nb.core.settings import QuantArgs
 
 CHATS = [
     {
@@ -76,7 +77,7 @@ def tiny(tmp_path_factory):
 def packed(tiny):
     from llama_zh_nb.quantize import quantize
 
-    return quantize(tiny, CHATS, tiny.parent / 'q', group_size=32, device='cpu')
+    return quantize(tiny, CHATS, tiny.parent / 'q', QuantArgs(group_size=32), device='cpu')
 
 
 def logits(model, ids=(1, 50, 300, 260, 70, 310, 90, 20)):
@@ -198,9 +199,7 @@ def test_more_bits_are_nearer_and_tied_embeddings_stay_tied(tiny, packed, tmp_pa
             tmp_path / 'tied',
             CHATS,
             tmp_path / 'out',
-            bits=bits,
-            group_size=64,
-            desc_act=True,
+            QuantArgs(bits=bits, group_size=64, desc_act=True),
             device='cpu',
         )  # the second replaces the first
         q = load_quantized(tmp_path / 'out', 'cpu')
@@ -234,25 +233,25 @@ def test_calibration(tiny):
 
 
 def test_shapes(tiny, packed, tmp_path):
-    from llama_zh_nb.quantize import check_shapes
+    from llama_zh_nb.quantize import check_layers
 
-    s = check_shapes(tiny, 128)
-    assert s == {(256, 128): 4, (128, 256): 2, (128, 128): 4, (64, 128): 4} and (
+    s = check_layers(tiny, 128)
+    assert s.shapes == {(256, 128): 4, (128, 256): 2, (128, 128): 4, (64, 128): 4} and (
         s.group_size,
         s.left,
         s.note,
         len(s.kinds),
     ) == (128, [], '', 7)
-    s = check_shapes(tiny, 256)
+    s = check_layers(tiny, 256)
     assert (s.group_size, s.left) == (128, []) and 'group size 128 in place of 256' in s.note
     for kw, says in (
         (dict(group_size=100), 'use one of 32, 64'),
         (dict(group_size=32, bits=5), 'bits=5'),
     ):
         with pytest.raises(LlamaZhError, match=says):
-            check_shapes(tiny, **kw)
+            check_layers(tiny, **kw)
     with pytest.raises(LlamaZhError, match='already quantized'):
-        check_shapes(packed, 32)
+        check_layers(packed, 32)
 
 
 MLP = {'mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj'}
@@ -362,7 +361,7 @@ def test_a_model_of_which_nothing_fits(tmp_path):
     with pytest.raises(
         LlamaZhError, match='no matrix of .* fits the GPTQ format.*divisible by 32.*in 16 bits'
     ):
-        quantize(tmp_path / 'm', ['once upon a time'], tmp_path / 'q', group_size=64, device='cpu')
+        quantize(tmp_path / 'm', ['once upon a time'], tmp_path / 'q', QuantArgs(group_size=64))
     assert [p.name for p in tmp_path.iterdir()] == ['m']
 
 
@@ -387,20 +386,20 @@ def test_a_failure_leaves_the_old_folder(tiny, tmp_path, monkeypatch):
     (tmp_path / 'q').mkdir()
     (tmp_path / 'q' / 'mine.txt').write_text('old')
     with pytest.raises(LlamaZhError, match='out of memory: use fewer or shorter'):
-        quantize(tiny, CHATS, tmp_path / 'q', group_size=32, device='cpu')
+        quantize(tiny, CHATS, tmp_path / 'q', QuantArgs(group_size=32), device='cpu')
     assert [p.name for p in tmp_path.iterdir()] == ['q'] and (
         tmp_path / 'q' / 'mine.txt'
     ).read_text() == 'old'
 
 
 def test_before_after(tiny, packed):
-    from llama_zh_nb.evals.measure import before_after
+    from llama_zh_nb.evals.measure import measure_models
 
     qs = [
         dict(question=c['messages'][0]['content'], answer=c['messages'][1]['content'], kind='asked')
         for c in CHATS[:4]
     ]
-    t = before_after(
+    t = measure_models(
         {'before': tiny, 'after': packed},
         {'zh': ['法国的首都是巴黎。'], 'en': []},
         qs,

@@ -3,22 +3,23 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 
 import pytest
 
 from llama_zh_nb.app.estimate import estimate
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.core.run_log import read_run, stage
-from llama_zh_nb.recipes import PRESETS, Recipe, explain, get_recipe, questions, run_dir, to_yaml
+from llama_zh_nb.core.settings import explain, flatten, groups, settings, to_yaml
+from llama_zh_nb.recipes import get_recipe, presets, questions, run_dir
 from llama_zh_nb.text.templates import get_template
 
 
 def test_every_preset_is_valid():
     want = 'mini llama2-7b-16gb llama2-7b-24gb llama2-7b-80gb llama2-13b-80gb llama2-7b-8x80gb-full llama2-70b-multinode alpaca2-7b zhu-7b literary-7b linksoul-7b'
-    assert set(want.split()) <= set(PRESETS)
-    for p in PRESETS:
-        assert get_recipe(p).name == p and get_template(get_recipe(p).template)
+    assert set(want.split()) <= set(presets())
+    for p in presets():
+        assert get_recipe(p).name == p and get_template(get_recipe(p).chat.template)
 
 
 @pytest.mark.parametrize(
@@ -87,50 +88,59 @@ def test_every_preset_is_valid():
     ],
 )
 def test_published_settings(name, kw):
-    r = get_recipe(name)
-    assert {k: getattr(r, k) for k in kw} == kw
+    r = flatten(get_recipe(name))
+    assert {k: r[k] for k in kw} == kw
 
 
 def test_new_fields_change_nothing_on_mini():
     r = get_recipe('mini')
     assert (
-        r.mix_documents,
-        r.cut,
-        r.drop_rest,
-        r.attn,
-        r.engine,
-        r.gpus,
-        r.embed_steps,
-        r.liger,
-        r.workers,
+        r.pretrain.mix_documents,
+        r.pretrain.cut,
+        r.pretrain.drop_rest,
+        r.compute.attn,
+        r.compute.engine,
+        r.compute.gpus,
+        r.pretrain.embed_steps,
+        r.compute.liger,
+        r.compute.workers,
     ) == (False, False, False, 'sdpa', None, 1, 0, False, None)
     assert (
-        r.sft_warmup == r.warmup
-        and get_recipe('mini', warmup=0.1).sft_warmup == 0.1
-        and get_recipe('mini', warmup=0.1, sft_warmup=0.02).sft_warmup == 0.02
+        r.sft.warmup == r.pretrain.warmup
+        and get_recipe('mini', warmup=0.1).sft.warmup == 0.1
+        and get_recipe('mini', warmup=0.1, sft_warmup=0.02).sft.warmup == 0.02
     )
+
+
+def test_fine_tuning_does_as_pretraining_unless_it_is_told():
+    "The flat recipes of old had one `accum`, `eval_every`, `save_every` for both"
+    r = get_recipe('mini', accum=3, eval_every=7, save_every=9, sft_save_every=11)
+    assert (r.sft.accum, r.sft.eval_every, r.sft.save_every) == (3, 7, 11)
+    assert get_recipe('mini', sft_warmup=None).sft.warmup == r.pretrain.warmup
 
 
 def test_every_preset_as_yaml_and_back(tmp_path):
     yaml = pytest.importorskip('yaml')
-    for p in PRESETS:
+    for p in presets():
         r = get_recipe(p)
         (tmp_path / f'{p}.yaml').write_text(to_yaml(r), encoding='utf-8')
         assert get_recipe(tmp_path / f'{p}.yaml') == r
-        assert set(yaml.safe_load(to_yaml(r))) == {f.name for f in fields(Recipe)} and all(
-            ' # ' in line for line in to_yaml(r).splitlines()
-        )
+        read = yaml.safe_load(to_yaml(r))
+        assert set(read) == {'name', 'base', 'out', 'seed', *groups()}
+        assert set(flatten(read)) == set(settings())
+        assert all(' # ' in line for line in to_yaml(r).splitlines() if line)
 
 
 def test_a_recipe_survives_json():
-    for p in PRESETS:
+    for p in presets():
         r = get_recipe(p)
         again = get_recipe(p, **json.loads(json.dumps(asdict(r))))
-        assert json.dumps(asdict(again)) == json.dumps(asdict(r))
+        assert again == r and json.dumps(asdict(again)) == json.dumps(asdict(r))
+        assert get_recipe(p, **json.loads(json.dumps(flatten(r)))) == r
 
 
 def test_every_field_is_documented():
-    assert set(explain()) == {f.name for f in fields(Recipe)}
+    assert set(explain()) == set(settings()) and all(explain().values())
 
 
 @pytest.mark.parametrize(
@@ -156,14 +166,8 @@ def test_yaml(tmp_path):
         'base_recipe: mini\nlr: 3e-4\nmax_steps: none\ncorpus: x.txt\n'
     )
     r = get_recipe(tmp_path / 'a.yaml', batch=3)
-    assert (r.name, r.lr, r.max_steps, r.corpus, r.batch, r.segment) == (
-        'a',
-        3e-4,
-        None,
-        ['x.txt'],
-        3,
-        'words',
-    )
+    assert (r.name, r.data.corpus, r.vocab.segment) == ('a', ('x.txt',), 'words')
+    assert (r.pretrain.lr, r.pretrain.max_steps, r.pretrain.batch) == (3e-4, None, 3)
     for text, msg in (
         ('a: [', 'line'),
         ('- x', 'field: value'),
@@ -181,18 +185,12 @@ def test_python(tmp_path):
         "n = 3\nrecipe = dict(base_recipe='mini', batch=n, global_batch=8*n, report_to='none')"
     )
     r = get_recipe(f, lr=1e-4)
-    assert (r.name, r.batch, r.global_batch, r.report_to, r.lr, r.segment) == (
-        'a',
-        3,
-        24,
-        'none',
-        1e-4,
-        'words',
-    )
+    assert (r.name, r.compute.report_to, r.vocab.segment) == ('a', 'none', 'words')
+    assert (r.pretrain.batch, r.pretrain.global_batch, r.pretrain.lr) == (3, 24, 1e-4)
     f.write_text(
-        "from llama_zh_nb.recipes import Recipe\nrecipe = Recipe(name='b', corpus=['x.txt'])"
+        "from llama_zh_nb.core.settings import DataArgs, Recipe\nrecipe = Recipe(name='b', data=DataArgs(corpus=['x.txt']))"
     )
-    assert get_recipe(f).name == 'b' and get_recipe(f).corpus == ['x.txt']
+    assert get_recipe(f).name == 'b' and get_recipe(f).data.corpus == ('x.txt',)
     for text, msg in (
         ('x = 1', 'nothing called recipe'),
         ('recipe = 3', 'found int'),
@@ -206,9 +204,9 @@ def test_python(tmp_path):
 
 def test_global_batch():
     assert (
-        get_recipe('mini', batch=2, global_batch=6).global_batch == 6
-        and get_recipe('mini').global_batch is None
-        and get_recipe('mini').report_to == 'auto'
+        get_recipe('mini', batch=2, global_batch=6).pretrain.global_batch == 6
+        and get_recipe('mini').pretrain.global_batch is None
+        and get_recipe('mini').compute.report_to == 'auto'
     )
     for kw in (
         dict(batch=4, global_batch=6),

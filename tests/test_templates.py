@@ -456,7 +456,7 @@ def test_bad_messages(msgs, says):
 
 
 def test_unknown_names():
-    with pytest.raises(LlamaZhError, match='did you mean llama2'):
+    with pytest.raises(LlamaZhError, match="did you mean 'llama2"):
         get_template('lama2')
     with pytest.raises(LlamaZhError, match='ends with a user message'):
         get_template().render(chat('a', 'b'), True)

@@ -1,242 +1,298 @@
-"""Run the notebooks of the path in order, each in a fresh kernel, on what the one before made.
+"""Run notebooks in order, each in a fresh kernel, on what the ones before have made.
 
-Behind `make tutorial` and `make test`. Executed copies go to <run folder>/notebooks/; the first error stops the run and is shown with its notebook and cell.
-With `--jobs N` the chapters behind the path's own (01-08) run N at a time: each of them reads what the path has made, and nothing of another one's.
+Behind `make tutorial` (the stages and the report) and `make test` (the other notebooks too).
+Executed copies go to <run folder>/notebooks/; the first error stops the run and is shown with its notebook and cell.
+What has run and has not changed since is left out, so a run that was stopped goes on where it was: --fresh begins anew.
+With `--jobs N` the notebooks behind the stages run N folders at a time: each reads what the stages have made.
 Cells marked `#| slow` or `#| eval: false` are left as saved, and so are whole notebooks that say `#| slow` in one of their first three cells.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-NBS = ROOT / 'nbs'
+from notebooks import NBS, ROOT, all_notebooks, name, stages
+
 SLOW = re.compile(r'^#\|\s*(slow|eval:\s*false)\s*$', re.M | re.I)
 ANSI = re.compile(r'\x1b\[[0-9;]*m')
+SIGN_OF_LIFE = 30  # seconds between two lines about a notebook that is still running
+
+
+@dataclass
+class Job:
+    "One notebook to execute"
+
+    path: Path
+    copy: Path  # where the executed copy goes
+    number: int
+    of: int
+    timeout: int | None  # seconds that a cell may take; None: as long as it needs
 
 
 def is_slow(cell):
     return cell.cell_type == 'code' and bool(SLOW.search(cell.source))
 
 
-def path_notebooks():
-    "The notebooks to run, in the order of the site's sidebar."
+def runnable(paths):
+    "Without the notebooks that are slow as a whole"
     import nbformat
-    import yaml
 
-    entries = yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))['website'][
-        'sidebar'
-    ]['contents']
-    flat = [
-        f
-        for o in entries
-        for f in (o['contents'] if isinstance(o, dict) and 'section' in o else [o])
-    ]
-    nbs = [NBS / f for f in flat if isinstance(f, str) and re.match(r'\d\d_', f)]
-    return [p for p in nbs if not any(map(is_slow, nbformat.read(p, as_version=4).cells[:3]))]
+    return [p for p in paths if not any(map(is_slow, nbformat.read(p, as_version=4).cells[:3]))]
 
 
-def clock(secs):
-    return f'{int(secs) // 60}:{int(secs) % 60:02d}'
+def clock(seconds):
+    return f'{int(seconds) // 60}:{int(seconds) % 60:02d}'
 
 
 class Progress:
-    "One line a notebook; on a terminal it moves with each cell, elsewhere it speaks up every half minute."
+    "One line a notebook; on a terminal it moves with each cell, elsewhere it shows a sign of life every half minute"
 
-    def __init__(self, i, n, name, cells, alone=True):
-        self.head, self.cells, self.t0, self.said = (
-            f'[{i:2d}/{n}] {name:<18}',
-            cells,
-            time.time(),
-            time.time(),
+    def __init__(self, job, cells, alone=True):
+        self.head = f'[{job.number:2d}/{job.of}] {name(job.path):<26}'
+        self.cells, self.cell, self.start = cells, 0, time.time()
+        self.moves = alone and sys.stdout.isatty()
+        self.ended = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def line(self, more=''):
+        took = clock(time.time() - self.start)
+        return f'{self.head} cell {self.cell:3d}/{self.cells}  {took}{more}'
+
+    def _watch(self):
+        while not self.ended.wait(1 if self.moves else SIGN_OF_LIFE):
+            self.show(' ...')
+
+    def show(self, more=''):
+        print(
+            '\r' + self.line(more) if self.moves else self.line(more),
+            flush=True,
+            end='' if self.moves else '\n',
         )
-        self.tty = alone and sys.stdout.isatty()
 
-    def line(self, j, s=''):
-        return f'{self.head} cell {j:3d}/{self.cells}  {clock(time.time() - self.t0)}{s}'
+    def at(self, cell):
+        self.cell = cell
+        if self.moves:
+            self.show()
 
-    def __call__(self, j):
-        if self.tty:
-            print('\r' + self.line(j), end='', flush=True)
-        elif time.time() - self.said > 30:
-            self.said = time.time()
-            print(self.line(j, ' ...'), flush=True)
-
-    def end(self, j, s):
-        print(('\r' if self.tty else '') + self.line(j, '  ' + s), flush=True)
+    def end(self, word):
+        self.ended.set()
+        print(('\r' if self.moves else '') + self.line('  ' + word), flush=True)
 
 
 def peak_mb(pid):
-    "Peak resident memory of a process in MB, where the system tells; else None."
+    "Peak resident memory of a process in MB, 0 where the system does not tell"
     try:
-        return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())[1]) // 1024
-    except (OSError, TypeError):
-        return None
+        status = Path(f'/proc/{pid}/status').read_text()
+    except OSError:
+        return 0
+    found = re.search(r'VmHWM:\s+(\d+)', status)
+    return int(found[1]) // 1024 if found else 0
 
 
 @contextmanager
-def saving(nb, dest):
-    "Write `nb` to `dest` at the end, whole, even after an error."
+def saving(notebook, path):
+    "Write `notebook` to `path` at the end, whole, even after an error"
     import nbformat
 
     try:
         yield
     finally:
-        tmp = dest.with_name(f'.{dest.name}.partial-{os.getpid()}')
-        nbformat.write(nb, tmp)
-        tmp.replace(dest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f'.{path.name}.partial-{os.getpid()}')
+        nbformat.write(notebook, partial)
+        partial.replace(path)
 
 
-def run_one(path, dest, i, n, timeout, alone=True):
-    "Execute one notebook; its peak memory in MB (0 where the system does not tell), or exit with the error shown."
+def execute(job, alone=True):
+    "Execute one notebook; its peak memory in MB, or exit with the error shown"
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    nb = nbformat.read(path, as_version=4)
+    notebook = nbformat.read(job.path, as_version=4)
     client = NotebookClient(
-        nb,
-        timeout=timeout,
+        notebook,
+        timeout=job.timeout,
         kernel_name='python3',
-        resources={'metadata': {'path': str(NBS)}},
+        resources={'metadata': {'path': str(job.path.parent)}},  # as JupyterLab opens it
         extra_arguments=['--log-level=ERROR'],
     )
-    show, j, mb = Progress(i, n, path.stem, len(nb.cells), alone), 0, None
+    progress, peak = Progress(job, len(notebook.cells), alone), 0
     try:
-        with saving(nb, dest), client.setup_kernel():
-            for j, cell in enumerate(nb.cells, 1):
-                show(j)
+        with saving(notebook, job.copy), client.setup_kernel():
+            for i, cell in enumerate(notebook.cells):
+                progress.at(i + 1)
                 if cell.cell_type == 'code' and not is_slow(cell):
-                    client.execute_cell(cell, j - 1)
-            mb = peak_mb(client.km.provisioner.pid)
-    except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-        show.end(j, 'failed')
-        text = str(e) if sys.stdout.isatty() else ANSI.sub('', str(e))
-        sys.exit(
-            f'\nerror in {path.relative_to(ROOT)}, cell {j} of {len(nb.cells)}:\n\n{text.strip()}\n\nThe notebook as far as it came: {dest}'
-        )
-    show.end(j, 'done' + (f', peak {mb} MB' if mb else ''))
-    return mb or 0
+                    client.execute_cell(cell, i)
+            peak = peak_mb(client.km.provisioner.pid)
+    except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
+        progress.end('failed')
+        text = str(error) if sys.stdout.isatty() else ANSI.sub('', str(error))
+        where = f'{job.path.relative_to(ROOT)}, cell {progress.cell} of {progress.cells}'
+        sys.exit(f'\nerror in {where}:\n\n{text.strip()}\n\nAs far as it came: {job.copy}')
+    progress.end('done' + (f', peak {peak} MB' if peak else ''))
+    return peak
 
 
-def save_back(path, dest):
-    "Put the executed outputs back into nbs/, keeping those of the cells that were not run; progress bars, and warnings that name this machine's files or come from libraries, stay out."
+def is_noise(output):
+    "Progress bars, and warnings that name this machine's files or come from libraries"
+    if output.get('name') != 'stderr':
+        return False
+    noise = r'\[transformers\]|W\d{4} |\s*(\x1b\[A)?\s*$|.*\r'
+    return sys.prefix in output.text or bool(re.match(noise, output.text))
+
+
+def save_back(job):
+    "Put the outputs of an executed copy into nbs/, keeping those of the cells that were not run"
     import nbformat
 
-    nb = nbformat.read(dest, as_version=4)
-    noise = lambda o: (
-        o.get('name') == 'stderr'
-        and (
-            sys.prefix in o.text
-            or re.match(r'\[transformers\]|W\d{4} |\s*(\x1b\[A)?\s*$|.*\r', o.text)
-        )
-    )
-    for c in nb.cells:
-        if c.cell_type == 'code':
-            c.outputs = [o for o in c.outputs if not noise(o)]
-    nbformat.write(nb, path)
-    subprocess.run(
-        [str(Path(sys.executable).parent / 'nbdev_clean'), '--fname', str(path)],
-        cwd=ROOT,
-        check=True,
-    )
+    notebook = nbformat.read(job.copy, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == 'code':
+            cell.outputs = [o for o in cell.outputs if not is_noise(o)]
+    nbformat.write(notebook, job.path)
+    clean = Path(sys.executable).parent / 'nbdev_clean'
+    subprocess.run([clean, '--fname', job.path], cwd=ROOT, check=True)
 
 
-def run_chapter(some):
-    "Notebooks of one chapter, one after the other; their peaks in MB"
-    os.environ.setdefault(
-        'OMP_NUM_THREADS', '1'
-    )  # two kernels with a thread for every core each wait for one another
-    return [run_one(*a, alone=False) for a in some]
+class Done:
+    "Which notebooks have run, and what they were when they did: `<run folder>/notebooks/done.json`"
+
+    def __init__(self, folder, recipe):
+        self.file, self.recipe = folder / 'done.json', recipe
+        self.sums = json.loads(self.file.read_text()) if self.file.exists() else {}
+
+    def sum(self, path):
+        "Of a notebook's cells, the recipe, and every module of ours"
+        digest = hashlib.sha256(self.recipe.encode())
+        for module in sorted((ROOT / 'llama_zh_nb').rglob('*.py')):
+            digest.update(module.read_bytes())
+        cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+        digest.update(json.dumps([c['source'] for c in cells]).encode())
+        return digest.hexdigest()
+
+    def has(self, job):
+        return job.copy.exists() and self.sums.get(name(job.path)) == self.sum(job.path)
+
+    def add(self, job):
+        self.sums[name(job.path)] = self.sum(job.path)
+        self.file.write_text(json.dumps(self.sums, indent=1))
+
+    def forget(self, jobs):
+        "A stage runs anew: what was made from it counts no longer"
+        for job in jobs:
+            self.sums.pop(name(job.path), None)
 
 
-def run_all(todo, jobs, save):
-    "Peaks in MB of all notebooks: the path in order, then the chapters that only read what it made, `jobs` at a time"
-    chapter, peaks = lambda a: a[0].name[:2], []
-    first = (
-        len(todo)
-        if jobs == 1
-        else 1 + max((i for i, a in enumerate(todo) if '01' <= chapter(a) <= '08'), default=-1)
-    )
-    for a in todo[:first]:
-        peaks.append(run_one(*a))
+def run_stages(jobs, done, save):
+    "The pipeline in order; yields peaks in MB"
+    for i, job in enumerate(jobs):
+        if done.has(job) and not save:
+            print(f'[{job.number:2d}/{job.of}] {name(job.path):<26} done before', flush=True)
+            continue
+        done.forget(jobs[i:])
+        yield execute(job)
+        done.add(job)
         if save:
-            save_back(*a[:2])
-    with ProcessPoolExecutor(jobs) as pool:
-        lanes = [pool.submit(run_chapter, list(c)) for _, c in groupby(todo[first:], chapter)]
-        try:
-            for l in as_completed(lanes):
-                peaks += l.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            save_back(job)
+
+
+def run_folder(jobs, save):
+    "The notebooks of one folder, one after the other; their peaks in MB"
+    # two kernels with a thread for every core each would wait for one another
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+    peaks = []
+    for job in jobs:
+        peaks.append(execute(job, alone=False))
+        if save:
+            save_back(job)
     return peaks
 
 
-def main():
+def run_rooms(jobs, at_a_time, save):
+    "The other notebooks, `at_a_time` folders at the same time; yields peaks in MB"
+    lanes = [list(folder) for _, folder in groupby(jobs, lambda job: job.path.parent)]
+    with ProcessPoolExecutor(at_a_time) as pool:
+        running = [pool.submit(run_folder, lane, save) for lane in lanes]
+        try:
+            for lane in as_completed(running):
+                yield from lane.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def chosen(paths, wanted):
+    "Those whose names begin like one of `wanted`, as `06` or `documents/`; all if none is wanted"
+    wanted = [w.removeprefix('nbs/').removesuffix('.ipynb') for w in wanted]
+    return [p for p in paths if not wanted or name(p).startswith(tuple(wanted))]
+
+
+def arguments():
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument(
-        'notebooks',
-        nargs='*',
-        help='only these (names or beginnings of names); default: all of the path',
-    )
+    p.add_argument('notebooks', nargs='*', help='only these: names or beginnings of names')
+    p.add_argument('--stages', action='store_true', help='the stages alone, and not the rooms')
     p.add_argument('--recipe', default='mini', help='recipe: a preset or a YAML file')
-    p.add_argument(
-        '--runs', type=Path, default=ROOT / 'runs', help='folder that holds the run folders'
-    )
+    p.add_argument('--runs', type=Path, default=ROOT / 'runs', help='holds the run folders')
     p.add_argument('--fresh', action='store_true', help='empty the run folder first')
     p.add_argument('--report', action='store_true', help='finish with run.json and report.html')
-    p.add_argument(
-        '--save', action='store_true', help='write the outputs back into nbs/ (for maintainers)'
-    )
-    p.add_argument('--jobs', type=int, default=1, help='chapters at a time, from 09 on')
-    p.add_argument('--timeout', type=int, default=1200, help='seconds a single cell may take')
-    a = p.parse_args()
-    if a.save and a.jobs > 1:
-        p.error(
-            '--save shows times and memory: with it the notebooks run one at a time, leave --jobs out'
-        )
+    p.add_argument('--save', action='store_true', help='put the outputs into nbs/ (maintainers)')
+    p.add_argument('--jobs', type=int, default=1, help='folders at a time, behind the stages')
+    p.add_argument('--timeout', type=int, default=None, help='seconds that a cell may take')
+    return p.parse_args()
 
-    os.environ.setdefault(
-        'PYTHONWARNINGS', 'ignore:IProgress not found'
-    )  # text progress bars are what we want here
+
+def main():
+    a = arguments()
+    # text progress bars are what we want here
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore:IProgress not found')
     os.environ.update(LLAMA_ZH_RUNS=str(a.runs.resolve()), LLAMA_ZH_RECIPE=a.recipe)
     from llama_zh_nb.recipes import get_recipe, run_dir
 
     run = Path(run_dir(get_recipe(a.recipe))).resolve()
     if a.fresh:
         shutil.rmtree(run, ignore_errors=True)
-    (run / 'notebooks').mkdir(parents=True, exist_ok=True)
+    copies = run / 'notebooks'
+    copies.mkdir(parents=True, exist_ok=True)
 
-    todo = path_notebooks()
-    if a.notebooks:
-        todo = [t for t in todo if any(t.name.startswith(Path(o).name) for o in a.notebooks)]
-    if not todo:
+    paths = runnable(chosen(stages() if a.stages else all_notebooks(), a.notebooks))
+    if not paths:
         sys.exit(f'error: no notebook of nbs/ is called {" or ".join(a.notebooks)}')
-    t0, dest = time.time(), run / 'notebooks'
-    todo = [(path, dest / path.name, i, len(todo), a.timeout) for i, path in enumerate(todo, 1)]
-    peaks = run_all(todo, a.jobs, a.save)
+    jobs = [
+        Job(p, copies / p.relative_to(NBS), i, len(paths), a.timeout)
+        for i, p in enumerate(paths, 1)
+    ]
+    start, done = time.time(), Done(copies, a.recipe)
+    pipeline = [j for j in jobs if j.path.parent == NBS]
+    peaks = list(run_stages(pipeline, done, a.save))
+    took = clock(time.time() - start)
+    peaks += run_rooms(jobs[len(pipeline) :], a.jobs, a.save)
+    total = clock(time.time() - start)
     print(
-        f'{len(todo)} notebooks in {clock(time.time() - t0)}, peak memory {max(peaks)} MB; executed copies: {run}/notebooks/'
+        f'{len(jobs)} notebooks in {total} (stages {took}), '
+        f'peak memory {max(peaks, default=0)} MB; executed copies: {copies}/'
     )
     if a.report:
-        subprocess.run(
-            [str(Path(sys.executable).parent / 'llama-zh'), 'report', str(run)], check=True
-        )
+        command = Path(sys.executable).parent / 'llama-zh'
+        subprocess.run([command, 'report', run], check=True)
 
 
 if __name__ == '__main__':
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit('\nstopped; what was made so far is kept and will be used next time')
+        sys.exit('\nstopped; the same command goes on from here')

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..checkpoint.meta import packaged
-from ..core.errors import LlamaZhError, need, read_json
+from ..core.errors import LlamaZhError, did_you_mean, need, read_json
 from ..core.machine import pick_device, quiet
-from ..recipes import PRESETS, Recipe, get_recipe
-from ..recipes import _near as near
+from ..core.settings import Recipe, flatten
+from ..recipes import get_recipe, presets
 from ..training.lora import prepare
 
 # %% ../../nbs/app/estimate.ipynb #6bf2ac44
@@ -69,7 +69,7 @@ def shape_of(
     if base in SHAPES:
         return SHAPES[base]
     if str(base).startswith('run:') and (r := get_recipe(base[4:].split('/')[0])):
-        return replace(shape_of(r.base), vocab=r.vocab_size)
+        return replace(shape_of(r.base), vocab=r.vocab.size)
     folder = packaged('mini') if base == 'mini' else Path(base)
     if (folder / 'config.json').is_file():
         c = read_json(folder / 'config.json')
@@ -495,7 +495,7 @@ USABLE, SUSTAINED = (
 def find_gpu(name):
     k = str(name).lower().replace(' ', '').removeprefix('nvidia-')
     if k not in GPUS:
-        raise LlamaZhError(near(k, list(GPUS), 'GPU'))
+        raise LlamaZhError(did_you_mean(k, GPUS, 'GPU'))
     return k
 
 # %% ../../nbs/app/estimate.ipynb #88967ece
@@ -507,9 +507,9 @@ def step_of(
     "What a recipe says about a step"
     s = shape_of(r.base)
     train, new, rows = (
-        r.sft_train if sft else r.train,
-        max(0, r.vocab_size - s.vocab),
-        -(-max(r.vocab_size, s.vocab) // r.pad_to) * r.pad_to,
+        r.sft.train if sft else r.pretrain.train,
+        max(0, r.vocab.size - s.vocab),
+        -(-max(r.vocab.size, s.vocab) // r.embeddings.pad_to) * r.embeddings.pad_to,
     )
     if train == 'lora+new' and not new:
         train = 'lora'
@@ -518,12 +518,12 @@ def step_of(
         train=train,
         new=new if train == 'lora+new' else 0,
         rows=rows,
-        r=r.lora_r,
-        dropout=r.lora_dropout,
-        batch=r.sft_batch if sft else r.batch,
-        block=r.sft_block if sft else r.block,
-        half=gpu and r.dtype != 'float32',
-        checkpointing=r.gradient_checkpointing,
+        r=r.lora.r,
+        dropout=r.lora.dropout,
+        batch=r.sft.batch if sft else r.pretrain.batch,
+        block=r.sft.block if sft else r.pretrain.block,
+        half=gpu and r.compute.dtype != 'float32',
+        checkpointing=r.compute.gradient_checkpointing,
     )
 
 
@@ -531,7 +531,7 @@ def disk_bytes(r: Recipe, tokens=0, chars=0) -> dict:  # {folder: bytes}
     "What a run leaves on disk, and its two largest checkpoints while it lasts"
     k = step_of(r)
     s, rows = k['s'], k['rows']
-    trained = sum(trained_params(s, k['train'], k['new'], rows, r.lora_r).values())
+    trained = sum(trained_params(s, k['train'], k['new'], rows, r.lora.r).values())
     base, big, adapter = (
         2 * s.params(),
         2 * s.params(rows),
@@ -543,8 +543,9 @@ def disk_bytes(r: Recipe, tokens=0, chars=0) -> dict:  # {folder: bytes}
         'blocks': 4 * tokens,
         'resized': big,
         'pretrained': big + adapter,
-        'chat': (big + adapter) * bool(r.sft or not r.corpus),
-        'gptq': s.linear * (r.bits / 8 + (2 + r.bits / 8) / r.group_size) + 4 * s.hidden * rows,
+        'chat': (big + adapter) * bool(r.data.chats or not r.data.corpus),
+        'gptq': s.linear * (r.quantize.bits / 8 + (2 + r.quantize.bits / 8) / r.quantize.group_size)
+        + 4 * s.hidden * rows,
         'checkpoints': 2 * 12 * trained,
     }
 
@@ -597,9 +598,13 @@ def on_gpu(r, gpu=None):
     "Whether a recipe is meant for GPUs"
     if gpu is not None:
         return str(gpu).lower() != 'cpu'
-    if r.device.startswith('cuda') or r.dtype in ('bfloat16', 'float16') or r.load_in_4bit:
+    if (
+        r.compute.device.startswith('cuda')
+        or r.compute.dtype in ('bfloat16', 'float16')
+        or r.compute.load_in_4bit
+    ):
         return True
-    return r.device == 'auto' and pick_device().startswith('cuda')
+    return r.compute.device == 'auto' and pick_device().startswith('cuda')
 
 
 def memory(r: Recipe, sft=False, gpu=None) -> dict:  # see `peak`
@@ -607,10 +612,10 @@ def memory(r: Recipe, sft=False, gpu=None) -> dict:  # see `peak`
     return peak(
         **step_of(r, sft, on_gpu(r, gpu)),
         gpu=on_gpu(r, gpu),
-        in_4bit=r.load_in_4bit,
-        accum=r.accum,
-        engine=r.engine,
-        gpus=r.gpus,
+        in_4bit=r.compute.load_in_4bit,
+        accum=r.pretrain.accum,
+        engine=r.compute.engine,
+        gpus=r.compute.gpus,
     )
 
 
@@ -644,13 +649,14 @@ _FROM = dict(
 
 def _check(r, **given):
     "Numbers that mean nothing are refused, before they become hours or bytes"
+    flat = flatten(r)
     for k, low in _FROM.items():
-        v, share = getattr(r, k, None), k in ('replay', 'lora_dropout')
+        v, share = flat[k], k in ('replay', 'lora_dropout')
         if v is not None and not low <= v < (1 if share else float('inf')):
             raise LlamaZhError(
                 f'recipe field {k} is {v}: expected {low} or more' + ', and less than 1' * share
             )
-    for k, v in (given | dict(epochs=r.epochs, sft_epochs=r.sft_epochs)).items():
+    for k, v in (given | dict(epochs=r.pretrain.epochs, sft_epochs=r.sft.epochs)).items():
         if v is not None and not 0 < v < float('inf'):
             raise LlamaZhError(f'{k} is {v}: expected more than 0')
 
@@ -660,11 +666,11 @@ def fits(
     recipes=None,  # names or recipes; None: all presets
 ) -> list:  # names
     "Which recipes fit on such GPUs"
-    rs = [get_recipe(r) if isinstance(r, str) else r for r in recipes or PRESETS]
+    rs = [get_recipe(r) if isinstance(r, str) else r for r in recipes or presets()]
     if str(gpu).lower() == 'cpu':  # no 4-bit kernels there, and one process
         room, rs = (
             os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') * USABLE,
-            [r for r in rs if not r.load_in_4bit and r.gpus == 1],
+            [r for r in rs if not r.compute.load_in_4bit and r.compute.gpus == 1],
         )
     else:
         room = GPUS[find_gpu(gpu)][0] * 2**30 * USABLE
@@ -675,15 +681,18 @@ def _amount(r, tokens, chars, per):
     "Tokens of the corpus (0: not known), tokens that are trained on, and in words where they come from"
     n, each = (
         tokens or chars and int(chars / per) or 0,
-        (getattr(r, 'global_batch', None) or r.batch * r.accum * r.gpus) * r.block,
+        (r.pretrain.global_batch or r.pretrain.batch * r.pretrain.accum * r.compute.gpus)
+        * r.pretrain.block,
     )
-    if r.max_steps and not n:
+    if r.pretrain.max_steps and not n:
         return (
             n,
-            r.max_steps * each,
-            f'{r.max_steps:,} steps of {each:,} tokens, as the recipe says',
+            r.pretrain.max_steps * each,
+            f'{r.pretrain.max_steps:,} steps of {each:,} tokens, as the recipe says',
         )
-    seen = int((n or 1e6) * r.epochs / (1 - r.replay * bool(r.replay_corpus)))
+    seen = int(
+        (n or 1e6) * r.pretrain.epochs / (1 - r.pretrain.replay * bool(r.data.replay_corpus))
+    )
     if not n:
         return (
             n,
@@ -695,7 +704,7 @@ def _amount(r, tokens, chars, per):
         seen,
         f'{n:,} tokens of the corpus'
         + (f' ({chars:,} characters at {per:g} a token)' if not tokens else '')
-        + f', {r.epochs:g} times through, with {r.replay * bool(r.replay_corpus):.0%} replay',
+        + f', {r.pretrain.epochs:g} times through, with {r.pretrain.replay * bool(r.data.replay_corpus):.0%} replay',
     )
 
 
@@ -703,12 +712,15 @@ def _seconds(r, s, tokens, gpu, tflops, measure, g):
     "Time of pretraining and how it was found"
     if measure:
         one = probe(
-            **s | dict(half=on_gpu(r) and s['half'] and pick_device(r.device).startswith('cuda')),
-            device=r.device,
+            **s
+            | dict(
+                half=on_gpu(r) and s['half'] and pick_device(r.compute.device).startswith('cuda')
+            ),
+            device=r.compute.device,
         )
         return (
-            one * tokens / (r.batch * r.block * r.gpus),
-            f'steps timed on this machine now ({one:.2g} s each, {r.batch * r.block / one:,.0f} tokens a second); measuring and saving during the run come on top',
+            one * tokens / (r.pretrain.batch * r.pretrain.block * r.compute.gpus),
+            f'steps timed on this machine now ({one:.2g} s each, {r.pretrain.batch * r.pretrain.block / one:,.0f} tokens a second); measuring and saving during the run come on top',
         )
     speed, how = (
         (tflops, f'the given {tflops:g} TFLOP/s')
@@ -720,12 +732,18 @@ def _seconds(r, s, tokens, gpu, tflops, measure, g):
         else (0.05, '0.05 TFLOP/s (an assumption; --probe measures this machine)')
     )
     flops = step_flops(
-        s['s'], s['train'], s['new'], s['rows'], r.lora_r, r.block, r.gradient_checkpointing
+        s['s'],
+        s['train'],
+        s['new'],
+        s['rows'],
+        r.lora.r,
+        r.pretrain.block,
+        r.compute.gradient_checkpointing,
     )
     return tokens * flops / (
-        speed * 1e12 * r.gpus
+        speed * 1e12 * r.compute.gpus
     ), f'{flops / 1e9:,.3g} GFLOP for a token at {how}' + (
-        f' on each of {r.gpus} GPUs' if r.gpus > 1 else ''
+        f' on each of {r.compute.gpus} GPUs' if r.compute.gpus > 1 else ''
     )
 
 
@@ -736,12 +754,12 @@ def _note(r, gpu, g, cards, m, how, amount):
         return (
             out
             + ' Memory of the tensors alone: Python and its libraries take some hundred MiB more.'
-            + ' 4-bit training (load_in_4bit) needs a GPU.' * r.load_in_4bit
+            + ' 4-bit training (load_in_4bit) needs a GPU.' * r.compute.load_in_4bit
         )
     return (
         out
         + f' Arithmetic, not measured on a GPU; {1 - USABLE:.0%} of its memory is left for CUDA and fragments.'
-        + (f' Memory is that of each of {r.gpus} GPUs.' if r.gpus > 1 else '')
+        + (f' Memory is that of each of {r.compute.gpus} GPUs.' if r.compute.gpus > 1 else '')
         + (
             f' On {gpu} it {"fits" if gpu in cards else "does NOT fit: smaller batch or block, gradient_checkpointing, load_in_4bit, or more GPUs"}.'
             if gpu
@@ -771,7 +789,7 @@ def estimate(
         if g
         else None
     )
-    per = chars_per_token or (1.5 if r.vocab_size > s['s'].vocab else 0.7)
+    per = chars_per_token or (1.5 if r.vocab.size > s['s'].vocab else 0.7)
     n, seen, amount = _amount(r, tokens, chars, per)
     seconds, how = _seconds(r, s, seen, gpu, tflops, probe, g)
     disk = disk_bytes(r, n or seen, chars or int((n or 0) * per))
@@ -779,7 +797,7 @@ def estimate(
         {
             'parameters': s['s'].params(s['rows']),
             'trained parameters': sum(
-                trained_params(s['s'], s['train'], s['new'], s['rows'], r.lora_r).values()
+                trained_params(s['s'], s['train'], s['new'], s['rows'], r.lora.r).values()
             ),
             **{f'memory: {k}': v for k, v in m['parts'].items()},
             'memory: peak of pretraining': m['peak'],

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import record
+from ..core.settings import flatten, settings
 from ..pretrain import pretrain
-from ..recipes import Recipe, get_recipe, heldout, resolve, run_dir
+from ..recipes import get_recipe, heldout, resolve, run_dir
 from ..sft import finetune
 from ..text.files import _some, read_texts
 from ..training.distributed import ds_config, is_main, rank
@@ -27,19 +28,19 @@ from ..training.distributed import ds_config, is_main, rank
 # %% ../../nbs/app/launch.ipynb #44ee7d42
 def _of_recipe(r, run):
     "The chats of a recipe, and the documents to mix in: what `llama-zh run` takes"
-    if not r.sft:
+    if not r.data.chats:
         raise LlamaZhError(f'recipe {r.name!r} names no chats: give --sft FILES')
     had = [run / c for c in ('corpus', 'corpus_en') if (run / c).exists()]
     read, some = read_texts, _some
     texts = (
         some((t for c in had for t in read(c)), 50_000, r.seed)
-        if r.sft_text_share and had
+        if r.sft.text_share and had
         else None
     )
     return dict(
-        chats=resolve(r, r.sft),
+        chats=resolve(r, r.data.chats),
         extra_texts=texts,
-        text_share=r.sft_text_share if texts else None,
+        text_share=r.sft.text_share if texts else None,
         weight_decay=0.0,
         questions=None,
     )
@@ -85,14 +86,14 @@ def call_by_recipe(
     for k, d in folders.items():
         p.add_argument('--' + name(k), dest=k, help=f'default: {d}/ in the run folder')
     a, rest = p.parse_known_args(argv)
-    mine, ours = inspect.signature(f).parameters, Recipe.__dataclass_fields__
+    mine, ours = inspect.signature(f).parameters, settings()
     over = {
         prefix + k if prefix and prefix + k in ours else k: v for k, v in _overrides(rest).items()
     }
     r = get_recipe(a.recipe, **{k: v for k, v in over.items() if k in ours or k not in mine})
-    run = run_dir(r)
+    run, flat = run_dir(r), flatten(r)
     kw = {
-        k: getattr(r, prefix + k if prefix + k in ours else k)
+        k: flat[prefix + k if prefix + k in ours else k]
         for k in mine
         if (k in ours or prefix + k in ours) and k not in folders
     } | {k: _value(v) for k, v in over.items() if k not in ours}
@@ -231,14 +232,14 @@ def launch_command(
 def _given(recipe, source):
     "The fields that were given beside the recipe's source, as words"
     try:
-        base = vars(get_recipe(source))
+        base = flatten(get_recipe(source))
     except LlamaZhError:
         return ''
-    words = lambda v: ' '.join(shlex.quote(str(x)) for x in (v if isinstance(v, list) else [v]))
+    words = lambda v: ' '.join(shlex.quote(str(x)) for x in (v if isinstance(v, tuple) else [v]))
     return ''.join(
         f' --{k.replace("_", "-")} {words(v)}'
-        for k, v in vars(recipe).items()
-        if k != 'name' and v not in (None, [], base[k])
+        for k, v in flatten(recipe).items()
+        if k != 'name' and v not in (None, (), base[k])
     )
 
 
@@ -247,16 +248,16 @@ def commands(
     source=None,  # what it was got from; None: its name
 ) -> list:  # of str
     "What to type for a recipe, from the weights to the index"
-    src, chats = source or recipe.name, bool(recipe.sft)
+    src, chats = source or recipe.name, bool(recipe.data.chats)
     src += _given(recipe, src)
     train = [
-        launch_command(recipe.engine, recipe.gpus, recipe.machines, src, m)
+        launch_command(recipe.compute.engine, recipe.compute.gpus, recipe.compute.machines, src, m)
         for m in ('pretrain', *(['sft'] if chats else []))
     ]
     return [
         f'llama-zh run --recipe {src} --only weights corpus vocab embeddings',
         *train,
-        f'llama-zh run --recipe {src} --only quantize' + ' rag' * bool(recipe.docs),
+        f'llama-zh run --recipe {src} --only quantize' + ' rag' * bool(recipe.data.docs),
     ]
 
 # %% ../../nbs/app/launch.ipynb #9b1e0a11
@@ -267,11 +268,11 @@ def check_alone(
 ):
     "Refuse to train in one process what is meant for many"
     trained = [s for s in ('pretrain', 'control', 'sft') if only is None or s in only]
-    if not trained or not recipe.engine or 'RANK' in os.environ:
+    if not trained or not recipe.compute.engine or 'RANK' in os.environ:
         return
     raise LlamaZhError(
-        f'recipe {recipe.name!r} is trained by engine {recipe.engine!r} on {recipe.gpus} GPU{"s" if recipe.gpus > 1 else " (--gpus N for more)"}, and this is one process. Type these one after the other'
-        f'{f", the launches on each of the {recipe.machines} machines with its own --machine_rank" if recipe.machines > 1 else ""}:\n  '
+        f'recipe {recipe.name!r} is trained by engine {recipe.compute.engine!r} on {recipe.compute.gpus} GPU{"s" if recipe.compute.gpus > 1 else " (--gpus N for more)"}, and this is one process. Type these one after the other'
+        f'{f", the launches on each of the {recipe.compute.machines} machines with its own --machine_rank" if recipe.compute.machines > 1 else ""}:\n  '
         + '\n  '.join(commands(recipe, source))
         + '\n(configs/ is written by  python -m llama_zh_nb.app.launch;  to train in one process all the same: --engine none)'
     )

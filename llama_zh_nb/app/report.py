@@ -12,7 +12,17 @@ from pathlib import Path
 
 from ..core.errors import LlamaZhError, writing
 from ..core.run_log import read_run
-from ..core.show import bars, esc, intervals, lines, num, path_picture, size, span, tokens
+from llama_zh_nb.core.show import (
+    bars,
+    escape,
+    intervals,
+    lines,
+    path_picture,
+    show_bytes,
+    show_number,
+    show_seconds,
+    tokens,
+)
 from ..evaluate import compare_part
 from ..training.trainer import History
 
@@ -70,12 +80,12 @@ class Story:
 def _stations(s):
     f = dict(
         weights=lambda m: (
-            m.get('params') and f'{num(m["params"] / 1e6)} M parameters',
+            m.get('params') and f'{show_number(m["params"] / 1e6)} M parameters',
             m.get('vocab') and f'{m["vocab"]:,} pieces',
         ),
         corpus=lambda m: (
             m.get('documents') and f'{m["documents"]:,} documents',
-            m.get('chars') and f'{num(m["chars"] / 1e6)} M characters',
+            m.get('chars') and f'{show_number(m["chars"] / 1e6)} M characters',
         ),
         vocab=lambda m: (
             m.get('added') and f'+{m["added"]:,} pieces',
@@ -86,12 +96,13 @@ def _stations(s):
             m.get('bpc_zh') and f'{m["bpc_zh"]:.2f} bits/char',
         ),
         pretrain=lambda m: (
-            m.get('tokens') and f'{num(m["tokens"] / 1e6)} M tokens',
+            m.get('tokens') and f'{show_number(m["tokens"] / 1e6)} M tokens',
             m.get('bpc_zh') and f'{m["bpc_zh"]:.2f} bits/char',
         ),
         sft=lambda m: (m.get('chats') and f'{m["chats"]:,} chats', _best(m)),
         quantize=lambda m: (
-            m.get('bytes_after') and f'{size(m["bytes_before"])} → {size(m["bytes_after"])}',
+            m.get('bytes_after')
+            and f'{show_bytes(m["bytes_before"])} → {show_bytes(m["bytes_after"])}',
             _best(m),
         ),
         rag=lambda m: (
@@ -179,7 +190,7 @@ def _claims(s):
 
 def claims_part(s):
     mark = {True: '<b class="yes">✓</b>', False: '<b class="no">✗</b>', None: '<b>·</b>'}
-    rows = ''.join(f'<li>{mark[ok]}<span>{esc(t)}</span></li>' for t, ok in _claims(s))
+    rows = ''.join(f'<li>{mark[ok]}<span>{escape(t)}</span></li>' for t, ok in _claims(s))
     return rows and ('In short', f'<ul class="claims">{rows}</ul>')
 
 # %% ../../nbs/app/report.ipynb #12bce6b9
@@ -272,9 +283,9 @@ _KIND = dict(
 
 
 def _right(a, want):
-    from llama_zh_nb.evals.measure import _plain
+    from llama_zh_nb.evals.measure import same_answer
 
-    return None if not want else _plain(a) == _plain(want)
+    return None if not want else same_answer(a, want)
 
 
 def _answer(stage, x):
@@ -284,10 +295,10 @@ def _answer(stage, x):
     ]
     text = (x.get('a') or '').strip()
     src = ''.join(
-        f'<details{"" if i else " open"}><summary>source {i + 1}</summary><blockquote>{esc(t)}</blockquote></details>'
+        f'<details{"" if i else " open"}><summary>source {i + 1}</summary><blockquote>{escape(t)}</blockquote></details>'
         for i, t in enumerate(x.get('sources') or [])
     )
-    return f'<div class="turn"><span class="who">{_MODEL[stage]}</span><div>{esc(text[:300]) or "<i>(nothing)</i>"}{"…" if len(text) > 300 else ""}{tick}{src}</div></div>'
+    return f'<div class="turn"><span class="who">{_MODEL[stage]}</span><div>{escape(text[:300]) or "<i>(nothing)</i>"}{"…" if len(text) > 300 else ""}{tick}{src}</div></div>'
 
 
 def answers_part(s):
@@ -305,9 +316,11 @@ def answers_part(s):
         x = got[0][1]
         kind = _KIND.get(x.get('kind'), x.get('kind') or '')
         want = (
-            f'<div class="want">expected: {esc(x["expected"])}</div>' if x.get('expected') else ''
+            f'<div class="want">expected: {escape(x["expected"])}</div>'
+            if x.get('expected')
+            else ''
         )
-        cards += f'<section class="card"><h3>{esc(q)}</h3><div class="dim">{esc(kind)}</div>{want}{"".join(_answer(*g) for g in got if g[0] not in ("embeddings", "control"))}</section>'
+        cards += f'<section class="card"><h3>{escape(q)}</h3><div class="dim">{escape(kind)}</div>{want}{"".join(_answer(*g) for g in got if g[0] not in ("embeddings", "control"))}</section>'
     return 'One question, every stage', f'<div class="cards">{cards}</div>'
 
 # %% ../../nbs/app/report.ipynb #1a67ea4d
@@ -321,7 +334,7 @@ def accuracy_part(s):
     )
     for k in kinds:
         rows = [(_MODEL[st], a[k], i) for i, (st, a) in enumerate(acc.items()) if k in a]
-        out += f'<h3>{esc(k)}{": " + _KIND[k] if k in _KIND else ""}</h3>' + intervals(rows)
+        out += f'<h3>{escape(k)}{": " + _KIND[k] if k in _KIND else ""}</h3>' + intervals(rows)
     if out:
         out += '<p class="dim">Right: the expected sentence, character for character. The line inside a bar is the 95 % interval (Wilson).</p>'
     return out and ('Answers right', out)
@@ -342,12 +355,12 @@ def _list(rows):
     want = lambda x: (
         ''
         if x.get('right') or not x.get('expected')
-        else f'<br><span class="want">expected: {esc(x["expected"])}</span>'
+        else f'<br><span class="want">expected: {escape(x["expected"])}</span>'
     )
     return (
         '<ul class="qa">'
         + ''.join(
-            f'<li><b>{esc(x["q"])}</b><br>{esc((x.get("a") or "(nothing)")[:160])}{want(x)}</li>'
+            f'<li><b>{escape(x["q"])}</b><br>{escape((x.get("a") or "(nothing)")[:160])}{want(x)}</li>'
             for x in rows
         )
         + '</ul>'
@@ -373,7 +386,7 @@ def cost_part(s):
             (
                 _TITLE[k],
                 v['seconds'] + v.get('seconds_measuring', 0),
-                span(v['seconds'] + v.get('seconds_measuring', 0)),
+                show_seconds(v['seconds'] + v.get('seconds_measuring', 0)),
             )
             for k, v in rows
         ]
@@ -395,17 +408,17 @@ def cost_part(s):
         ('after SFT', s('quantize', 'bytes_before')),
         ('GPTQ', s('quantize', 'bytes_after')),
     ]
-    sizes = bars([(n, b, size(b), 3) for n, b in sizes if b])
+    sizes = bars([(n, b, show_bytes(b), 3) for n, b in sizes if b])
     return (
         'Time, memory, size',
-        f'<div class="grid"><div><p class="label">time, measuring included: {span(total)} in all</p>{time}</div><div><p class="label">peak memory of the process in each stage</p>{mem}</div></div><p class="label">weights on disk</p>{sizes}',
+        f'<div class="grid"><div><p class="label">time, measuring included: {show_seconds(total)} in all</p>{time}</div><div><p class="label">peak memory of the process in each stage</p>{mem}</div></div><p class="label">weights on disk</p>{sizes}',
     )
 
 # %% ../../nbs/app/report.ipynb #88637986
 def _table(d):
     return (
         '<div class="scroll"><table>'
-        + ''.join(f'<tr><th>{esc(k)}</th><td>{esc(v)}</td></tr>' for k, v in d.items())
+        + ''.join(f'<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>' for k, v in d.items())
         + '</table></div>'
     )
 
@@ -459,7 +472,7 @@ def _tiles(s):
     if s('quantize', 'bytes_after'):
         out.append(
             (
-                f'{size(s("quantize", "bytes_before"))} → {size(s("quantize", "bytes_after"))}',
+                f'{show_bytes(s("quantize", "bytes_before"))} → {show_bytes(s("quantize", "bytes_after"))}',
                 'on disk after quantization',
             )
         )
@@ -467,8 +480,8 @@ def _tiles(s):
     return (
         '<div class="tiles">'
         + ''.join(
-            f'<div class="tile"><b>{esc(a)}</b><span>{esc(b)}</span></div>'
-            for a, b in out + ([(span(t), 'all stages together')] if t else [])
+            f'<div class="tile"><b>{escape(a)}</b><span>{escape(b)}</span></div>'
+            for a, b in out + ([(show_seconds(t), 'all stages together')] if t else [])
         )
         + '</div>'
     )
@@ -480,7 +493,7 @@ def _lead(s):
         s('pretrain', 'tokens'),
         (s.j.get('recipe') or {}).get('base', ''),
     )
-    bits = [f'从底座 <b>{esc(Path(str(base)).name or base)}</b> 出发' if base else '从底座出发']
+    bits = [f'从底座 <b>{escape(Path(str(base)).name or base)}</b> 出发' if base else '从底座出发']
     if n:
         bits.append(f'词表添了 {n:,} 个汉字词片')
     if p:
@@ -529,8 +542,8 @@ def report(
     name = s.j.get('name') or run_dir.name
     body = ''.join(f'<h2>{t}</h2>{h}' for t, h in filter(None, (part(s) for part in PARTS)))
     page = (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{esc(name)}: a Llama learns Chinese</title><style>{_CSS}</style></head>'
-        f'<body><main><h1>A Llama learns Chinese</h1><p class="dim">run “{esc(name)}”</p><p lang="zh">{_lead(s)}</p>{_tiles(s)}{body}<footer>Made by llama_zh_nb from run.json. Every figure was measured in this run.</footer></main></body></html>'
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(name)}: a Llama learns Chinese</title><style>{_CSS}</style></head>'
+        f'<body><main><h1>A Llama learns Chinese</h1><p class="dim">run “{escape(name)}”</p><p lang="zh">{_lead(s)}</p>{_tiles(s)}{body}<footer>Made by llama_zh_nb from run.json. Every figure was measured in this run.</footer></main></body></html>'
     )
     out = Path(out) if out else run_dir / 'report.html'
     with writing(out) as t:

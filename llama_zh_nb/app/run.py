@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 from .launch import check_alone
@@ -27,18 +26,19 @@ from ..checkpoint.folder import load
 from ..checkpoint.tensors import open_weights
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import read_run, record, update_run
+from ..core.settings import Recipe, flatten
 from ..corpus import build_corpus
 from ..documents.assistant import Assistant
 from ..documents.index import build_index, open_index
 from ..documents.recall import pick_threshold
 from ..embeddings import INITS, resize
 from ..evals.measure import ask as ask_of_measure
-from ..evals.measure import both, score
+from ..evals.measure import heldout_bits, score
 from ..evaluate import check_tasks, evaluate_command
 from ..pretrain import pretrain
-from ..quantize import check_shapes, quantize
+from ..quantize import check_layers, quantize
 from ..rag import judge_rag
-from ..recipes import Recipe, get_recipe, heldout, questions, sample_questions
+from ..recipes import get_recipe, heldout, questions, sample_questions
 from ..sft import finetune
 from ..text.chats import read_chats
 from ..text.files import _some, find_files, read_texts
@@ -59,7 +59,7 @@ def _samples(run):
     "A few questions: the recipe's, or the first ones of the user's chats"
     if qs := sample_questions(run.recipe):
         return qs
-    if not run.recipe.sft:
+    if not run.recipe.data.chats:
         return []
     chats = read_chats(run.files('sft'))
     firsts = [[m for m in c['messages'] if m['role'] != 'system'][:2] for c in list(chats)[:4]]
@@ -77,9 +77,13 @@ def judge(
 ) -> dict:  # bpc_zh, bpb_en, samples; accuracy, by_relation, failures
     "What the model in `folder` can do: bits on held-out text, right answers by kind, sample answers"
     r = run.recipe
-    model, tok = load(run / folder, r.device, r.dtype)
-    out, qs = both(model, tok, heldout(r)), _samples(run)
-    ask = lambda qs: ask_of_measure(model, tok, [q['question'] for q in qs], r.template, r.system)
+    model, tok = load(run / folder, r.compute.device, r.compute.dtype)
+    out, qs = heldout_bits(model, tok, heldout(r)), _samples(run)
+
+    def ask(qs):
+        texts = [q['question'] for q in qs]
+        return ask_of_measure(model, tok, texts, r.chat.template, r.chat.system)
+
     if qs:
         out['samples'] = [
             dict(q=q['question'], a=a, kind=q['kind'], expected=q.get('answer', ''))
@@ -117,10 +121,9 @@ def args_for(
         'name',
         'questions',
     }
-    d = {k: getattr(recipe, k) for k in names if hasattr(recipe, k)}
-    return d | {
-        k: getattr(recipe, prefix + k) for k in names if prefix and hasattr(recipe, prefix + k)
-    }
+    flat = flatten(recipe)
+    d = {k: flat[k] for k in names if k in flat}
+    return d | {k: flat[prefix + k] for k in names if prefix and prefix + k in flat}
 
 # %% ../../nbs/14_run.ipynb #ccc50f79
 def _size(folder):
@@ -153,10 +156,10 @@ def make_corpus(run):
         dropped={k: v['count'] for k, v in rep.dropped.items()},
         problems=rep.problems,
     )
-    if not r.replay_corpus:
+    if not r.data.replay_corpus:
         return m
     en = build(
-        run.files('replay_corpus'), run / 'corpus_en', lang=r.replay_lang, seed=r.seed
+        run.files('replay_corpus'), run / 'corpus_en', lang=r.data.replay_lang, seed=r.seed
     ).check()
     return m | dict(documents_en=en.train, valid_en=en.valid, chars_en=en.chars)
 
@@ -167,9 +170,9 @@ def make_vocab(run):
         run / 'base',
         [],
         run / 'tokenizer',
-        size=r.vocab_size,
+        size=r.vocab.size,
         corpus=run / 'corpus',
-        segment=r.segment,
+        segment=r.vocab.segment,
     )
     return dict(pieces=merged.size, added=merged.added)
 
@@ -210,7 +213,7 @@ def make_embeddings(run):
         run / 'tokenizer',
         run / 'resized',
         **args_for(f, r),
-        texts=run / 'corpus' if r.init == 'dictionary' else None,
+        texts=run / 'corpus' if r.embeddings.init == 'dictionary' else None,
     )
     return _size(run / 'resized')
 
@@ -225,7 +228,7 @@ def look_embeddings(run):
 # %% ../../nbs/14_run.ipynb #b7cf00bd
 def _train(run, model, out, **kw):
     f, r = pretrain, run.recipe
-    replay = run / 'corpus_en' if r.replay_corpus else None
+    replay = run / 'corpus_en' if r.data.replay_corpus else None
     h = f(
         run / model,
         run / 'corpus',
@@ -251,7 +254,12 @@ def make_pretrain(run):
 
 def make_control(run):
     return _train(
-        run, 'base', 'control', max_steps=run.recipe.control_steps, save_every=None, label='control'
+        run,
+        'base',
+        'control',
+        max_steps=run.recipe.pretrain.control_steps,
+        save_every=None,
+        label='control',
     )
 
 # %% ../../nbs/14_run.ipynb #ca40733b
@@ -264,7 +272,7 @@ def make_sft(run):
             50_000,
             r.seed,
         )
-        if r.sft_text_share
+        if r.sft.text_share
         else None
     )
     kw = {
@@ -280,7 +288,7 @@ def make_sft(run):
 
 # %% ../../nbs/14_run.ipynb #4ecdf759
 def _chat(run):
-    return 'chat' if run.recipe.sft else 'pretrained'
+    return 'chat' if run.recipe.data.chats else 'pretrained'
 
 
 def _last(run):
@@ -291,13 +299,13 @@ def _last(run):
 # %% ../../nbs/14_run.ipynb #9bf23707
 def make_quantize(run):
     r = run.recipe
-    data = read_chats(run.files('sft')) if r.sft else list(read_texts(run / 'corpus'))
-    kw = args_for(quantize, r)
+    data = read_chats(run.files('sft')) if r.data.chats else list(read_texts(run / 'corpus'))
+    args, device = r.quantize, r.compute.device
     try:
-        check_shapes(run / _chat(run), r.group_size, r.bits)
+        check_layers(run / _chat(run), args.group_size, args.bits)
     except LlamaZhError as e:
         raise LeftOut(e) from None
-    quantize(run / _chat(run), data, run / 'gptq', **kw)
+    quantize(run / _chat(run), data, run / 'gptq', args, chat=r.chat, device=device, seed=r.seed)
     return dict(bytes_before=_bytes(run / _chat(run)), bytes_after=_bytes(run / 'gptq'))
 
 # %% ../../nbs/14_run.ipynb #12f4687b
@@ -313,15 +321,15 @@ def look_rag(run):
     known = [q for q in qs if q.get('value') and q['kind'] != 'unseen'][
         ::3
     ]  # the threshold is not fitted to the questions it is judged by
-    if known and r.threshold is None:
+    if known and r.rag.threshold is None:
         pick_threshold(open_index(run / 'index'), known)
-    model = load(run / _last(run), r.device, r.dtype)
+    model = load(run / _last(run), r.compute.device, r.compute.dtype)
     bot = Assistant(
-        open_index(run / 'index', k=r.k, threshold=r.threshold),
+        open_index(run / 'index', k=r.rag.k, threshold=r.rag.threshold),
         model,
-        k=r.k,
-        template=r.template,
-        system=r.system,
+        k=r.rag.k,
+        template=r.chat.template,
+        system=r.chat.system,
         max_new_tokens=64,
     )
     out = judge_rag(bot, qs, show=_samples(run))[0] if qs else dict(chunks=len(bot.index))
@@ -342,14 +350,14 @@ def make_evaluate(run):
     )
     done = evaluate_command(
         folders,
-        r.tasks,
+        r.evaluate.tasks,
         out=run / 'evaluation',
-        limit=r.tasks_limit,
-        form='chat' if r.sft else 'base',
-        template=r.template,
-        system=r.system,
-        device=r.device,
-        dtype=r.dtype,
+        limit=r.evaluate.tasks_limit,
+        form='chat' if r.data.chats else 'base',
+        template=r.chat.template,
+        system=r.chat.system,
+        device=r.compute.device,
+        dtype=r.compute.dtype,
     )
     _free()
     return dict(lines=done.lines)
@@ -386,7 +394,7 @@ STAGES = [
         lambda run: judge(run, 'control'),
         _PRE + ' control_steps',
         needs='base corpus corpus_en',
-        unless=lambda r: None if r.control_steps else 'control_steps is 0',
+        unless=lambda r: None if r.pretrain.control_steps else 'control_steps is 0',
     ),
     Stage(
         'sft',
@@ -396,7 +404,7 @@ STAGES = [
         _SFT,
         'sft questions',
         'pretrained corpus',
-        lambda r: None if r.sft else 'no chats were given (sft)',
+        lambda r: None if r.data.chats else 'no chats were given (sft)',
     ),
     Stage(
         'quantize',
@@ -415,7 +423,7 @@ STAGES = [
         'embedding chunk_tokens chunk_overlap k threshold',
         'docs questions',
         'tokenizer gptq',
-        lambda r: None if r.docs else 'no documents were given (docs)',
+        lambda r: None if r.data.docs else 'no documents were given (docs)',
     ),
     Stage(
         'evaluate',
@@ -423,7 +431,7 @@ STAGES = [
         make_evaluate,
         fields='tasks tasks_limit template system',
         needs='base pretrained chat gptq',
-        unless=lambda r: None if r.tasks else 'no benchmarks were given (tasks)',
+        unless=lambda r: None if r.evaluate.tasks else 'no benchmarks were given (tasks)',
     ),
 ]
 
@@ -433,7 +441,7 @@ def check_inputs(
 ):
     "Refuse a recipe whose files are not there, before anything is done"
     run = Run(recipe)
-    if not recipe.corpus:
+    if not recipe.data.corpus:
         raise LlamaZhError('no Chinese texts: give --corpus (files, folders or patterns)')
     base = run.files('base')[0]
     hub = (
@@ -451,9 +459,9 @@ def check_inputs(
                 find_files(p)
             except LlamaZhError as e:
                 raise LlamaZhError(f'{f}: {e}') from None
-    if recipe.init not in (inits := INITS):
-        raise LlamaZhError(f'init is {recipe.init!r}: use one of {", ".join(inits)}')
-    check_tasks(recipe.tasks)
+    if recipe.embeddings.init not in (inits := INITS):
+        raise LlamaZhError(f'init is {recipe.embeddings.init!r}: use one of {", ".join(inits)}')
+    check_tasks(recipe.evaluate.tasks)
     for f in ('heldout_zh', 'heldout_en', 'questions'):
         for p in run.files(f):
             if not Path(p).exists():
@@ -551,8 +559,8 @@ def run(
     check_inputs(recipe)
     check_alone(recipe, only, source)
     this = Run(recipe)
-    if recipe.threads:
-        need('torch', 'train').set_num_threads(recipe.threads)
+    if recipe.compute.threads:
+        need('torch', 'train').set_num_threads(recipe.compute.threads)
     warnings.filterwarnings(
         'ignore', category=FutureWarning
     )  # what libraries will change some day is not the user's affair
@@ -560,7 +568,7 @@ def run(
         print(f'run {recipe.name} in {this.dir}', flush=True)
         if not sys.stderr.isatty():
             os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')  # bars are for people
-        update_run(this.dir, {'recipe': asdict(recipe), 'name': recipe.name, 'seed': recipe.seed})
+        update_run(this.dir, {'recipe': flatten(recipe), 'name': recipe.name, 'seed': recipe.seed})
         todo = [s for s in STAGES if s.name in only]
         for i, s in enumerate(todo, 1):
             _step(this, s, f'[{i}/{len(todo)}] {s.name:10} ', force)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core.machine import Meter
 from ..core.run_log import read_run, update_run
+from ..core.settings import flatten
 from ..recipes import resolve, run_dir
 from ..text.files import find_files
 
@@ -84,7 +85,7 @@ class Run:
 
     def files(self, field):
         "Files and folders behind a path field, as the recipe gives them"
-        return resolve(self.recipe, getattr(self.recipe, field))
+        return resolve(self.recipe, flatten(self.recipe)[field])
 
 # %% ../../nbs/app/stages.ipynb #d793dd07
 def _sources(run, fields):
@@ -110,9 +111,9 @@ def inputs(
     stage: Stage,
 ) -> dict:  # what decides the stage's result
     "Everything a stage depends on: fields, files, folders of other stages"
-    r = run.recipe
+    flat = flatten(run.recipe)
     return {
-        'fields': {f: getattr(r, f) for f in stage.fields.split()},
+        'fields': {f: flat[f] for f in stage.fields.split()},
         'files': _sources(run, stage.sources),
         'needs': {n: fingerprint(run / n) for n in stage.needs.split() if (run / n).exists()},
     }

@@ -9,7 +9,6 @@ __all__ = ['as_chat', 'LlamaSettings', 'LlamaIdentity', 'ChatLlama', 'served_mod
 # %% ../../nbs/documents/chat_model.ipynb #e52af211
 import asyncio
 import contextvars
-import difflib
 import os
 import threading
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..checkpoint.folder import load
-from ..core.errors import LlamaZhError, need
+from ..core.errors import LlamaZhError, did_you_mean, need
 from ..evals.measure import greedy as greedy_of_measure
 from ..generation.streaming import Pieces, token_stream
 from ..text.templates import encode_texts, find_template, get_template
@@ -93,10 +92,7 @@ class LlamaSettings(BaseChatModel):
     def _names(cls, data):
         data = {k: v for k, v in _renamed(data).items() if k not in _IDLE}
         for k in data.keys() - cls.model_fields.keys():
-            near = difflib.get_close_matches(k, cls.model_fields, 1)
-            raise LlamaZhError(
-                f'ChatLlama has no setting {k!r}' + (f', did you mean {near[0]}?' if near else '')
-            )
+            raise LlamaZhError(did_you_mean(k, cls.model_fields, 'setting of ChatLlama', 1))
         return data
 
 # %% ../../nbs/documents/chat_model.ipynb #d3706c9d

@@ -10,10 +10,10 @@ __all__ = ['REWRITE', 'COMMANDS', 'history_text', 'usable', 'subject', 'by_rule'
 import html
 import re
 import sys
-import warnings
 from pathlib import Path
 
 from ..core.errors import LlamaZhError, need
+from ..core.machine import quiet
 from .assistant import Answer, Assistant
 from .chat_model import say
 from .index import open_index
@@ -75,8 +75,7 @@ _MORE = re.compile(
 
 def subject(question) -> str:
     "What `question` speaks of: its first name, else its first noun; '' if there is none"
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with quiet():
         need('jieba').setLogLevel(40)
         words = [(w.word, w.flag) for w in need('jieba.posseg').cut(question)]
     names = [w for w, f in words if f[:2] in ('nr', 'ns', 'nt', 'nz') or f == 'eng']

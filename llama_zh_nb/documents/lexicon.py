@@ -12,12 +12,12 @@ import logging
 import math
 import re
 import unicodedata
-import warnings
 from array import array
 from collections import Counter
 from pathlib import Path
 
 from ..core.errors import LlamaZhError, need, writing
+from ..core.machine import quiet
 
 # %% ../../nbs/documents/lexicon.ipynb #1e8c0006
 need('langchain_core', 'rag')
@@ -53,8 +53,7 @@ _ASKING = re.compile(
 
 def _quiet(module):
     "`need`, without the warnings that some packages give while they are imported"
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with quiet():
         return need(module, 'rag')
 
 

@@ -8,12 +8,12 @@ __all__ = ['sentences', 'Unit', 'units', 'token_counter', 'Chunk', 'chunks', 'sp
 # %% ../../nbs/documents/split.ipynb #5b1a0006
 import html
 import re
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import LlamaZhError, need
-from ..evals.measure import encode_texts
+from ..core.machine import quiet
+from ..text.templates import encode_texts
 
 # %% ../../nbs/documents/split.ipynb #5b1a0007
 need('langchain_core', 'rag')
@@ -99,8 +99,7 @@ def token_counter(
     if tokenizer is None:
         return lambda texts: [len(t) for t in texts]
     if isinstance(tokenizer, (str, Path)):
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of packages that are imported for the first time
+        with quiet():  # some packages warn while they are imported for the first time
             if not Path(tokenizer).is_dir():
                 raise LlamaZhError(
                     f'{tokenizer} is no folder with a tokenizer: give a model or tokenizer folder'

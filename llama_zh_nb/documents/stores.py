@@ -10,12 +10,11 @@ import contextlib
 import json
 import os
 import re
-import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core.errors import LlamaZhError, need
-from ..core.machine import pick_device
+from ..core.machine import pick_device, quiet
 from .lexicon import HashedEmbeddings
 
 # %% ../../nbs/documents/stores.ipynb #570e0006
@@ -130,8 +129,7 @@ class Vectors:
 # %% ../../nbs/documents/stores.ipynb #570e0023
 def _quiet(module, extra='rag'):
     "`need`, without the warnings that some packages give while they are imported"
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+    with quiet():
         return need(module, extra)
 
 

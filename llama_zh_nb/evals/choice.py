@@ -18,9 +18,9 @@ from pathlib import Path
 from ..checkpoint.folder import fingerprint, load, tokenizer_hash
 from ..core.errors import LlamaZhError, need, read_json, write_json
 from ..core.machine import progress
-from .measure import encode_texts, wilson
+from .measure import wilson
 from .tasks import LETTERS, STYLES, Task, ask_text, read_task
-from ..text.templates import encode_chats, find_template, get_template
+from ..text.templates import encode_chats, encode_texts, find_template, get_template
 
 # %% ../../nbs/evals/choice.ipynb #b2be6e94
 SPELLINGS = ('both', 'bare', 'space')

@@ -20,9 +20,9 @@ from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, need
 from ..core.machine import progress
 from .choice import FORMS, Result, _cut, _encode, _Log, _model_key
-from .measure import encode_texts, greedy, wilson
+from .measure import greedy, wilson
 from .tasks import _hub_rows, read_rows
-from ..text.templates import find_template, get_template
+from ..text.templates import encode_texts, find_template, get_template
 
 # %% ../../nbs/evals/longbench.ipynb #917c1446
 _PUNCT = set(string.punctuation) | set(

@@ -17,7 +17,7 @@ from ..checkpoint.meta import llama_shapes, not_over, permute
 from ..checkpoint.tensors import code_of, write_shards
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
 from ..core.machine import pick_device, pick_dtype
-from ..evals.measure import Bits, Comparison, before_after, bits, score, windows
+from ..evals.measure import Bits, ModelTable, bits, measure_models, score, windows
 from .gguf import GGUF, _llama_cpp, gguf_name, read_gguf
 from ..text.templates import get_template
 from ..tokenizer.exact import load_hf, save_tokenizer
@@ -303,19 +303,19 @@ def gguf_rows(
     template='alpaca2',
     system=None,  # how the questions are asked
     engine: str = 'auto',  # see `gguf_engine`
-):  # `quantize.Comparison`; each row also tells `bits` of a weight, `types` and `engine`
+):  # a `ModelTable`; each row also tells `bits` of a weight, `types` and `engine`
     "Size, bits per character and right answers of GGUF files"
     rows, engine = [], gguf_engine(engine)
     for name, path in files.items():
         g = read_gguf(path)
         if engine == 'transformers':
-            row = before_after({name: load_gguf(path)}, heldout, questions, template, system).rows[
-                0
-            ]
+            row = measure_models(
+                {name: load_gguf(path)}, heldout, questions, template, system
+            ).rows[0]
         else:
             row = _llama_row(name, path, heldout, list(questions), template, system)
         rows.append(row | dict(bytes=g.bytes, bits=g.bits, types=g.kinds(), engine=engine))
-    return Comparison(rows)
+    return ModelTable(rows)
 
 
 def _llama_row(name, path, heldout, questions, template, system):

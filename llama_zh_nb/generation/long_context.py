@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
-from ..evals.measure import encode_texts
+from ..text.templates import encode_texts
 
 # %% ../../nbs/generation/long_context.ipynb #cda84e0a
 KINDS = ('linear', 'dynamic', 'yarn')

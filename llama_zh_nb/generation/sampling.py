@@ -6,9 +6,7 @@
 __all__ = ['PRESETS', 'sampling', 'generation_config', 'reach', 'room_for', 'fit_turns']
 
 # %% ../../nbs/generation/sampling.ipynb #ab590ca8
-import difflib
-
-from ..core.errors import LlamaZhError, need
+from ..core.errors import LlamaZhError, did_you_mean, need
 
 # %% ../../nbs/generation/sampling.ipynb #8968eb8a
 PRESETS = {
@@ -32,20 +30,11 @@ def sampling(
     **changes,  # settings that differ; None: as the preset says
 ) -> dict:
     "Settings by name, checked"
-
-    def near(x, xs, what):
-        n = difflib.get_close_matches(str(x), xs, 1, 0.5)
-        return LlamaZhError(
-            f'unknown {what} {x!r}'
-            + (f', did you mean {n[0]}?' if n else '.')
-            + f' There are: {", ".join(xs)}'
-        )
-
     if preset not in PRESETS:
-        raise near(preset, PRESETS, 'preset')
+        raise LlamaZhError(did_you_mean(preset, PRESETS, 'preset'))
     for k, v in changes.items():
         if k not in _RANGE:
-            raise near(k, _RANGE, 'setting')
+            raise LlamaZhError(did_you_mean(k, _RANGE, 'setting'))
         lo, hi = _RANGE[k]
         if v is not None and not (isinstance(v, (int, float)) and lo <= v <= hi):
             raise LlamaZhError(f'{k} is {v!r}: expected a number from {lo:g} to {hi:g}')

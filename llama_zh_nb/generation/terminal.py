@@ -6,12 +6,11 @@
 __all__ = ['printable', 'Terminal']
 
 # %% ../../nbs/generation/terminal.ipynb #20a5bb3b
-import difflib
 import re
 import sys
 from pathlib import Path
 
-from ..core.errors import LlamaZhError
+from ..core.errors import LlamaZhError, did_you_mean
 from .sampling import PRESETS
 
 # %% ../../nbs/generation/terminal.ipynb #7aa39ca6
@@ -92,9 +91,9 @@ def _command(self, name, rest=''):
     if name in ('quit', 'exit'):
         return True
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        problem = did_you_mean(f'/{name}', [f'/{c}' for c in COMMANDS], 'command', 1)
         raise LlamaZhError(
-            f'no command /{name}{f", did you mean /{near[0]}?" if near else ""} See /help; a message that begins with a slash is written with two'
+            f'{problem} See /help; a message that begins with a slash is written with two'
         )
     getattr(self, f'do_{name}')(rest)
     return None

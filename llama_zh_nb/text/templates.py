@@ -7,14 +7,13 @@ __all__ = ['LONG_ANSWER', 'check_messages', 'Seg', 'Template', 'get_template', '
            'Coloured', 'add_template', 'find_template', 'write_template']
 
 # %% ../../nbs/07_templates.ipynb #3c35463b
-import difflib
 import html
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ..core.errors import LlamaZhError, read_json, write_json, writing
+from ..core.errors import LlamaZhError, did_you_mean, read_json, write_json, writing
 
 # %% ../../nbs/07_templates.ipynb #e0ed8c04
 def _content(m, i):
@@ -217,12 +216,7 @@ def get_template(
         known = {a: t for t in _TEMPLATES.values() for a in (t.name, *t.aliases)}
         key = str(name).strip().lower().replace('_', '-')
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
-            raise LlamaZhError(
-                f'unknown chat template {name!r}'
-                + (f'; did you mean {" or ".join(near)}?' if near else '.')
-                + f' Known: {", ".join(sorted(known))}'
-            )
+            raise LlamaZhError(did_you_mean(key, sorted(known), 'chat template'))
         name = known[key]
     return replace(name, **changes) if changes else name
 

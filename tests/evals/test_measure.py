@@ -6,7 +6,8 @@ import pytest
 
 from llama_zh_nb.checkpoint.folder import load
 from llama_zh_nb.core.errors import LlamaZhError
-from llama_zh_nb.evals.measure import bits, encode_texts, greedy, score, wilson, windows
+from llama_zh_nb.evals.measure import bits, greedy, score, wilson, windows
+from llama_zh_nb.text.templates import encode_texts
 
 torch = pytest.importorskip('torch')
 
