@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from ..checkpoint.folder import load
 from ..core.errors import LlamaZhError, did_you_mean, need
 from ..evals.measure import greedy as greedy_of_measure
-from ..generation.streaming import Pieces, token_stream
+from ..generation.streaming import IncrementalDecoder, token_stream
 from ..text.templates import encode_texts, find_template, get_template
 
 # %% ../../nbs/documents/chat_model.ipynb #c851aaf4
@@ -203,7 +203,7 @@ def _chunks(self, messages, stop=None, halt=None, **kw):
             f'the conversation has {len(ids):,} tokens, the model reads {self.reach:,}: shorten it or give fewer passages'
         )
     pieces, tokens = (
-        Pieces(self.tokenizer, stop or self.stop),
+        IncrementalDecoder(self.tokenizer, stop or self.stop),
         self._tokens(ids, self._config(self.reach - len(ids), **kw)),
     )
     n, i, eos = 0, None, self.tokenizer.eos_token_id

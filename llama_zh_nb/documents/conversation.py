@@ -17,7 +17,7 @@ from ..core.machine import quiet
 from .assistant import Answer, Assistant
 from .chat_model import say
 from .index import open_index
-from ..generation.terminal import Terminal, _reader, printable
+from ..generation.terminal import Terminal, line_reader, printable
 
 # %% ../../nbs/documents/conversation.ipynb #85c9fb65
 REWRITE = (
@@ -341,7 +341,7 @@ def rag_chat(
             s.reconfigure(
                 errors='replace', **({} if tty or s is not sys.stdin else dict(encoding='utf-8'))
             )
-    term = DocumentTerminal(talk, _reader(tty, sys.stderr), sys.stdout, sys.stderr)
+    term = DocumentTerminal(talk, line_reader(tty, sys.stderr), sys.stdout, sys.stderr)
     if tty:
         term.remark(
             f'{Path(index).name}: {len(talk.bot.index):,} passages; /help lists the commands'
