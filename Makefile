@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .NOTPARALLEL:
-.PHONY: help venv tutorial test test-all notebooks-clean notebooks-run docs lab readme clean
+.PHONY: help venv tutorial test test-all style notebooks-clean notebooks-run docs lab readme clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,26 +14,31 @@ help:  ## this list
 venv:  ## make .venv and install, if not yet done
 	@tools/env.sh
 
-tutorial: venv  ## run all notebooks, end to end, on mini -> runs/mini/report.html
-	@echo "== the path, notebook by notebook, recipe $(RECIPE)"
-	@$(PY) tools/run_notebooks.py --recipe $(RECIPE) --report
+tutorial: venv  ## run the fourteen stages, end to end, on mini -> runs/mini/report.html
+	@echo "== the stages, notebook by notebook, recipe $(RECIPE)"
+	@$(PY) tools/run_notebooks.py --stages --recipe $(RECIPE) --report
 
-test: venv notebooks-clean notebooks-run  ## all checks: modules and notebooks agree, notebooks run, tests, README
+test: venv style notebooks-clean notebooks-run  ## all checks: style, modules and notebooks agree, every notebook runs, tests
 	@tools/browser.sh
 	@echo "== tests"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
 
-test-all: venv notebooks-clean notebooks-run  ## the same and the tests marked slow
+test-all: venv style notebooks-clean notebooks-run  ## the same and the tests marked slow
 	@tools/browser.sh
 	@echo "== tests, the slow ones too"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests --slow
+
+style: venv
+	@echo "== ruff, over notebooks, tests, benchmarks and tools"
+	@.venv/bin/ruff format --quiet --diff nbs tests benchmarks tools || { echo 'Type: .venv/bin/ruff format nbs tests benchmarks tools'; exit 1; }
+	@.venv/bin/ruff check --quiet nbs tests benchmarks tools
 
 notebooks-clean: venv
 	@echo "== modules equal notebooks, notebooks are clean"
 	@$(PY) tools/check_clean.py
 
 notebooks-run: venv
-	@echo "== the notebooks' own tests, in a fresh run folder"
+	@echo "== every notebook and the tests in it, in a fresh run folder"
 	@$(PY) tools/run_notebooks.py --recipe mini --runs runs/test --fresh --jobs 2 --report
 
 docs: venv  ## build the site into _docs/, with Quarto where it is installed, else with Sphinx

@@ -72,10 +72,10 @@ def main():
     import torch
     from torch.nn.functional import cross_entropy, pad
 
-    from llama_zh_nb.checkpoint.folder import load_tokenizer
+    from llama_zh_nb.checkpoint.folder import load_tokenizer, pad_id
     from llama_zh_nb.sft import _learn_forward
     from llama_zh_nb.text.chats import read_chats
-    from llama_zh_nb.training.chat_rows import ChatCollate, Examples, Packed, examples, pad_id
+    from llama_zh_nb.training.chat_rows import ChatCollate, Examples, Packed, examples
     from llama_zh_nb.training.lora import load_base
 
     torch.set_num_threads(a.threads)

@@ -11,8 +11,8 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+from .checkpoint.folder import check_sizes
 from .checkpoint.meta import EMBED, HEAD, not_over
-from .checkpoint.sizes import check_sizes
 from llama_zh_nb.checkpoint.tensors import (
     SafeFile,
     dtype_of,

@@ -12,16 +12,18 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
+    check_sizes,
     fingerprint,
     load_tokenizer,
     new_rows,
     tokenizer_hash,
 )
 from .core.errors import LlamaZhError, need, read_back, read_json, write_json, writing
+from .core.settings import ComputeArgs, LoraArgs, TrainArgs
 from .text.files import read_texts
 from .training import artifacts, distributed
 from .training.lora import prepare
@@ -439,205 +441,239 @@ def _finished(out, settings):
     )
     return History.load(Path(out) / 'history.json')
 
-# %% ../nbs/06_pretrain.ipynb #bb7a4365
-def _two_stages(a):
-    "The embeddings alone, then the rest on what came out; one history"
-    kw, n, out = a.pop('kw'), a.pop('embed_steps'), Path(a['out'])
-    a['blocks'] = a['blocks'] or out / 'blocks'
-    a['corpus'], a['replay_corpus'] = (
-        c if c is None or isinstance(c, (str, Path)) else list(c)
-        for c in (a['corpus'], a['replay_corpus'])
-    )
-    one = pretrain(
-        **a
-        | dict(
-            out=out / 'embed',
-            train='embed',
-            max_steps=n,
-            gradient_checkpointing=False,
-            load_in_4bit=False,
-            push_to_hub=None,
-        ),
-        **kw,
-    )
-    two = pretrain(
-        **a
-        | dict(
-            model_dir=out / 'embed',
-            skip=n * distributed.steps(a['batch'], a['accum'], a['global_batch'])[1],
-        ),
-        **kw,
-    )
-    if 'embed_steps' in two.info:
-        return two
-    ends = {k: one.last(k) or 0 for k in ('step', 'tokens', 'flops', 'seconds')}
-    h = History([*one, *({k: v + ends.get(k, 0) for k, v in r.items()} for r in two if r['step'])])
-    h.info = two.info | dict(embed_steps=n)
-    if distributed.is_main():
-        h.save(out / 'history.json')
-    distributed.wait()
-    return h
+# %% ../nbs/06_pretrain.ipynb #445128ac
+def _as_given(corpus):
+    "A corpus that is read twice: a path as it is, other texts as a list"
+    return corpus if corpus is None or isinstance(corpus, (str, Path)) else list(corpus)
 
-# %% ../nbs/06_pretrain.ipynb #0a5e3d84
-def pretrain(
-    model_dir,
-    corpus,
-    out,  # Hugging Face folder; corpus folder, file or list of texts; folder to make
-    replay_corpus=None,
-    replay=0.2,  # English to keep, and its share of the tokens
-    train='lora+new',  # 'lora+new' | 'lora+embed' | 'lora' | 'embed' | 'full', see `prepare`
-    lora_r=64,
-    lora_alpha=128,
-    lora_dropout=0.05,
-    block=512,
-    batch=8,
-    accum=1,  # tokens in a block, blocks in a step, steps that are added up
-    lr=2e-4,
-    embed_lr=None,  # learning rate; one of their own for embedding rows
-    max_steps=None,
-    epochs=1,  # steps, or passes through the corpus
-    warmup=0.05,
-    schedule='cosine',
-    weight_decay=0.01,
-    clip=1.0,
-    heldout=None,  # {'zh': texts, 'en': texts}; the corpora's own valid parts by default
-    eval_every=None,
-    save_every=None,
-    log_every=10,
-    new=None,  # (start, stop) of the new rows, where the folder doesn't say
-    cut=False,
-    drop_rest=False,  # see `pack`
-    mix_documents=False,  # the old way: documents of a block see each other
-    gradient_checkpointing=False,
-    load_in_4bit=False,
-    attn='sdpa',
-    liger=False,
-    report_to='auto',
-    engine=None,  # several processes: 'ddp', 'fsdp2', 'zero2', 'zero3', ..., see `scale`
-    global_batch=None,  # blocks in a step of all processes together; `accum` follows from it
-    embed_steps=0,  # a first stage of so many steps that trains the embeddings alone
-    blocks=None,
-    workers=None,  # folder of the packed blocks; processes that tokenize
-    skip=0,  # blocks that an earlier stage has read
-    push_to_hub=None,  # a repository on the Hub, owner/name, that the folder goes to at the end
-    resume=True,  # go on from the last checkpoint; do nothing if finished
-    seed=0,
-    device='auto',
-    dtype=None,
-    label=None,
-    **kw,  # see `fit` and `make_trainer`
-) -> History:
-    "Continue the pretraining of `model_dir`; leaves `out`/adapter and a plain merged model in `out`"
-    if embed_steps:
-        return _two_stages(locals())
-    began, model_dir, out = time.perf_counter(), Path(model_dir), Path(out)
-    engine, device = distributed.join(engine, device)
-    corpus, replay_corpus = (
-        c if c is None or isinstance(c, (str, Path)) else list(c) for c in (corpus, replay_corpus)
-    )
-    check_folder(model_dir)
-    publish = artifacts.publisher(push_to_hub, model_dir)
-    rows, tok = new_rows(model_dir, new) if train == 'lora+new' else None, load_tokenizer(model_dir)
+
+def _trained_part(train, model, new):
+    "(what is trained, rows of the new pieces): a folder without new rows trains LoRA alone"
+    rows = new_rows(model, new) if train == 'lora+new' else None
     if train == 'lora+new' and not rows:
-        distributed.say(f'{model_dir.name} has no new rows: training LoRA alone')
-        train = 'lora'
-    accum, total = distributed.steps(batch, accum, global_batch)
-    with distributed.first():
-        blocks = _sources(
-            model_dir,
-            tok,
-            Path(blocks or out / 'blocks'),
-            corpus,
-            replay_corpus,
-            replay,
-            workers,
-            block,
-            cut,
-            drop_rest,
-        )
-    share = replay if len(blocks) > 1 else 0
-    steps = max_steps or max(1, int(epochs * len(blocks[0]) / (1 - share)) // total)
-    if steps == 1:
-        warmup = 0.0  # else the only step would be taken at rate 0
-    settings = dict(
-        base=fingerprint(model_dir),
-        tokenizer=tokenizer_hash(model_dir),
+        distributed.say(f'{model.name} has no new rows: training LoRA alone')
+        return 'lora', None
+    return train, rows
+
+# %% ../nbs/06_pretrain.ipynb #a52f697b
+def _mark(
+    model, args, lora, compute, total, *, blocks, share, train, rows, steps, warmup, seed, skip
+):
+    "What the result depends on: a checkpoint or a finished folder with the same mark is used again"
+    mark = dict(
+        base=fingerprint(model),
+        tokenizer=tokenizer_hash(model),
         blocks=[b.report for b in blocks],
         replay=share,
         train=train,
         rows=rows,
-        lora=[lora_r, lora_alpha, lora_dropout],
-        **distributed.same_step(batch, accum, total, global_batch),
-        lr=lr,
-        embed_lr=embed_lr,
+        lora=[lora.r, lora.alpha, lora.dropout],
+        **distributed.same_step(args.batch, args.accum, total, args.global_batch),
+        lr=args.lr,
+        embed_lr=args.embed_lr,
         steps=steps,
         warmup=warmup,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        clip=clip,
+        schedule=args.schedule,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
         seed=seed,
-        mix=mix_documents,
-        dtype=str(dtype),
-        in_4bit=load_in_4bit,
-    ) | (dict(skip=skip) if skip else {})
-    if resume and (h := _finished(out, settings)):
-        return h
-    data = Rows(
-        blocks, order(len(blocks[0]), len(blocks[-1]), share, skip + steps * total, seed)[skip:]
+        mix=args.mix_documents,
+        dtype=str(compute.dtype),
+        in_4bit=compute.load_in_4bit,
     )
-    ready = lambda m: prepare(m, train, rows, lora_r, lora_alpha, lora_dropout, seed)
-    model = ready(
+    if skip:
+        mark['skip'] = skip
+    return mark
+
+# %% ../nbs/06_pretrain.ipynb #0a5e3d84
+def pretrain(
+    model,  # Hugging Face folder that training begins from
+    corpus,  # corpus folder, any file that `read_texts` reads, or a list of texts
+    out,  # folder to make
+    args: TrainArgs = TrainArgs(),
+    lora: LoraArgs = LoraArgs(),
+    compute: ComputeArgs = ComputeArgs(),
+    *,
+    replay_corpus=None,  # texts in the base's language, a share `args.replay` of the blocks
+    heldout=None,  # {'zh': texts, 'en': texts} to measure; None: the corpora's own valid parts
+    new=None,  # (start, stop) of the new rows, where the folder doesn't say
+    blocks=None,  # folder of the packed blocks; None: `out`/blocks
+    skip=0,  # blocks that an earlier stage has read
+    resume=True,  # go on from the last checkpoint; do nothing if finished
+    seed=0,  # of LoRA's first values, of dropout, and of the order of blocks
+    label=None,  # name of the curve
+    push_to_hub=None,  # a repository on the Hub, owner/name, that the folder goes to at the end
+    **more,  # TrainingArguments of transformers, and arguments of `fit`
+) -> History:
+    "Continue the pretraining of `model`; leaves `out`/adapter and a plain merged model in `out`"
+    began, model, out = time.perf_counter(), Path(model), Path(out)
+    corpus, replay_corpus = _as_given(corpus), _as_given(replay_corpus)
+    if args.embed_steps:
+        return _embeddings_first(
+            model,
+            corpus,
+            out,
+            args,
+            lora,
+            compute,
+            replay_corpus=replay_corpus,
+            heldout=heldout,
+            new=new,
+            blocks=blocks or out / 'blocks',
+            skip=skip,
+            resume=resume,
+            seed=seed,
+            label=label,
+            push_to_hub=push_to_hub,
+            **more,
+        )
+    engine, device = distributed.join(compute.engine, compute.device)
+    check_sizes(model)
+    publish = artifacts.publisher(push_to_hub, model)
+    train, rows = _trained_part(args.train, model, new)
+    accum, total = distributed.steps(args.batch, args.accum, args.global_batch)
+    tok = load_tokenizer(model)
+    with distributed.first():
+        packed = _sources(
+            model,
+            tok,
+            Path(blocks or out / 'blocks'),
+            corpus,
+            replay_corpus,
+            args.replay,
+            compute.workers,
+            args.block,
+            args.cut,
+            args.drop_rest,
+        )
+    share = args.replay if len(packed) > 1 else 0
+    steps = args.max_steps
+    if steps is None:  # a pass reads every block of the corpus, and replay beside it
+        steps = max(1, int(args.epochs * len(packed[0]) / (1 - share)) // total)
+    warmup = args.warmup if steps > 1 else 0.0  # else the only step would be taken at rate 0
+    mark = _mark(
+        model,
+        replace(args, accum=accum),
+        lora,
+        compute,
+        total,
+        blocks=packed,
+        share=share,
+        train=train,
+        rows=rows,
+        steps=steps,
+        warmup=warmup,
+        seed=seed,
+        skip=skip,
+    )
+    if resume and (history := _finished(out, mark)):
+        return history
+    read = order(len(packed[0]), len(packed[-1]), share, skip + steps * total, seed)[skip:]
+
+    def ready(m):
+        return prepare(m, train, rows, lora.r, lora.alpha, lora.dropout, seed)
+
+    prepared = ready(
         artifacts.load_base(
-            model_dir, engine, train, device, dtype, load_in_4bit, attn, gradient_checkpointing
+            model,
+            engine,
+            train,
+            device,
+            compute.dtype,
+            compute.load_in_4bit,
+            compute.attn,
+            compute.gradient_checkpointing,
         )
     )
-    h = fit(
-        model,
+    flat = compute.attn == 'flash_attention_2'
+    history = fit(
+        prepared,
         tok,
-        data,
-        Collate(tok.bos_token_id, mix_documents, attn == 'flash_attention_2'),
+        Rows(packed, read),
+        Collate(tok.bos_token_id, args.mix_documents, flat),
         out,
         max_steps=steps,
-        batch=batch,
+        batch=args.batch,
         accum=accum,
-        lr=lr,
-        embed_lr=embed_lr,
+        lr=args.lr,
+        embed_lr=args.embed_lr,
         warmup=warmup,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        clip=clip,
-        tokens=block * total,
-        context=block,
+        schedule=args.schedule,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        tokens=args.block * total,
+        context=args.block,
         heldout=_valid(corpus, replay_corpus) if heldout is None else heldout,
-        eval_every=eval_every,
-        save_every=save_every,
-        log_every=log_every,
-        settings=settings,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+        log_every=args.log_every,
+        settings=mark,
         resume=resume,
         seed=seed,
         device=device,
-        dtype=dtype,
-        report_to=report_to,
+        dtype=compute.dtype,
+        report_to=compute.report_to,
         desc=label or 'pretrain',
         engine=engine,
         keep_checkpoints=True,
-        **distributed.liger_args(liger, train),
-        **kw,
+        **distributed.liger_args(compute.liger, train),
+        **more,
     )
-    mark = lambda: write_json(
-        out / 'train.json', read_back(settings)
-    )  # so that it is not done again
+
+    def finish():  # the mark is written last: with it the folder counts as finished
+        write_json(out / 'train.json', read_back(mark))
+
     return artifacts.leave(
-        h,
-        model,
+        history,
+        prepared,
         engine,
-        model_dir,
+        model,
         ready,
         train,
         out,
-        settings | dict(label=label or out.name),
+        mark | dict(label=label or out.name),
         began,
         dict(Chinese=corpus, English=replay_corpus),
-        mark,
+        finish,
         publish,
     )
+
+# %% ../nbs/06_pretrain.ipynb #bb7a4365
+def _embeddings_first(model, corpus, out, args, lora, compute, *, skip, push_to_hub, **more):
+    "`args.embed_steps` steps of the embeddings alone, then the rest on what came out; one history"
+    _, total = distributed.steps(args.batch, args.accum, args.global_batch)
+    alone = replace(args, train='embed', max_steps=args.embed_steps, embed_steps=0)
+    whole_weights = replace(compute, gradient_checkpointing=False, load_in_4bit=False)
+    first = pretrain(model, corpus, out / 'embed', alone, lora, whole_weights, skip=skip, **more)
+    second = pretrain(
+        out / 'embed',
+        corpus,
+        out,
+        replace(args, embed_steps=0),
+        lora,
+        compute,
+        skip=skip + args.embed_steps * total,
+        push_to_hub=push_to_hub,
+        **more,
+    )
+    if 'embed_steps' in second.info:  # done before, and joined then
+        return second
+    history = _joined(first, second)
+    history.info['embed_steps'] = args.embed_steps
+    if distributed.is_main():
+        history.save(out / 'history.json')
+    distributed.wait()
+    return history
+
+
+def _joined(first, second):
+    "One history of two stages: steps, tokens, operations and seconds of the second go on counting"
+    ends = {k: first.last(k) or 0 for k in ('step', 'tokens', 'flops', 'seconds')}
+    later = [{k: v + ends.get(k, 0) for k, v in row.items()} for row in second if row['step'] > 0]
+    history = History([*first, *later])
+    history.info = dict(second.info)
+    return history
+
+# %% ../nbs/06_pretrain.ipynb #a9b1e6c2
+if __name__ == '__main__' and '__file__' in globals():
+    raise SystemExit('to train by a recipe: python -m llama_zh_nb.app.launch pretrain RECIPE')

@@ -6,24 +6,28 @@
 __all__ = ['chat_trainer', 'finetune']
 
 # %% ../nbs/08_sft.ipynb #7ddd46ce
-import json
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
+    check_sizes,
+    context_length,
     fingerprint,
     load_tokenizer,
     new_rows,
+    pad_id,
     tokenizer_hash,
 )
 from .core.errors import LlamaZhError, need, read_json, write_json
+from .core.settings import ChatArgs, ComputeArgs, LoraArgs, SftArgs, TrainArgs
 from .text.chats import Chats, read_chats
 from .text.files import read_texts
+from .text.questions import read_questions
 from .text.templates import get_template, write_template
 from .training import artifacts, distributed
-from .training.chat_rows import ChatCollate, Packed, examples, pad_id, with_texts
+from .training.chat_rows import ChatCollate, Packed, examples, with_texts
 from .training.lora import prepare, trains
 from .training.trainer import History, fit
 
@@ -148,51 +152,47 @@ def _probe(tokenizer, qs, template, system, engine=None, n=60):
     ]
 
 # %% ../nbs/08_sft.ipynb #14fd7303
-def _check(a):
-    "LlamaZhError for what cannot be meant among the arguments `a`."
+def _must(ok, name, value, expected):
+    if not ok:
+        raise LlamaZhError(f'{name} is {value}: expected {expected}')
 
-    def must(ok, name, v, what):
-        if not ok:
-            raise LlamaZhError(f'{name} is {v}: expected {what}')
 
-    for k in ('block', 'batch', 'accum', 'max_steps', 'global_batch'):
-        must(
-            a[k] is None
-            and k in ('max_steps', 'global_batch')
-            or a[k]
-            and a[k] > 0
-            and a[k] == int(a[k]),
-            k,
-            a[k],
-            'a whole number above 0',
-        )
-    for k in ('lr', 'epochs', 'embed_lr'):
-        must(a[k] is None and k == 'embed_lr' or a[k] and a[k] > 0, k, a[k], 'a number above 0')
-    must(0 <= a['prompt_weight'] <= 1, 'prompt_weight', a['prompt_weight'], 'a number from 0 to 1')
-    for k, known in dict(
-        train=trains,
-        too_long=('turns', 'cut', 'drop'),
-        attn=('sdpa', 'eager', 'flash_attention_2', 'flash_attention_3'),
-    ).items():
-        must(a[k] in known, k, repr(a[k]), 'one of ' + ', '.join(known))
-    must(
-        not a['text_share'] or a['extra_texts'],
-        'text_share',
-        a['text_share'],
-        'extra_texts with it, the plain documents to mix in',
-    )
-    model_dir, block = a['model_dir'], a['block']
-    if a['out'].resolve() == model_dir.resolve():
+def _check_numbers(args):
+    "LlamaZhError for a number among the settings that cannot be meant"
+    for name in ('block', 'batch', 'accum', 'max_steps', 'global_batch'):
+        value = getattr(args, name)
+        may_be_none = name in ('max_steps', 'global_batch')
+        whole = bool(value) and value > 0 and value == int(value)
+        _must(whole or (value is None and may_be_none), name, value, 'a whole number above 0')
+    for name in ('lr', 'epochs', 'embed_lr'):
+        value = getattr(args, name)
+        above = bool(value) and value > 0
+        _must(above or (value is None and name == 'embed_lr'), name, value, 'a number above 0')
+    weight = args.prompt_weight
+    _must(0 <= weight <= 1, 'prompt_weight', weight, 'a number from 0 to 1')
+
+
+def _check(model, out, args, compute):
+    "LlamaZhError for what cannot be meant, before anything is read"
+    _check_numbers(args)
+    kernels = ('sdpa', 'eager', 'flash_attention_2', 'flash_attention_3')
+    for name, value, known in (
+        ('train', args.train, trains),
+        ('too_long', args.too_long, ('turns', 'cut', 'drop')),
+        ('attn', compute.attn, kernels),
+    ):
+        _must(value in known, name, repr(value), 'one of ' + ', '.join(known))
+    if out.resolve() == model.resolve():
         raise LlamaZhError(
-            f'{model_dir} is the model itself: choose another folder for the fine-tuned one'
+            f'{model} is the model itself: choose another folder for the fine-tuned one'
         )
-    check_folder(model_dir)
-    reach = read_json(model_dir / 'config.json').get('max_position_embeddings')
-    must(
-        not reach or block <= reach,
+    check_sizes(model)
+    longest = context_length(model)
+    _must(
+        args.block <= longest,
         'block',
-        f'{block:,}',
-        f'at most {reach or 0:,}, where the positions of {model_dir.name} end',
+        f'{args.block:,}',
+        f'at most {longest:,}, where the positions of {model.name} end',
     )
 
 # %% ../nbs/08_sft.ipynb #9a0e1b10
@@ -204,16 +204,7 @@ def _read(chats, questions, extra_texts):
     if isinstance(extra_texts, (str, Path)):
         extra_texts = list(read_texts(extra_texts))
     if isinstance(questions, (str, Path)):
-        try:
-            questions = [
-                json.loads(l)
-                for l in Path(questions).read_text(encoding='utf-8-sig').splitlines()
-                if l.strip()
-            ]
-        except (OSError, ValueError) as e:
-            raise LlamaZhError(
-                f'{questions}: no questions could be read ({e}); expected lines such as {{"question": "...", "answer": "..."}}'
-            ) from None
+        questions = read_questions(questions, strict=True)
     for i, q in enumerate(questions or [], 1):
         if not isinstance(q, dict) or not {'question', 'answer'} <= q.keys():
             raise LlamaZhError(f'question {i} has no "question" and "answer": {str(q)[:80]}')
@@ -245,183 +236,185 @@ def _trl(kw, device):
     )
     return kw if device != 'cpu' else dict(bf16=False) | kw
 
+# %% ../nbs/08_sft.ipynb #84317680
+def _mark(model, args, lora, compute, total, *, data, packed, template, system, rows, seed):
+    "What the result depends on: a checkpoint with the same mark is used again"
+    return dict(
+        base=fingerprint(model),
+        tokenizer=tokenizer_hash(model),
+        data=data.report,
+        rows_hash=_hash(packed),
+        template=template.jinja(),
+        system=system,
+        train=args.train,
+        rows=rows,
+        lora=[lora.r, lora.alpha, lora.dropout],
+        block=args.block,
+        **distributed.same_step(args.batch, args.accum, total, args.global_batch),
+        lr=args.lr,
+        embed_lr=args.embed_lr,
+        steps=args.max_steps,
+        warmup=args.warmup,
+        schedule=args.schedule,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        prompt_weight=args.prompt_weight,
+        text_share=args.text_share,
+        en_share=args.en_share,
+        too_long=args.too_long,
+        pack=args.pack,
+        seed=seed,
+        dtype=str(compute.dtype),
+    )
+
 # %% ../nbs/08_sft.ipynb #31b83023
 def finetune(
-    model_dir,
-    chats,
-    out,  # Hugging Face folder; `read_chats`' result, files or a list of chats; folder to make
-    template='alpaca2',
-    system=None,  # layout of the chats; system text for those without one
-    train='lora+new',  # 'lora+new' | 'lora+embed' | 'lora' | 'embed' | 'full'
-    lora_r=64,
-    lora_alpha=128,
-    lora_dropout=0.05,
-    block=512,
-    batch=8,
-    accum=1,  # tokens in a row (and in the longest chat), rows in a step, steps added up
-    lr=1e-4,
-    embed_lr=None,  # learning rates of LoRA (or all) and of embedding rows
-    max_steps=None,
-    epochs=2,
-    warmup=0.03,
-    schedule='cosine',
-    weight_decay=0.0,
-    clip=1.0,
-    prompt_weight=0.0,  # weight of the loss on questions; 0: answers alone
-    extra_texts=None,
-    text_share=None,  # plain documents mixed in, a list or a file or folder of them; their share of the tokens (None: each once an epoch)
-    en_share=None,  # share of the chats' tokens for English ones, reused as needed (None: each chat once an epoch)
-    too_long='turns',  # of a chat longer than block: 'turns' leaves out whole exchanges at its end, 'drop' the chat, 'cut' cuts answers too
-    pack=True,  # False: one chat a row, padded
-    heldout=None,  # {'zh': texts, 'en': texts}: bits per character and per byte during the run
+    model,  # Hugging Face folder that training begins from
+    chats,  # `read_chats`' result, files, or a list of chats
+    out,  # folder to make
+    args: SftArgs = SftArgs(),
+    lora: LoraArgs = LoraArgs(),
+    compute: ComputeArgs = ComputeArgs(),
+    chat: ChatArgs = ChatArgs(),
+    *,
+    extra_texts=None,  # plain documents mixed in, a share `args.text_share` of the tokens: a list, file or folder
+    heldout=None,  # {'zh': texts, 'en': texts} to measure on the way
     questions=None,  # [{'question', 'answer'}] or a file of such JSON lines: asked during the run
-    eval_every=None,
-    save_every=None,
-    log_every=10,
     new=None,  # (start, stop) of the new rows, where the folder doesn't say
-    gradient_checkpointing=False,
-    load_in_4bit=False,
-    attn='sdpa',
-    liger=False,
-    trl=True,
-    report_to='auto',
-    engine=None,
-    global_batch=None,  # several processes, see `scale`; rows in a step of all of them together, `accum` follows from it
+    trl=True,  # on trl's SFTTrainer; False: on transformers' Trainer
+    resume=True,  # go on from the last checkpoint
+    seed=0,  # of LoRA's first values, of dropout, and of the order of rows
+    label=None,  # name of the curve
     push_to_hub=None,  # a repository on the Hub, owner/name, that the folder goes to at the end
-    resume=True,
-    seed=0,
-    device='auto',
-    dtype=None,
-    label=None,
-    **kw,
+    **more,  # TrainingArguments of transformers, and arguments of `fit`
 ) -> History:
-    "Fine-tune `model_dir` on conversations; leaves out/adapter and a plain merged model with its chat template in `out`."
-    t0, model_dir, out, t = time.perf_counter(), Path(model_dir), Path(out), get_template(template)
-    engine, device = distributed.join(engine, device)
-    _check(locals())
-    publish = artifacts.publisher(push_to_hub, model_dir)
-    rows = new_rows(model_dir, new) if train == 'lora+new' else None
-    if train == 'lora+new' and not rows:
-        distributed.say(f'{model_dir.name} has no new rows: training LoRA alone')
-        train = 'lora'
-    tok, (chats, questions, extra_texts), (accum, total) = (
-        _padded(model_dir),
-        _read(chats, questions, extra_texts),
-        distributed.steps(batch, accum, global_batch),
-    )
-    data = examples(chats, tok, t, system, block, too_long)
+    "Fine-tune `model` on conversations; leaves out/adapter and a plain merged model with its chat template in `out`"
+    began, model, out = time.perf_counter(), Path(model), Path(out)
+    template = get_template(chat.template)
+    engine, device = distributed.join(compute.engine, compute.device)
+    _check(model, out, args, compute)
+    publish = artifacts.publisher(push_to_hub, model)
+    rows = new_rows(model, new) if args.train == 'lora+new' else None
+    if args.train == 'lora+new' and not rows:
+        distributed.say(f'{model.name} has no new rows: training LoRA alone')
+        args = replace(args, train='lora')
+    tok = _padded(model)
+    chats, questions, extra_texts = _read(chats, questions, extra_texts)
+    accum, total = distributed.steps(args.batch, args.accum, args.global_batch)
+    data = examples(chats, tok, template, chat.system, args.block, args.too_long)
     if data.lost():
         distributed.say(data.lost())
     if extra_texts:
-        data = with_texts(data, list(extra_texts), tok, block)
+        data = with_texts(data, list(extra_texts), tok, args.block)
+    elif args.text_share:
+        distributed.say(
+            f'text_share is {args.text_share}, but no extra_texts were given: no documents are mixed in'
+        )
+        args = replace(args, text_share=None)
     packed = Packed(
         data,
-        block,
-        max_steps and max_steps * total,
-        epochs,
-        text_share if extra_texts else None,
-        en_share,
-        pack,
+        args.block,
+        args.max_steps and args.max_steps * total,
+        args.epochs,
+        args.text_share,
+        args.en_share,
+        args.pack,
         seed,
         total,
     )
     steps = len(packed) // total
+    warmup = TrainArgs().warmup if args.warmup is None else args.warmup
     if steps == 1:
         warmup = 0.0  # else the only step would be taken at rate 0
-    settings = dict(
-        base=fingerprint(model_dir),
-        tokenizer=tokenizer_hash(model_dir),
-        data=data.report,
-        rows_hash=_hash(packed),
-        template=t.jinja(),
-        system=system,
-        train=train,
+    args = replace(args, accum=accum, max_steps=steps, warmup=warmup)
+    mark = _mark(
+        model,
+        args,
+        lora,
+        compute,
+        total,
+        data=data,
+        packed=packed,
+        template=template,
+        system=chat.system,
         rows=rows,
-        lora=[lora_r, lora_alpha, lora_dropout],
-        block=block,
-        **distributed.same_step(batch, accum, total, global_batch),
-        lr=lr,
-        embed_lr=embed_lr,
-        steps=steps,
-        warmup=warmup,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        clip=clip,
-        prompt_weight=prompt_weight,
-        text_share=text_share,
-        en_share=en_share,
-        too_long=too_long,
-        pack=pack,
         seed=seed,
-        dtype=str(dtype),
     )
-    ready = lambda m: prepare(m, train, rows, lora_r, lora_alpha, lora_dropout, seed)
-    model = ready(
+
+    def ready(m):
+        return prepare(m, args.train, rows, lora.r, lora.alpha, lora.dropout, seed)
+
+    prepared = ready(
         artifacts.load_base(
-            model_dir, engine, train, device, dtype, load_in_4bit, attn, gradient_checkpointing
+            model,
+            engine,
+            args.train,
+            device,
+            compute.dtype,
+            compute.load_in_4bit,
+            compute.attn,
+            compute.gradient_checkpointing,
         )
     )
-    base = chat_trainer(
-        tok, _probe(tok, questions, t, system, engine) if questions else None, eval_every, trl
-    )
+    probe = _probe(tok, questions, template, chat.system, engine) if questions else None
+    flat = compute.attn == 'flash_attention_2'
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            'ignore', FutureWarning
-        )  # of transformers, about names in trl's arguments
-        h = fit(
-            model,
+        # of transformers, about names in trl's arguments
+        warnings.simplefilter('ignore', FutureWarning)
+        history = fit(
+            prepared,
             tok,
             packed,
-            ChatCollate(tok.pad_token_id, prompt_weight, attn == 'flash_attention_2'),
+            ChatCollate(tok.pad_token_id, args.prompt_weight, flat),
             out,
             max_steps=steps,
-            batch=batch,
+            batch=args.batch,
             accum=accum,
-            lr=lr,
-            embed_lr=embed_lr,
+            lr=args.lr,
+            embed_lr=args.embed_lr,
             warmup=warmup,
-            schedule=schedule,
-            weight_decay=weight_decay,
-            clip=clip,
-            tokens=round(block * total * packed.filled),
-            context=block,
+            schedule=args.schedule,
+            weight_decay=args.weight_decay,
+            clip=args.clip,
+            tokens=round(args.block * total * packed.filled),
+            context=args.block,
             heldout=heldout,
-            eval_every=eval_every,
-            save_every=save_every,
-            log_every=log_every,
-            settings=settings,
+            eval_every=args.eval_every,
+            save_every=args.save_every,
+            log_every=args.log_every,
+            settings=mark,
             resume=resume,
             seed=seed,
             device=device,
-            dtype=dtype,
-            report_to=report_to,
+            dtype=compute.dtype,
+            report_to=compute.report_to,
             desc=label or 'sft',
-            base=base,
+            base=chat_trainer(tok, probe, args.eval_every, trl),
             engine=engine,
             keep_checkpoints=True,
-            **distributed.liger_args(liger, 'chats'),
-            **(_trl(kw, device) if trl else kw),
+            **distributed.liger_args(compute.liger, 'chats'),
+            **(_trl(more, device) if trl else more),
         )
-    info = settings | dict(
+    info = mark | dict(
         label=label or out.name,
-        template=t.name,
+        template=template.name,
         filled=packed.filled,
         mix=packed.mix,
         chats=chats.to_dict() if isinstance(chats, Chats) else dict(chats=len(chats)),
     )
     files = [f[0] for f in getattr(chats, 'files', ()) if Path(f[0]).exists()] or None
     return artifacts.leave(
-        h,
-        model,
+        history,
+        prepared,
         engine,
-        model_dir,
+        model,
         ready,
-        train,
+        args.train,
         out,
         info,
-        t0,
+        began,
         dict(chats=files),
-        lambda: _finish(out, t, tok),
+        lambda: _finish(out, template, tok),
         publish,
     )
 
@@ -454,3 +447,7 @@ def _finish(out, t, tok):
                 read_json(out / f)
                 | dict(eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id),
             )
+
+# %% ../nbs/08_sft.ipynb #a9b1e6c1
+if __name__ == '__main__' and '__file__' in globals():
+    raise SystemExit('to train by a recipe: python -m llama_zh_nb.app.launch sft RECIPE')

@@ -15,6 +15,7 @@ from html import escape
 from pathlib import Path
 from urllib.parse import urlparse
 
+from .checkpoint.folder import check_sizes
 from llama_zh_nb.checkpoint.meta import (
     EMBED,
     HEAD,
@@ -27,7 +28,6 @@ from llama_zh_nb.checkpoint.meta import (
     not_over,
     packaged,
 )
-from .checkpoint.sizes import check_sizes
 from .checkpoint.tensors import SafeFile, nbytes, open_weights, write_shards
 from llama_zh_nb.core.errors import (
     LlamaZhError,
@@ -184,7 +184,7 @@ def verify(
     if values:
         # rows behind the last piece are padding, and the pad token's row is never used: both may be zero
         pad = {c.get('pad_token_id')} | (
-            set(range(s['tokenizer pieces'], c['vocab_size'])) if rep.ok and s else set()
+            set(range(s.pieces, c['vocab_size'])) if rep.ok and s else set()
         )
         bad, notes = (
             sum(x, [])

@@ -16,9 +16,11 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('peft')
 os.environ['LLAMA_ZH_PROGRESS'] = '0'
 
+from helpers.tiny import HELD, OLD, ZH, make, small, tensors
+
 from llama_zh_nb.checkpoint.adapter import check_adapter
 from llama_zh_nb.checkpoint.folder import (
-    check_folder,
+    check_sizes,
     fingerprint,
     load_tokenizer,
     new_rows,
@@ -32,90 +34,10 @@ from llama_zh_nb.pretrain import Collate, documents, encode, fill, order, pack, 
 from llama_zh_nb.training.lora import load_base, prepare, save_trained
 from llama_zh_nb.training.trainer import History, fit, last_checkpoint
 
-OLD = 60  # rows that count as old in the tiny folder
-
-
-def texts(n, seed=0, zh=True):
-    r = random.Random(seed)
-    who, does = (
-        (
-            ['春天', '河水', '山里', '孩子', '老人', '小猫', '茶叶', '米饭'],
-            ['喜欢', '看见', '想起', '走过', '带来'],
-        )
-        if zh
-        else (
-            ['the river', 'a child', 'old tea', 'the hill', 'a cat'],
-            [' likes ', ' sees ', ' finds '],
-        )
-    )
-    return [
-        ('' if zh else ' ').join(
-            r.choice(who) + r.choice(does) + r.choice(who) + ('。' if zh else '.')
-            for _ in range(r.randint(2, 9))
-        )
-        for _ in range(n)
-    ]
-
-
-def make(out, tied=False, rows=None, seed=0):
-    "A Hugging Face folder: two thin random layers, a small BPE tokenizer"
-    from tokenizers import Tokenizer, decoders, models, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    t = Tokenizer(models.BPE(unk_token='<unk>'))
-    t.train_from_iterator(
-        texts(200) + texts(200, zh=False),
-        trainers.BpeTrainer(
-            vocab_size=150, special_tokens=['<unk>', '<s>', '</s>'], show_progress=False
-        ),
-    )
-    t.decoder = decoders.Fuse()
-    tok = PreTrainedTokenizerFast(
-        tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>'
-    )
-    torch.manual_seed(seed)
-    c = LlamaConfig(
-        vocab_size=rows or -(-len(tok) // 8) * 8,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.1,
-    )
-    with quiet():
-        LlamaForCausalLM(c).save_pretrained(out)
-        tok.save_pretrained(out)
-    (Path(out) / 'resize.json').write_text(json.dumps(dict(old_rows=OLD)))
-    return Path(out)
-
 
 @pytest.fixture(scope='session')
 def base(tmp_path_factory):
     return make(tmp_path_factory.mktemp('tiny') / 'base')
-
-
-ZH, EN = texts(120, 1), texts(60, 2, False)
-HELD = dict(zh=texts(6, 3), en=texts(6, 4, False))
-SMALL = dict(
-    replay_corpus=EN,
-    lora_r=4,
-    lora_alpha=8,
-    lora_dropout=0.1,
-    block=64,
-    batch=4,
-    lr=5e-3,
-    max_steps=12,
-    eval_every=4,
-    save_every=4,
-    log_every=2,
-    heldout=HELD,
-    device='cpu',
-)
 
 
 def losses(model, batch):
@@ -127,10 +49,6 @@ def losses(model, batch):
     return torch.nn.functional.cross_entropy(
         logits.transpose(1, 2), labels, reduction='none', ignore_index=-100
     )[labels >= 0]
-
-
-def tensors(folder):
-    return {k: f.get(k) for k, f in open_weights(folder).items()}
 
 
 # ---- packing
@@ -250,7 +168,7 @@ def test_corpus_folder_keeps_its_valid_part_out(tmp_path):
 @pytest.fixture(scope='session')
 def done(base, tmp_path_factory):
     out = tmp_path_factory.mktemp('run') / 'whole'
-    return out, pretrain(base, ZH, out, **SMALL)
+    return out, pretrain(base, ZH, out, **small())
 
 
 def test_learns_and_leaves_a_plain_folder(base, done):
@@ -260,8 +178,7 @@ def test_learns_and_leaves_a_plain_folder(base, done):
         out / 'history.json'
     ) == h
     assert (
-        not (out / 'checkpoints').exists()
-        and check_folder(out)['config'] == check_folder(base)['config']
+        not (out / 'checkpoints').exists() and check_sizes(out).config == check_sizes(base).config
     )
     assert '<table>' in h._repr_html_() and len(h.plot().axes) == 3
 
@@ -318,7 +235,7 @@ def test_new_rows_get_the_gradient_of_full_training(base):
 def test_done_is_not_done_again(base, done, capsys):
     out, h = done
     before = (out / 'model.safetensors').stat().st_mtime_ns
-    assert pretrain(base, ZH, out, **SMALL) == h and 'done before' in capsys.readouterr().out
+    assert pretrain(base, ZH, out, **small()) == h and 'done before' in capsys.readouterr().out
     assert (out / 'model.safetensors').stat().st_mtime_ns == before
 
 
@@ -326,7 +243,7 @@ KILL = """
 import sys, os, signal
 sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads({threads})
-import test_pretrain as t, llama_zh_nb.pretrain as p
+import helpers.tiny as t, llama_zh_nb.pretrain as p
 class Dies(p.Collate):
     n = 0
     def __call__(self, rows):
@@ -334,7 +251,7 @@ class Dies(p.Collate):
         if Dies.n == 11: os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(rows)
 p.Collate = Dies
-p.pretrain({base!r}, t.ZH, {out!r}, **t.SMALL)
+p.pretrain({base!r}, t.ZH, {out!r}, **t.small())
 """
 
 
@@ -356,7 +273,7 @@ def test_kill_9_and_resume_is_bit_identical(base, done, tmp_path, capsys):
     (
         tmp_path / 'cut' / 'checkpoints' / 'checkpoint-99'
     ).mkdir()  # as a process leaves that was killed while writing
-    h2 = pretrain(base, ZH, tmp_path / 'cut', **SMALL)
+    h2 = pretrain(base, ZH, tmp_path / 'cut', **small())
     assert 'resuming from checkpoint-8' in capsys.readouterr().out
     for k in ('loss', 'zh_bpc', 'en_bpb', 'lr', 'grad_norm'):
         assert h.column(k) == h2.column(k), k
@@ -409,7 +326,7 @@ def test_other_things_to_train(base, tmp_path, train):
         base,
         ZH,
         tmp_path / 'o',
-        **SMALL | dict(train=train, max_steps=4, replay_corpus=None, save_every=None),
+        **small(train=train, max_steps=4, replay_corpus=None, save_every=None),
     )
     a, b = tensors(base), tensors(tmp_path / 'o')
     moved = {k for k in a if not torch.equal(a[k], b[k])}
@@ -429,26 +346,26 @@ def test_other_things_to_train(base, tmp_path, train):
 
 
 def test_accumulation_equals_the_large_batch(base, tmp_path):
-    kw = SMALL | dict(max_steps=4, lora_dropout=0.0, save_every=None, log_every=1)
-    a = pretrain(base, ZH, tmp_path / 'a', **kw)
-    b = pretrain(base, ZH, tmp_path / 'b', **kw | dict(batch=1, accum=4))
+    kw = dict(max_steps=4, lora_dropout=0.0, save_every=None, log_every=1)
+    a = pretrain(base, ZH, tmp_path / 'a', **small(**kw))
+    b = pretrain(base, ZH, tmp_path / 'b', **small(**kw | dict(batch=1, accum=4)))
     assert np.allclose(a.column('loss')[1], b.column('loss')[1], atol=1e-5)
     x, y = tensors(tmp_path / 'a'), tensors(tmp_path / 'b')
     assert all(torch.allclose(x[k], y[k], atol=1e-4) for k in x)
 
 
 def test_gradient_checkpointing_changes_nothing(base, tmp_path):
-    kw = SMALL | dict(max_steps=3, lora_dropout=0.0, save_every=None, log_every=1)
+    kw = dict(max_steps=3, lora_dropout=0.0, save_every=None, log_every=1)
     a, b = (
-        pretrain(base, ZH, tmp_path / str(g), **kw | dict(gradient_checkpointing=g))
+        pretrain(base, ZH, tmp_path / str(g), **small(**kw | dict(gradient_checkpointing=g)))
         for g in (False, True)
     )
     assert np.allclose(a.column('loss')[1], b.column('loss')[1], atol=1e-6)
 
 
 def test_two_stages(base, tmp_path, capsys):
-    kw = SMALL | dict(max_steps=4, save_every=None, embed_steps=3, log_every=1, replay_corpus=None)
-    h = pretrain(base, ZH, tmp_path / 'o', **kw)
+    kw = dict(max_steps=4, save_every=None, embed_steps=3, log_every=1, replay_corpus=None)
+    h = pretrain(base, ZH, tmp_path / 'o', **small(**kw))
     assert (
         h.column('loss')[0] == [1, 2, 3, 4, 5, 6, 7]
         and h.last('tokens') == 7 * 4 * 64
@@ -461,16 +378,14 @@ def test_two_stages(base, tmp_path, capsys):
     )
     check_adapter(tmp_path / 'o' / 'adapter', tmp_path / 'o' / 'embed')
     assert (
-        pretrain(base, ZH, tmp_path / 'o', **kw) == h
+        pretrain(base, ZH, tmp_path / 'o', **small(**kw)) == h
         and capsys.readouterr().out.count('done before') == 2
     )
 
 
 def test_speed_and_tensorboard(base, tmp_path):
     pytest.importorskip('tensorboard')
-    h = pretrain(
-        base, ZH, tmp_path / 'o', **SMALL | dict(max_steps=4, save_every=None, report_to='auto')
-    )
+    h = pretrain(base, ZH, tmp_path / 'o', **small(max_steps=4, save_every=None, report_to='auto'))
     assert len(h.column('tokens_per_second')[1]) == 2 and all(
         v > 0 for v in h.column('tokens_per_second')[1]
     )
@@ -482,7 +397,7 @@ def test_two_learning_rates(base, tmp_path):
         base,
         ZH,
         tmp_path / 'e',
-        **SMALL | dict(max_steps=2, save_every=None, lr=1e-9, embed_lr=1e-2, weight_decay=0.0),
+        **small(max_steps=2, save_every=None, lr=1e-9, embed_lr=1e-2, weight_decay=0.0),
     )
     a, b = tensors(base), tensors(tmp_path / 'e')
     d = {k: (a[k] - b[k]).abs().max() for k in a}
@@ -496,13 +411,13 @@ def test_stops_at_nan_and_names_the_step(base, tmp_path):
         tmp_path / 'bad',
     )
     with pytest.raises(LlamaZhError, match=r'nan at step 1, in the batch of rows \[\d+'):
-        pretrain(bad, ZH, tmp_path / 'o', **SMALL | dict(heldout={}))
+        pretrain(bad, ZH, tmp_path / 'o', **small(heldout={}))
     assert not (tmp_path / 'o' / 'config.json').exists()
 
 
 def test_folder_without_new_rows_says_so(base, tmp_path, capsys):
     plain = shutil.copytree(base, tmp_path / 'plain', ignore=shutil.ignore_patterns('resize.json'))
-    h = pretrain(plain, ZH, tmp_path / 'o', **SMALL | dict(max_steps=2))
+    h = pretrain(plain, ZH, tmp_path / 'o', **small(max_steps=2))
     assert 'no new rows' in capsys.readouterr().out and h.info['train'] == 'lora'
 
 
@@ -512,21 +427,21 @@ def test_folder_without_new_rows_says_so(base, tmp_path, capsys):
 def test_sizes_that_disagree_are_all_named(base, tmp_path):
     bad = make(tmp_path / 'bad', rows=2000)
     with pytest.raises(LlamaZhError, match='2,000.*150 pieces'):
-        pretrain(bad, ZH, tmp_path / 'o', **SMALL)
+        pretrain(bad, ZH, tmp_path / 'o', **small())
     bad = shutil.copytree(base, tmp_path / 'bad2')
     c = json.loads((bad / 'config.json').read_text())
     (bad / 'config.json').write_text(json.dumps(c | dict(vocab_size=160)))
     with pytest.raises(LlamaZhError, match='vocab_size 160.*152 rows.*150 pieces'):
-        check_folder(bad)
+        check_sizes(bad)
 
 
 def test_what_cannot_be_done_is_said(base, tmp_path):
     with pytest.raises(LlamaZhError, match='CUDA'):
-        pretrain(base, ZH, tmp_path / 'o', **SMALL | dict(load_in_4bit=True))
+        pretrain(base, ZH, tmp_path / 'o', **small(load_in_4bit=True))
     with pytest.raises(LlamaZhError, match='lora\\+new'):
-        pretrain(base, ZH, tmp_path / 'o', **SMALL | dict(train='lora+nwe'))
+        pretrain(base, ZH, tmp_path / 'o', **small(train='lora+nwe'))
     with pytest.raises(LlamaZhError, match='config.json'):
-        pretrain(tmp_path, ZH, tmp_path / 'o', **SMALL)
+        pretrain(tmp_path, ZH, tmp_path / 'o', **small())
     with pytest.raises(LlamaZhError, match='not within'):
         new_rows(base, (0, 999))
 

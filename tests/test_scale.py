@@ -14,10 +14,11 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('peft')
 pytest.importorskip('accelerate')
 
-from test_pretrain import EN, HELD, ZH, make, tensors
+from helpers.tiny import EN, HELD, ZH, grouped, make, talk, tensors, tiny
 
 from llama_zh_nb.app import launch
 from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.settings import SftArgs, TrainArgs
 from llama_zh_nb.training import distributed as scale
 from llama_zh_nb.training.trainer import History
 
@@ -39,7 +40,8 @@ KW = dict(
 CHILD = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
-import test_pretrain as t, llama_zh_nb.pretrain as p
+import helpers.tiny as t, llama_zh_nb.pretrain as p
+from llama_zh_nb.core.settings import TrainArgs
 die = int(os.environ.get('DIE', 0))
 class Dies(p.Collate):
     n = 0
@@ -48,7 +50,7 @@ class Dies(p.Collate):
         if Dies.n == die: os._exit(9)
         return super().__call__(rows)
 if die: p.Collate = Dies
-p.pretrain(sys.argv[1], t.ZH, sys.argv[2], replay_corpus=t.EN, heldout=t.HELD, **json.loads(sys.argv[3]))
+p.pretrain(sys.argv[1], t.ZH, sys.argv[2], replay_corpus=t.EN, heldout=t.HELD, **t.grouped(TrainArgs, json.loads(sys.argv[3])))
 """
 needs_deepspeed = pytest.mark.skipif(
     not importlib.util.find_spec('deepspeed'),
@@ -82,8 +84,6 @@ t.chat_run(sys.argv[1], sys.argv[2], int(os.environ.get('DIE', 0)), **json.loads
 
 def chat_run(base, out, die=0, **kw):
     "Fine-tune on chats of very different lengths, so that processes have different numbers of answered tokens; `die` at that batch"
-    from test_sft import talk
-
     import llama_zh_nb.sft as s
 
     chats = [
@@ -108,7 +108,7 @@ def chat_run(base, out, die=0, **kw):
             extra_texts=['The river is long. ' * 5] * 9,
             heldout=dict(zh=['长江很长。'] * 3),
             questions=[dict(question=f'Where is {i}?', answer='It is far.') for i in range(3)],
-            **CHAT_KW | kw,
+            **grouped(SftArgs, CHAT_KW | kw),
         )
     finally:
         s.ChatCollate = was
@@ -172,7 +172,7 @@ def one(base, tmp_path_factory):
 
     os.environ['LLAMA_ZH_PROGRESS'] = '0'
     out = tmp_path_factory.mktemp('one') / 'o'
-    return out, pretrain(base, ZH, out, replay_corpus=EN, heldout=HELD, **KW)
+    return out, pretrain(base, ZH, out, replay_corpus=EN, heldout=HELD, **grouped(TrainArgs, KW))
 
 
 def same(a, b, tol=1e-5):
@@ -224,7 +224,7 @@ def test_other_parts_are_trained_alike(base, start, tmp_path, engine, train):
         tmp_path / 'one',
         replay_corpus=EN,
         heldout=HELD,
-        **KW | dict(train=train, max_steps=4),
+        **grouped(TrainArgs, KW | dict(train=train, max_steps=4)),
     )
     start(2, tmp_path / 'two', engine=engine, train=train, max_steps=4)
     same(tmp_path / 'one', tmp_path / 'two')
@@ -286,7 +286,7 @@ def test_deepspeed_offload_and_full(base, start, tmp_path, engine, train):
         tmp_path / 'one',
         replay_corpus=EN,
         heldout=HELD,
-        **KW | dict(train=train, max_steps=4, save_every=None),
+        **grouped(TrainArgs, KW | dict(train=train, max_steps=4, save_every=None)),
     )
     start(2, tmp_path / 'two', engine=engine, train=train, max_steps=4, save_every=None)
     same(tmp_path / 'one', tmp_path / 'two')
@@ -298,8 +298,6 @@ def test_deepspeed_offload_and_full(base, start, tmp_path, engine, train):
 @pytest.fixture(scope='module')
 def chats(tmp_path_factory, start):
     "chats(n, out, ...): fine-tuning in n processes; chats.one: what one process gives; chats.base"
-    from test_sft import tiny
-
     d = tmp_path_factory.mktemp('chats')
     base = tiny(d)
     f = lambda n, out, **kw: start(n, out, folder=base, child=CHAT_CHILD, **kw)
@@ -402,17 +400,15 @@ def test_accelerate_launch_takes_a_recipe(recipe):
 
 def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
     "The sft_ fields of the recipe, on the command line without their prefix"
-    from test_sft import tiny
-
-    from llama_zh_nb.app.launch import train
+    from llama_zh_nb.app.launch import train_by_recipe
 
     f, run = recipe
     assert (
-        train('sft', [str(f), '--model-dir', str(tmp_path / 'no')]) == 1
+        train_by_recipe('sft', [str(f), '--model-dir', str(tmp_path / 'no')]) == 1
         and '--only weights corpus vocab embeddings pretrain' in capsys.readouterr().err
     )
     assert (
-        train('sft', [str(f), '--model-dir', str(tiny(tmp_path))]) == 1
+        train_by_recipe('sft', [str(f), '--model-dir', str(tiny(tmp_path))]) == 1
         and 'names no chats' in capsys.readouterr().err
     )
     (tmp_path / 'c.json').write_text(
@@ -437,7 +433,7 @@ def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
         '--log-every',
         '1',
     ]
-    assert train('sft', words) == 0
+    assert train_by_recipe('sft', words) == 0
     h = History.load(run / 'chat' / 'history.json')
     assert (
         h.info['lr'],
@@ -448,7 +444,7 @@ def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
     ) == (4e-3, 3, 4, 0.0, 0.1) and (run / 'chat' / 'config.json').exists()
     assert json.loads((run / 'run.json').read_text())['stages']['sft']['metrics']['steps'] == 3
     assert (
-        train('sft', [*words, '--report-to', 'tensorbord']) == 1
+        train_by_recipe('sft', [*words, '--report-to', 'tensorbord']) == 1
         and "'auto', 'none' or one of" in capsys.readouterr().err
     )
 
@@ -463,10 +459,11 @@ def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monke
     def go(out, **kw):
         if train == 'pretrain':
             return pretrain(
-                base, ZH, out, **KW | dict(max_steps=1, save_every=None, heldout={}) | kw
+                base,
+                ZH,
+                out,
+                **grouped(TrainArgs, KW | dict(max_steps=1, save_every=None, heldout={}) | kw),
             )
-        from test_sft import tiny
-
         return chat_run(tiny(tmp_path), out, max_steps=1, save_every=None, eval_every=None, **kw)
 
     with pytest.raises(LlamaZhError, match='nobody'):
@@ -494,8 +491,8 @@ def test_a_preset_for_many_gpus_says_what_to_type():
         launch.check_alone(r, source='llama2-7b-8x80gb-full')
     for say in (
         '--only weights corpus vocab embeddings',
-        "accelerate launch --config_file configs/fsdp2.yaml -m llama_zh_nb.pretrain llama2-7b-8x80gb-full --corpus 'my texts' --sft c.json",
-        '-m llama_zh_nb.sft',
+        "accelerate launch --config_file configs/fsdp2.yaml -m llama_zh_nb.app.launch pretrain llama2-7b-8x80gb-full --corpus 'my texts' --sft c.json",
+        '-m llama_zh_nb.app.launch sft',
         '--engine none',
     ):
         assert say in str(e.value), say
@@ -503,32 +500,32 @@ def test_a_preset_for_many_gpus_says_what_to_type():
     launch.check_alone(get_recipe('llama2-7b-8x80gb-full', engine='none'))
     assert (
         '--num_processes 16 --num_machines 2'
-        in launch.commands(get_recipe('llama2-70b-multinode'))[1]
+        in launch.recipe_commands(get_recipe('llama2-70b-multinode'))[1]
     )
 
 
 def test_the_module_refuses_what_makes_no_sense(recipe, tmp_path, capsys, monkeypatch):
-    from llama_zh_nb.app.launch import train
+    from llama_zh_nb.app.launch import train_by_recipe
 
     f, run = recipe
     assert (
-        train('pretrain', [str(f), '--engine', 'fsdp2']) == 1
+        train_by_recipe('pretrain', [str(f), '--engine', 'fsdp2']) == 1
         and 'torchrun' in capsys.readouterr().err
     )
     assert (
-        train('pretrain', [str(f), '--leaning-rate', '1']) == 1
+        train_by_recipe('pretrain', [str(f), '--leaning-rate', '1']) == 1
         and "unknown recipe field 'leaning_rate'" in capsys.readouterr().err
     )
     assert (
-        train('pretrain', [str(f), '--corpus-dir', str(tmp_path / 'no')]) == 1
+        train_by_recipe('pretrain', [str(f), '--corpus-dir', str(tmp_path / 'no')]) == 1
         and 'is not there' in capsys.readouterr().err
     )
     assert (
-        train('pretrain', [str(f), '--engine', 'zero9']) == 1
+        train_by_recipe('pretrain', [str(f), '--engine', 'zero9']) == 1
         and 'one of ddp, fsdp2' in capsys.readouterr().err
     )
     assert (
-        train('pretrain', [str(f), '--global-batch', '3']) == 1
+        train_by_recipe('pretrain', [str(f), '--global-batch', '3']) == 1
         and 'a multiple of batch' in capsys.readouterr().err
     )
 

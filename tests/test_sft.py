@@ -1,285 +1,13 @@
-"Chat data of every shape, and fine-tuning that learns answers only, packs without leaks, resumes and can be loaded."
+"Fine-tuning that learns answers only, packs without leaks, resumes and can be loaded."
 
 import json
-from pathlib import Path
 
 import pytest
+from helpers.files import write
+from helpers.tiny import CHATS, small_sft, talk, tiny
 
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.text.chats import read_chats
-
-# ---- reading
-
-
-def write(d, name, text, **kw):
-    p = d / name
-    p.write_text(text, encoding=kw.pop('encoding', 'utf-8'), newline='')
-    return p
-
-
-def talk(*texts):
-    return [dict(role=('user', 'assistant')[i % 2], content=t) for i, t in enumerate(texts)]
-
-
-@pytest.mark.parametrize(
-    'row,want',
-    [
-        (dict(instruction='翻译', input='hello', output='你好'), talk('翻译\nhello', '你好')),
-        (dict(instruction='q', input='', output=['a', 'r', 'b']), talk('q', 'a', 'r', 'b')),
-        (
-            dict(
-                instruction='q',
-                output=[
-                    {'from': 'gpt', 'value': 'a'},
-                    {'from': 'human', 'value': 'r'},
-                    {'from': 'gpt', 'value': 'b'},
-                ],
-            ),
-            talk('q', 'a', 'r', 'b'),
-        ),
-        (dict(instruction='r', output='b', history=[['q', 'a']]), talk('q', 'a', 'r', 'b')),
-        (
-            dict(conversations=[{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]),
-            talk('q', 'a'),
-        ),
-        (
-            dict(messages=[dict(role='system', content='s')] + talk('q', 'a')),
-            [dict(role='system', content='s')] + talk('q', 'a'),
-        ),
-        (
-            dict(
-                messages=[
-                    dict(role='user', content=[dict(type='text', text='q')]),
-                    dict(role='assistant', content='a'),
-                ]
-            ),
-            talk('q', 'a'),
-        ),
-        (
-            dict(conversation=[dict(human='q', assistant='a'), dict(human='r', assistant='b')]),
-            talk('q', 'a', 'r', 'b'),
-        ),
-        (
-            dict(text='<s>Human: q\n</s><s>Assistant: a\n</s><s>Human: r</s><s>Assistant: b</s>'),
-            talk('q', 'a', 'r', 'b'),
-        ),
-        (
-            dict(text='<s>System: s\n</s><s>Human: q\n</s><s>Assistant: a\n</s>'),
-            [dict(role='system', content='s')] + talk('q', 'a'),
-        ),
-        (dict(text='<s>\nhuman:\nq\n</s><s>\nassistant:\na\n</s>'), talk('q', 'a')),
-        (
-            dict(
-                text='<s>[INST] <<SYS>>\ns\n<</SYS>>\n\nq [/INST] a </s><s>[INST] r [/INST] b </s>'
-            ),
-            [dict(role='system', content='s')] + talk('q', 'a', 'r', 'b'),
-        ),
-        (dict(text='Below is ...\n\n### Instruction:\nq\n\n### Response: a</s>'), talk('q', 'a')),
-        (dict(prompt='q', response='a'), talk('q', 'a')),
-        (dict(instruction='t', instances=[dict(input='x', output='a')]), talk('t\nx', 'a')),
-    ],
-)
-def test_shapes(row, want):
-    assert [c['messages'] for c in read_chats([row])] == [want]
-
-
-@pytest.mark.parametrize(
-    'row,why',
-    [
-        (dict(instruction='q', output=''), 'nothing to learn'),
-        (dict(instruction='q', output=None), 'output is missing'),
-        (dict(instruction='q', output=3), 'output is int'),
-        (dict(messages=talk('q')), 'nothing to learn'),
-        (dict(messages=talk('q', 'a') + talk('r', 'b')[1:]), 'two turns|in a row'),
-        (dict(x=1), 'no known fields; found x'),
-        (dict(conversations=[{'from': 'tool', 'value': 'x'}]), "unknown role 'tool'"),
-        (dict(text='only prose'), 'no turns found'),
-        ([], 'list instead of'),
-        ('text', 'str instead of'),
-    ],
-)
-def test_rows_that_cannot_be_learnt(row, why):
-    with pytest.raises(LlamaZhError, match=why):
-        read_chats([dict(instruction='', output=''), row])
-
-
-def test_lines_of_bad_rows(tmp_path):
-    "In an array too, a bad row is named by its line."
-    f = write(
-        tmp_path,
-        'a.txt',
-        '[\n {"instruction": "q\u2028x",\n  "output": "a"},\n\n {"instruction": "q",\n  "output": ""},\n {"instruction": "q", "output": "b"}]',
-    )
-    c = read_chats(f)
-    assert len(c) == 2 and [l for _, l, _ in c.bad] == [5] and c[1]['source'].endswith(':7')
-
-
-def test_notes(tmp_path):
-    f = write(
-        tmp_path,
-        'a.jsonl',
-        '\n'.join(
-            json.dumps(dict(messages=m))
-            for m in (talk('q', 'a', 'r'), talk('', '')[1:] + talk('q', 'a'))
-        ),
-    )
-    c = read_chats(f)
-    assert [x['messages'] for x in c] == [talk('q', 'a')] * 2 and sum(c.notes.values()) == 2
-
-
-def test_parquet_gb18030_folder(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(dict(messages=[talk('问', '答')])), tmp_path / 'a.parquet')
-    write(
-        tmp_path,
-        'b.json',
-        '\n'.join(
-            json.dumps(
-                dict(instruction=f'这是第{i}个问题，请回答', output='这是回答'), ensure_ascii=False
-            )
-            for i in range(20)
-        ),
-        encoding='gb18030',
-    )
-    write(tmp_path, 'c.csv', '\ufeffinstruction,output\r\n"你好，\r\n世界",好\r\n')
-    c = read_chats(tmp_path)
-    assert (
-        len(c) == 22
-        and c[1]['messages'][0]['content'] == '这是第0个问题，请回答'
-        and c[-1]['messages'] == talk('你好，\n世界', '好')
-    )
-
-
-@pytest.mark.parametrize(
-    'name,text,why',
-    [
-        ('a.json', '[{"instruction": "a", "output": "b"},\n{"instru', 'line 2: not valid JSON'),
-        ('a.csv', 'text\n"<s>Human: a', 'not a valid table'),
-        ('a.json', '', 'is empty'),
-        ('a.txt', '今天天气很好。', 'holds no chats'),
-        ('a.json', ' \n ', 'white space|empty'),
-        ('a.json', '{"data": []}', 'hold no rows'),
-    ],
-)
-def test_files_that_are_no_chats(tmp_path, name, text, why):
-    with pytest.raises(LlamaZhError, match=why):
-        read_chats(write(tmp_path, name, text))
-
-
-def test_folder_by_content(tmp_path):
-    "In a folder the content decides; what is no chat is named, and does not stop the rest."
-    import gzip
-
-    row = '{"instruction": "q", "output": "%s"}\n'
-    write(tmp_path, 'lines.txt', row % 'a')
-    write(tmp_path, 'README.md', '# no chats')
-    write(tmp_path, 'words.csv', 'en,zh\nriver,河\n')
-    (tmp_path / 'b.jsonl.gz').write_bytes(gzip.compress((row % 'b').encode()))
-    (tmp_path / '.cache').mkdir()
-    write(tmp_path, '.cache/c.json', row % 'c')
-    c = read_chats(tmp_path)
-    assert sorted(x['messages'][1]['content'] for x in c) == ['a', 'b']
-    assert [Path(f).name for f, _, _ in c.bad] == ['words.csv'] and any(
-        'README.md' in k for k in c.notes
-    )
-    with pytest.raises(LlamaZhError, match='holds no chats'):
-        read_chats(tmp_path / 'words.csv')
-    (tmp_path / 'bad.gz').write_bytes(b'\x1f\x8bxx')
-    with pytest.raises(LlamaZhError, match='gzip'):
-        read_chats(tmp_path / 'bad.gz')
-
-
-def test_a_byte_that_is_no_text_spoils_its_row_only(tmp_path):
-    rows = [
-        json.dumps(
-            dict(instruction=f'这是第{i}个问题', output='这是回答'), ensure_ascii=False
-        ).encode()
-        for i in range(300)
-    ]
-    rows[7] = rows[7].replace('答'.encode(), b'\xff')
-    (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(rows))
-    c = read_chats(tmp_path / 'a.jsonl')
-    assert len(c) == 299 and [(l, 'no text in the encoding' in w) for _, l, w in c.bad] == [
-        (8, True)
-    ]
-
-
-def test_data_sets(tmp_path, monkeypatch):
-    "A folder that `datasets` saved; a data set of the Hub by its name; a name that leads nowhere."
-    import datasets
-
-    ds = datasets.Dataset.from_list([dict(messages=talk('问', '答'))])
-    ds.save_to_disk(tmp_path / 'one')
-    datasets.DatasetDict(train=ds, test=ds).save_to_disk(tmp_path / 'two')
-    for n in ('one', 'two'):
-        assert read_chats(tmp_path / n)[0]['messages'] == talk('问', '答')
-    asked = []
-
-    def load(name, split=None):
-        asked.append((name, split))
-        if name == 'a/gone':
-            raise FileNotFoundError('no such data set')
-        return ds if split else datasets.DatasetDict(test=ds)
-
-    monkeypatch.setattr(datasets, 'load_dataset', load)
-    c = read_chats('owner/some-chats:test')
-    assert (
-        c[0]['messages'] == talk('问', '答')
-        and c[0]['source'] == 'owner/some-chats:test:1'
-        and asked == [('owner/some-chats', 'test')]
-    )
-    with pytest.raises(
-        LlamaZhError, match="no split 'train', but test; write owner/some-chats:test"
-    ):
-        read_chats('owner/some-chats')
-    with pytest.raises(LlamaZhError, match='no chats at a/gone.*no such data set'):
-        read_chats('a/gone')
-    with pytest.raises(LlamaZhError, match='no such file'):
-        read_chats('nowhere/file.json')
-    assert len(asked) == 3
-
-
-def test_languages_are_counted():
-    c = read_chats(
-        [
-            dict(prompt='翻译：长江', response='the Yangtze'),
-            dict(prompt='q', response='长江 long'),
-            dict(prompt='多少?', response='3'),
-        ]
-    )
-    assert (
-        c.languages == dict(en=1, zh=2)
-        and 'Chinese 2, English 1' in repr(c)
-        and c.to_dict()['languages'] == c.languages
-    )
-
-
-def test_wrong_paths(tmp_path):
-    for p in (tmp_path, tmp_path / 'x.json', str(tmp_path / '*.json')):
-        with pytest.raises(LlamaZhError, match='no chats at'):
-            read_chats(p)
-
-
-def test_hostile(shared):
-    d = shared / 'data/hostile'
-    expect = {
-        Path(k).name: v
-        for k, v in json.loads((d / 'EXPECT.json').read_text(encoding='utf-8')).items()
-        if k.startswith('sft/')
-    }
-    got = {n: read_chats(d / 'sft' / n) for n in expect}
-    assert len(got) == 6
-    for n, e in expect.items():
-        if 'rows' in e:
-            assert len(got[n]) == e['rows'] and not got[n].bad, n
-    b = got['broken_lines.jsonl']
-    assert len(b) >= expect['broken_lines.jsonl']['good']
-    lines = list((d / 'sft/broken_lines.jsonl').read_text(encoding='utf-8').split('\n'))
-    kept = {int(c['source'].rsplit(':', 1)[1]) for c in b}
-    assert {l for _, l, _ in b.bad} == {i for i, l in enumerate(lines, 1) if l.strip()} - kept
-    assert len(got['text_no_eos.csv']) == 3 and sum(got['text_no_eos.csv'].notes.values()) == 3
 
 
 def test_hostile_injection_ids(shared, tok):
@@ -291,70 +19,7 @@ def test_hostile_injection_ids(shared, tok):
             assert e.ids.count(1) == e.ids.count(2) == per
 
 
-@pytest.mark.parametrize(
-    'name,n,bad',
-    [
-        ('alpaca_zh_demo_1000.json', 1000, 0),
-        ('alpaca_en_demo_1000.json', 999, 0),
-        ('belle_zh_seed_tasks.jsonl', 175, 0),
-        ('firefly_dummy.jsonl', 33, 0),
-        ('huatuo_med_kg.jsonl', 8658, 0),
-        ('medical_sft_1K.jsonl', 1000, 0),
-        ('sharegpt_zh_1K.jsonl', 998, 2),
-        ('llama2chinese_dev_sft.csv', 200, 0),
-        ('ruozhiba_qa2449_gpt4t.json', 2449, 0),
-    ],
-)
-def test_real_files(shared, name, n, bad):
-    c = read_chats(shared / 'data/sft' / name)
-    assert (len(c), len(c.bad)) == (n, bad)
-
-
 # ---- training, on a tiny random Llama
-
-
-def tiny(d):
-    "A tiny untied Llama with random weights and a tokenizer of its own in `d`/hf; its last 20 rows count as new."
-    import sentencepiece as spm
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from llama_zh_nb.tokenizer.exact import save_tokenizer
-
-    text = (
-        'The river is long.\n[INST] Where is the sea? [/INST] It is far.\n长江很长。黄河在哪里？\n'
-        * 20
-    )
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()),
-        model_prefix=str(d / 'm'),
-        vocab_size=330,
-        model_type='bpe',
-        byte_fallback=True,
-        normalization_rule_name='identity',
-        remove_extra_whitespaces=False,
-        pad_id=3,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
-    save_tokenizer(d / 'm.model', d / 'hf')
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=330,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=256,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=3,
-            tie_word_embeddings=False,
-        )
-    ).save_pretrained(d / 'hf')
-    (d / 'hf/resize.json').write_text('{"old_rows": 310}')
-    return d / 'hf'
 
 
 @pytest.fixture(scope='module')
@@ -367,24 +32,6 @@ def tok(folder):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
-
-
-CHATS = [
-    dict(messages=talk(f'Where is {i}?', f'It is {i * 7}.', '长江?', '长江很长。'))
-    for i in range(40)
-]
-KW = dict(
-    train='lora+new',
-    lora_r=4,
-    lora_alpha=8,
-    lora_dropout=0.0,
-    block=128,
-    batch=2,
-    lr=1e-2,
-    max_steps=6,
-    log_every=1,
-    device='cpu',
-)
 
 
 def load(d):
@@ -527,12 +174,10 @@ def test_finetune_leaves_a_plain_folder(folder, tok, tmp_path):
         folder,
         CHATS,
         out,
-        template='atom',
         extra_texts=texts,
-        text_share=0.2,
         heldout=dict(zh=['长江很长。']),
         questions=[dict(question='长江?', answer='长江很长。')],
-        **KW,
+        **small_sft(template='atom', text_share=0.2),
     )
     assert (
         h.last('loss') < h.first('loss')
@@ -568,7 +213,7 @@ def test_resume_is_exact(folder, tmp_path, monkeypatch):
 
     from llama_zh_nb import sft
 
-    kw = KW | dict(lora_dropout=0.1, save_every=3)
+    kw = small_sft(lora_dropout=0.1, save_every=3)
     sft.finetune(folder, CHATS, tmp_path / 'a', **kw)
 
     class Stop(Exception):
@@ -599,7 +244,7 @@ def test_other_trained_parts(folder, tmp_path, train):
     from llama_zh_nb.sft import finetune
 
     finetune(
-        folder, CHATS, tmp_path / 'c', **KW | dict(train=train, max_steps=2, trl=train == 'full')
+        folder, CHATS, tmp_path / 'c', **small_sft(train=train, max_steps=2, trl=train == 'full')
     )
     assert not torch.equal(
         load(folder).lm_head.weight[:310], load(tmp_path / 'c').lm_head.weight[:310]
@@ -631,7 +276,7 @@ def test_too_long_is_counted_not_cut(tok):
 def test_pad_is_never_the_end(tok, folder):
     from transformers import AutoTokenizer
 
-    from llama_zh_nb.training.chat_rows import pad_id
+    from llama_zh_nb.checkpoint.folder import pad_id
 
     t = AutoTokenizer.from_pretrained(folder)
     t.pad_token = t.eos_token
@@ -658,7 +303,7 @@ def test_folder_that_pads_with_its_end_mark(folder, tmp_path, capsys):
     (d / 'config.json').write_text(
         json.dumps(json.loads((d / 'config.json').read_text()) | dict(pad_token_id=2))
     )
-    finetune(d, CHATS, tmp_path / 'out', **KW | dict(max_steps=2))
+    finetune(d, CHATS, tmp_path / 'out', **small_sft(max_steps=2))
     assert 'pads with its end mark' in capsys.readouterr().out
     t = AutoTokenizer.from_pretrained(tmp_path / 'out')
     assert (
@@ -692,7 +337,7 @@ def test_a_plain_base_learns_without_new_rows(folder, tmp_path, capsys):
 
     d = tmp_path / 'plain'
     shutil.copytree(folder, d, ignore=shutil.ignore_patterns('resize.json'))
-    h = finetune(d, CHATS, tmp_path / 'chat', **KW | dict(max_steps=12))
+    h = finetune(d, CHATS, tmp_path / 'chat', **small_sft(max_steps=12))
     assert (
         'no new rows: training LoRA alone' in capsys.readouterr().out and h.info['train'] == 'lora'
     )
@@ -722,7 +367,7 @@ def test_packaged_mini_learns_as_it_is(tmp_path, root):
         'instruction,output\n'
         + ''.join(f'What is {i} and {i}?,It is {2 * i}.\n' for i in range(30)),
     )
-    h = finetune(base, [zh, en], tmp_path / 'chat', **KW | dict(max_steps=2, en_share=0.3))
+    h = finetune(base, [zh, en], tmp_path / 'chat', **small_sft(max_steps=2, en_share=0.3))
     assert h.info['chats']['languages'] == dict(zh=30, en=30) and h.last('loss') < h.first('loss')
     assert (
         abs(h.info['mix']['en'] / sum(h.info['mix'].values()) - 0.3) < 0.1
@@ -795,10 +440,9 @@ def test_truncation_is_counted_by_kind(tok):
         (dict(train='lorra'), "'lorra': expected one of lora"),
         (dict(too_long='x'), "'x': expected one of turns"),
         (dict(attn='x'), "'x': expected one of sdpa"),
-        (dict(text_share=0.2), 'extra_texts with it'),
         (dict(block=10**6), 'positions of hf end'),
         (dict(template='chatml'), 'unknown chat template'),
-        (dict(questions='nofile'), 'no questions could be read'),
+        (dict(questions='nofile'), 'no such file of questions'),
         (dict(questions=[dict(q='x')]), 'question 1 has no'),
         (dict(en_share=0.5, chats=[dict(messages=talk('q', 'it is a'))]), 'all English'),
     ],
@@ -807,7 +451,7 @@ def test_wrong_values_are_refused_first(folder, tmp_path, kw, says):
     from llama_zh_nb.sft import finetune
 
     with pytest.raises(LlamaZhError, match=says):
-        finetune(folder, kw.pop('chats', CHATS), tmp_path / 'o', **KW | kw)
+        finetune(folder, kw.pop('chats', CHATS), tmp_path / 'o', **small_sft(**kw))
     assert not (tmp_path / 'o').exists()
 
 
@@ -815,13 +459,21 @@ def test_the_model_itself_is_never_overwritten(folder):
     from llama_zh_nb.sft import finetune
 
     with pytest.raises(LlamaZhError, match='is the model itself'):
-        finetune(folder, CHATS, folder / '..' / folder.name, **KW)
+        finetune(folder, CHATS, folder / '..' / folder.name, **small_sft())
+
+
+def test_a_share_of_nothing_is_said(folder, tmp_path, capsys):
+    from llama_zh_nb.sft import finetune
+
+    h = finetune(folder, CHATS, tmp_path / 'o', **small_sft(max_steps=1, text_share=0.2))
+    assert 'text_share is 0.2, but no extra_texts' in capsys.readouterr().out
+    assert h.info['text_share'] is None
 
 
 def test_one_step_learns_something(folder, tmp_path):
     from llama_zh_nb.sft import finetune
 
-    finetune(folder, CHATS, tmp_path / 'o', **KW | dict(max_steps=1))
+    finetune(folder, CHATS, tmp_path / 'o', **small_sft(max_steps=1))
 
 
 def test_what_was_read_is_said_and_kept(folder, tmp_path, capsys):
@@ -833,7 +485,7 @@ def test_what_was_read_is_said_and_kept(folder, tmp_path, capsys):
         '{"prompt": "q", "response": "a"}\n{broken\n{"prompt": "q", "response": ""}\n'
         + json.dumps(dict(prompt='q', response='far ' * 300)),
     )
-    h = finetune(folder, f, tmp_path / 'o', **KW | dict(max_steps=1))
+    h = finetune(folder, f, tmp_path / 'o', **small_sft(max_steps=1))
     said = capsys.readouterr().out
     assert (
         'a.jsonl, line 2: not valid JSON' in said

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llama_zh_nb.checkpoint.folder import check_sizes
 from llama_zh_nb.checkpoint.meta import (
     EMBED,
     HEAD,
@@ -21,7 +22,6 @@ from llama_zh_nb.checkpoint.meta import (
     packaged,
     to_meta,
 )
-from llama_zh_nb.checkpoint.sizes import check_sizes
 from llama_zh_nb.checkpoint.tensors import SafeFile, TorchFile, open_weights, write_safetensors
 from llama_zh_nb.core.errors import LlamaZhError, read_json, write_json
 from llama_zh_nb.weights import acquire, verify
@@ -217,9 +217,9 @@ def test_published_widths():
         vocab_size=9,
         max_position_embeddings=64,
     )
-    from llama_zh_nb.checkpoint.meta import _params
+    from llama_zh_nb.checkpoint.meta import meta_params
 
-    p = _params(c)
+    p = meta_params(c)
     assert ffn_width(128, p['multiple_of'], p['ffn_dim_multiplier']) == 896
 
 
@@ -394,7 +394,7 @@ def test_verify_more_pieces_than_rows(hf, shared):
     from llama_zh_nb.tokenizer.exact import save_tokenizer
 
     save_tokenizer(shared / 'data/tokenizers/llama2_32000.model', hf)
-    _problem(hf, 'tokenizer pieces 32,000', 'rows 384', 'more pieces than the model has rows')
+    _problem(hf, 'tokenizer 32,000 pieces', '384 rows', 'more pieces than the model has rows')
 
 
 def test_verify_meta_folder_and_its_sums(tmp_path, hf):
@@ -422,7 +422,7 @@ def test_verify_nothing_there(tmp_path, spm):
 def test_size_check_names_every_number(hf, shared):
     with pytest.raises(LlamaZhError) as e:
         check_sizes(hf, shared / 'data/tokenizers/llama2_32000.model')
-    assert all(w in str(e.value) for w in ('vocab_size 384', 'rows 384', '32,000', "Llama-2's")), (
+    assert all(w in str(e.value) for w in ('vocab_size 384', '384 rows', '32,000', "Llama-2's")), (
         str(e.value)
     )
     write_json(hf / 'config.json', read_json(hf / 'config.json') | dict(vocab_size=383))

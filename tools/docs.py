@@ -14,89 +14,121 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import yaml
+from notebooks import NBS, ROOT, all_notebooks, module_of
 
-ROOT = Path(__file__).resolve().parent.parent
 PROC, OUT = ROOT / '_proc', ROOT / '_docs'
 
 
 def digest():
-    "Of everything the site is made from."
-    h = hashlib.sha256()
-    kinds = (
-        'nbs/*.ipynb',
-        'nbs/*.css',
-        'nbs/images/*',
-        'llama_zh_nb/*.py',
-        'tools/*.py',
-        '_quarto.yml',
-        'settings.ini',
-    )
-    for p in sorted(p for k in kinds for p in ROOT.glob(k)):
-        h.update(p.name.encode())
-        h.update(p.read_bytes())
-    return h.hexdigest()
+    "Of everything the site is made from"
+    digest = hashlib.sha256()
+    sources = [
+        *all_notebooks(),
+        *NBS.glob('*.ipynb'),
+        *NBS.glob('*.css'),
+        *(NBS / 'images').iterdir(),
+        *(ROOT / 'llama_zh_nb').rglob('*.py'),
+        *(ROOT / 'tools').glob('*.py'),
+        ROOT / '_quarto.yml',
+        ROOT / 'settings.ini',
+    ]
+    for path in sorted(set(sources)):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def process(workers):
-    "nbdev's step: nbs/ -> _proc/."
+    "nbdev's step: nbs/ -> _proc/"
     from nbdev.serve import proc_nbs
 
-    os.environ['PYTHONWARNINGS'] = (
-        'ignore:Found cells containing imports'  # tests/test_repo.py names such cells
-    )
+    # tests/test_repo.py names such cells
+    os.environ['PYTHONWARNINGS'] = 'ignore:Found cells containing imports'
     os.environ.setdefault('HF_HUB_OFFLINE', '1')
+    shutil.rmtree(PROC, ignore_errors=True)  # pages of notebooks that are gone
     try:
         proc_nbs(force=True, n_workers=workers)
-    except Exception as e:
-        why = re.findall(r'^\w*(?:Error|Exception)\b.*', str(e.__cause__), re.M)[:1]
+    except Exception as error:
+        why = re.findall(r'^\w*(?:Error|Exception)\b.*', str(error.__cause__), re.M)[:1]
         sys.exit(
-            f'error: {e}\n{"".join(why)}\nThe site runs exported cells and every cell that holds an import, and nothing else: put imports into cells of their own.'
+            f'error: {error}\n{"".join(why)}\n'
+            'The site runs exported cells and every cell that holds an import, '
+            'and nothing else: put imports into cells of their own.'
         )
+    made, wanted = len(processed()), len(all_notebooks()) + 2  # the two home pages
+    if made != wanted:
+        sys.exit(f'error: nbdev made {made} pages, but there are {wanted} notebooks')
+
+
+def processed():
+    "The notebooks of _proc/, all folders"
+    return sorted(PROC.rglob('*.ipynb'))
+
+
+def front_matter(cells):
+    "The fields that nbdev wrote into the first cell"
+    first = ''.join(cells[0]['source']).strip() if cells and cells[0]['cell_type'] == 'raw' else ''
+    return (yaml.safe_load(first.strip('-')) or {}) if first.startswith('---') else {}
 
 
 def pages():
-    "Notebook file name -> (page name, title, description), from the front matter that nbdev wrote."
-    res = {}
-    for p in sorted(PROC.glob('*.ipynb')):
-        cells = json.loads(p.read_text(encoding='utf-8'))['cells']
-        raw = ''.join(cells[0]['source']) if cells and cells[0]['cell_type'] == 'raw' else ''
-        fm = yaml.safe_load(raw.strip().strip('-')) or {} if raw.strip().startswith('---') else {}
-        res[p.name] = (
-            Path(fm.get('output-file') or p.name).stem,
-            fm.get('title') or p.stem,
-            fm.get('description') or '',
+    "{notebook: (page, title, description)}, both names from the root of the site: `tokenizer/exact`"
+    found = {}
+    for path in processed():
+        fields = front_matter(json.loads(path.read_text(encoding='utf-8'))['cells'])
+        file = path.relative_to(PROC)
+        page = file.with_name(fields.get('output-file') or file.name).with_suffix('')
+        found[file.as_posix()] = (
+            page.as_posix(),
+            fields.get('title') or path.stem,
+            fields.get('description') or '',
         )
-    return res
+    return found
 
 
-def tidy():
-    "What nbdev leaves that neither builder should show."
-    badge = re.compile(
-        r'\[(?:!\[Open in Colab\]\([^)]*\)|Open in Colab)\]\((https://colab\.research\.google\.com/[^)]*)\)'
+BADGE = re.compile(
+    r'\[(?:!\[Open in Colab\]\([^)]*\)|Open in Colab)\]\((https://colab\.research\.google\.com/[^)]*)\)'
+)
+LINKED_NAME = re.compile(r'\[`([^`]+)`\]\(https?://[^)]*\)')
+
+
+def as_lines(text):
+    "A list of lines, as Jupyter and nbdev write texts: Quarto joins the lines of a cell that is one string"
+    return ''.join(text).splitlines(keepends=True)
+
+
+def tidy_signature(text):
+    "What `show_doc` printed, without links inside code"
+    text = re.sub(
+        r'```python\n.*?```', lambda m: LINKED_NAME.sub(r'\1', m[0]), ''.join(text), flags=re.S
     )
-    linked = re.compile(r'\[`([^`]+)`\]\(https?://[^)]*\)')
-    for p in PROC.glob('*.ipynb'):
-        nb = json.loads(p.read_text(encoding='utf-8'))
-        for c in nb['cells']:
+    return text.replace('*Call self as a function.*', '')
+
+
+def tidy(notebook):
+    "Mend what nbdev leaves and neither builder should show; every source is a list of lines afterwards"
+    for cell in notebook['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] == 'markdown':
             # the badge is an image on Google's servers: a plain link does without
-            if c['cell_type'] == 'markdown':
-                c['source'] = badge.sub(r'[Open in Colab](\1){.colab}', ''.join(c['source']))
-            for o in c.get('outputs', []):
-                if 'show_doc' not in ''.join(c['source']) or 'text/markdown' not in o.get(
-                    'data', {}
-                ):
-                    continue
-                text = re.sub(
-                    r'```python\n.*?```',
-                    lambda m: linked.sub(r'\1', m[0]),
-                    ''.join(o['data']['text/markdown']),
-                    flags=re.S,
-                )  # no links inside code
-                o['data']['text/markdown'] = text.replace('*Call self as a function.*', '')
-        p.write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
+            source = BADGE.sub(r'[Open in Colab](\1){.colab}', source)
+        cell['source'] = as_lines(source)
+        for output in cell.get('outputs', []):
+            data = output.get('data', {})
+            if 'text/markdown' not in data:
+                continue
+            if 'show_doc' in source:
+                data['text/markdown'] = tidy_signature(data['text/markdown'])
+            data['text/markdown'] = as_lines(data['text/markdown'])
+    return notebook
+
+
+def tidy_all():
+    for path in processed():
+        notebook = tidy(json.loads(path.read_text(encoding='utf-8')))
+        path.write_text(json.dumps(notebook, ensure_ascii=False), encoding='utf-8')
 
 
 def exported(py):
@@ -114,30 +146,22 @@ def exported(py):
 
 
 def api_page(pages):
-    "One table a module: each name links to the page that builds it."
+    "One table a module: each name links to the notebook that builds it"
     out = [
-        '---\ntitle: API reference\ndescription: Every exported name, by module; each links to the notebook that builds it\n---\n'
+        '---\ntitle: API reference\n'
+        'description: Every exported name, by module; each links to the notebook that builds it\n---\n'
     ]
-    by_page = {page: (nb, desc) for nb, (page, _, desc) in pages.items()}
-    default = re.compile(r'^#\|\s*default_exp\s+(\S+)', re.M)
-    for nb in sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')):
-        m = default.search(
-            '\n'.join(
-                ''.join(c['source'])
-                for c in json.loads(nb.read_text(encoding='utf-8'))['cells']
-                if c['cell_type'] == 'code'
-            )
-        )
-        py = ROOT / 'llama_zh_nb' / f'{m[1]}.py' if m else None
-        rows = exported(py) if py and py.exists() else []
+    for path in all_notebooks():
+        file, module = path.relative_to(NBS).as_posix(), module_of(path)
+        source = ROOT / 'llama_zh_nb' / f'{module.replace(".", "/")}.py' if module else None
+        rows = exported(source) if source and source.exists() else []
         if not rows:
             continue
-        out.append(
-            f'\n## llama_zh_nb.{m[1]}\n\n{pages[nb.name][2]} ([notebook]({nb.name}))\n\n| name | what it does |\n|:--|:--|'
-        )
-        out += [
-            f'| [`{n}`]({nb.name}#{n.lower()}) | {d.replace("|", chr(92) + "|")} |' for n, d in rows
-        ]
+        out.append(f'\n## llama_zh_nb.{module}\n\n{pages[file][2]} ([notebook]({file}))\n')
+        out.append('| name | what it does |\n|:--|:--|')
+        for name, text in rows:
+            text = text.replace('|', r'\|')
+            out.append(f'| [`{name}`]({file}#{name.lower()}) | {text} |')
     (PROC / 'reference.qmd').write_text('\n'.join(out) + '\n', encoding='utf-8')
 
 
@@ -168,7 +192,7 @@ def main():
         return print('the site is fresh: _docs/index.html')
     print('== nbdev: nbs/ -> _proc/', flush=True)
     process(a.workers)
-    tidy()
+    tidy_all()
     names = pages()
     api_page(names)
     print(f'== {"Quarto" if quarto else "Sphinx"}: _proc/ -> _docs/', flush=True)

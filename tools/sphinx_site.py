@@ -5,6 +5,7 @@ Links between pages are written as links to the site's public address and made r
 """
 
 import json
+import posixpath
 import re
 import shutil
 import sys
@@ -41,7 +42,7 @@ class Site:
 
     def page(self, file):
         "Page name of a notebook or text file of the sidebar."
-        return self.names[file][0] if file in self.names else Path(file).stem
+        return self.names[file][0] if file in self.names else str(Path(file).with_suffix(''))
 
     def _sections(self, contents, there):
         "`(caption or None, [(page, text or None)])` in the sidebar's order; an entry is `index.ipynb`, `{href, text}` or `{section, contents}`."
@@ -66,16 +67,21 @@ class Site:
 
 
 def link(url, site, here):
-    "Where a link of the page `here` goes on the site."
+    "Where a link of the page `here` goes on the site"
     if re.match(r'[a-z]+:', url) and not url.startswith(site.url):
         return url
-    if url.startswith('../'):
-        return f'{site.repo}/blob/{site.branch}/{url[3:]}'
     path, _, frag = url.removeprefix(site.url).partition('#')
-    page = here if not path else Path(path).stem
-    if path.endswith(('.ipynb', '.qmd')):
-        page = site.page(Path(path).name)
-    elif path and not path.endswith('.html'):
+    if path and not url.startswith(site.url):  # as seen from the notebook's folder
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
+    if path.startswith('../'):  # outside nbs/: a file of the repository
+        return f'{site.repo}/blob/{site.branch}/{path[3:]}'
+    if not path:
+        page = here
+    elif path.endswith(('.ipynb', '.qmd')):
+        page = site.page(path)
+    elif path.endswith('.html'):
+        page = path.removesuffix('.html')
+    else:
         return url
     if f'{page}.html#{frag.lower()}' in site.symbols:
         frag = f'#api-{frag.lower()}'
@@ -234,6 +240,7 @@ def write_sources(proc, src, site):
             nb['cells'].append(
                 {'cell_type': 'markdown', 'id': 'toc', 'metadata': {}, 'source': toctrees(site)}
             )
+        (src / page).parent.mkdir(parents=True, exist_ok=True)
         (src / f'{page}.ipynb').write_text(json.dumps(nb, ensure_ascii=False), encoding='utf-8')
     for p in proc.glob('*.qmd'):
         fm, body = split_front_matter(p.read_text(encoding='utf-8'))
@@ -347,15 +354,16 @@ def config(site, src):
 
 
 def relative_links(out, site):
-    "Links to the site's public address become links inside this folder."
-    for p in out.glob('*.html'):
-        html = p.read_text(encoding='utf-8')
+    "Links to the site's public address become links inside this folder"
+    public = re.escape(site.url)
+    for path in out.rglob('*.html'):
+        up = '../' * (len(path.relative_to(out).parts) - 1)
         html = re.sub(
-            r'class="([\w ]*)\breference external\b([\w ]*)" href="' + re.escape(site.url),
-            r'class="\1reference internal\2" href="',
-            html,
+            rf'class="([\w ]*)\breference external\b([\w ]*)" href="{public}',
+            rf'class="\1reference internal\2" href="{up}',
+            path.read_text(encoding='utf-8'),
         )
-        p.write_text(html.replace(f'href="{site.url}', 'href="'), encoding='utf-8')
+        path.write_text(html.replace(f'href="{site.url}', f'href="{up}'), encoding='utf-8')
 
 
 class _Page(HTMLParser):
@@ -372,23 +380,32 @@ class _Page(HTMLParser):
                 self.refs.append(v)
 
 
+def leads_somewhere(page, ref, pages, out):
+    "Is there a file, and on it the anchor, that the link `ref` on `page` names?"
+    url = urlsplit(ref)
+    if url.scheme or url.netloc:
+        return True
+    path = page
+    if url.path:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(page), unquote(url.path)))
+    if not (out / path).exists():
+        return False
+    return not url.fragment or path not in pages or unquote(url.fragment) in pages[path].ids
+
+
 def dead_links(out):
-    "`[(page, link)]` of links inside the site that lead nowhere."
-    pages, dead = {p.name: _Page(p.read_text(encoding='utf-8')) for p in out.glob('*.html')}, []
-    for name, page in pages.items():
-        for ref in page.refs:
-            u = urlsplit(ref)
-            if u.scheme or u.netloc:
-                continue
-            path = unquote(u.path) or name
-            if (
-                not (out / path).exists()
-                or u.fragment
-                and path in pages
-                and unquote(u.fragment) not in pages[path].ids
-            ):
-                dead.append((name, ref))
-    return sorted(set(dead))
+    "`[(page, link)]` of links inside the site that lead nowhere"
+    pages = {
+        p.relative_to(out).as_posix(): _Page(p.read_text(encoding='utf-8'))
+        for p in out.rglob('*.html')
+    }
+    dead = {
+        (page, ref)
+        for page, parsed in pages.items()
+        for ref in parsed.refs
+        if not leads_somewhere(page, ref, pages, out)
+    }
+    return sorted(dead)
 
 
 def build(proc, out, names):

@@ -13,7 +13,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from .folder import check_folder, fingerprint, tokenizer_hash
+from .folder import check_sizes, fingerprint, tokenizer_hash
 from ..core.errors import LlamaZhError, need, read_json, sha256, writing
 from ..core.machine import versions
 from ..text.files import are_files
@@ -562,7 +562,7 @@ def upload_plan(
             f"{folder}/README.md names no licence: say the base's with  llama-zh card {folder} --licence ..."
         )
     if not (folder / 'adapter_config.json').exists():
-        check_folder(folder)
+        check_sizes(folder)
     inside = sorted(p for p in folder.iterdir() if p.is_file()) + (
         sorted((folder / 'adapter').iterdir()) if adapter and (folder / 'adapter').is_dir() else []
     )

@@ -113,7 +113,7 @@ class Table:
     def __post_init__(self):
         self.headers = [_cell(h) for h in self.headers]
         self.rows = [[_cell(x) for x in row] for row in self.rows]
-        columns = max(map(len, [self.headers, *self.rows]))
+        columns = max(map(len, [self.headers, *self.rows]), default=0)
         for row in [self.headers, *self.rows] if self.headers else self.rows:
             row += [''] * (columns - len(row))
         self.align = self.align or ''.join(map(self._side, range(columns)))
@@ -148,7 +148,9 @@ class Table:
         lines = [line(self.headers or [''] * len(rule)), '|' + '|'.join(rule) + '|']
         lines += map(line, self.rows)
         above = [self.title, ''] if self.title else []
-        return '\n'.join(above + lines + (['', self.note] if self.note else []))
+        return '\n'.join(
+            above + lines + (['', self.note.replace('\n', '  \n')] if self.note else [])
+        )
 
     def html(self) -> Html:
         "As an HTML table, wide ones in a box that slides sideways"
@@ -161,7 +163,11 @@ class Table:
         head = f'<thead>{line(self.headers, "th")}</thead>' if self.headers else ''
         body = ''.join(line(row, 'td') for row in self.rows)
         title = f'<p class="label">{escape(self.title)}</p>' if self.title else ''
-        note = f'<p class="dim">{escape(self.note)}</p>' if self.note else ''
+        note = (
+            f'<p class="dim" style="white-space:pre-line">{escape(self.note)}</p>'
+            if self.note
+            else ''
+        )
         table = f'<table>{head}<tbody>{body}</tbody></table>'
         box = f'<div class="scroll" style="overflow-x:auto">{table}</div>'
         return Html(title + box + note, repr(self))

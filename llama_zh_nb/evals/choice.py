@@ -15,7 +15,7 @@ import re
 from itertools import accumulate
 from pathlib import Path
 
-from ..checkpoint.folder import fingerprint, load, tokenizer_hash
+from ..checkpoint.folder import context_length, fingerprint, load, tokenizer_hash
 from ..core.errors import LlamaZhError, need, read_json, write_json
 from ..core.machine import progress
 from .measure import wilson
@@ -497,8 +497,7 @@ def evaluate(
     spell = lambda n: letter_ids(tok, n, spelling)
     if by == 'letter':
         spell(max(len(q.options) for v in task.subjects.values() for q in v))
-    reach = getattr(model.config, 'max_position_embeddings', None) or 4096
-    max_len = min(max_len or 4096, reach)
+    max_len = min(max_len or 4096, context_length(model))
     if max_len < 16:
         raise LlamaZhError(f'max_len {max_len}: at least 16 tokens are needed')
     name = name or (folder.resolve().name if folder else 'model')

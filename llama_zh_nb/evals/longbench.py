@@ -16,7 +16,7 @@ import string
 from collections import Counter
 from pathlib import Path
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import context_length, load
 from ..core.errors import LlamaZhError, need
 from ..core.machine import progress
 from .choice import FORMS, Result, _cut, _encode, _Log, _model_key
@@ -276,9 +276,9 @@ def longbench(
     ]
     model, tok = load(folder, device, dtype) if folder else model
     template = get_template(template or find_template(tok) or 'alpaca2') if form == 'chat' else None
-    reach = getattr(model.config, 'max_position_embeddings', None) or 4096
+    longest = context_length(model)
     max_len, name = (
-        min(max_len or reach, reach),
+        min(max_len or longest, longest),
         name or (folder.resolve().name if folder else 'model'),
     )
     most = max(x.get('longest') or LONGEST[x['dataset']] for x in rows)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import context_length, load, special_ids, stop_tokens
 from ..core.errors import LlamaZhError, need
 from ..core.machine import progress
 from ..text.templates import encode_texts, get_template
@@ -133,13 +133,11 @@ def bits(
     "Bits that `model` needs for `texts`; windows never cross a document's border"
     torch = need('torch', 'train')
     texts = [texts] if isinstance(texts, str) else [t for t in texts if t]
-    longest = getattr(model.config, 'max_position_embeddings', None)
-    if longest and (max_len or 0) > longest:
-        raise LlamaZhError(f'max_len {max_len:,}: the model reaches {longest:,} tokens')
-    max_len = max_len or min(longest or 2048, 2048)
-    bos, tokens, rows = tokenizer.bos_token_id, 0, []
-    if bos is None:
-        raise LlamaZhError('the tokenizer has no BOS token, after which every text is scored')
+    longest = context_length(model)
+    if (max_len or 0) > longest:
+        raise LlamaZhError(f'max_len {max_len:,}: the model reads {longest:,} tokens')
+    max_len = max_len or min(longest, 2048)
+    bos, tokens, rows = special_ids(tokenizer).bos, 0, []
     for d, ids in enumerate(encode_texts(tokenizer, texts)):
         tokens += len(ids)
         for start, end, first in windows(len(ids), max_len, stride):
@@ -188,7 +186,7 @@ def greedy(
 ) -> list:  # of str, in the order of `prompts`
     "The model's likeliest continuations, stop token left out"
     torch, transformers = need('torch', 'train'), need('transformers', 'train')
-    stop = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
+    stop = stop_tokens(tokenizer, stop_ids)
     config = transformers.GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

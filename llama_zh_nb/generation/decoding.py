@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import load, pad_id
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
 from ..core.machine import progress, quiet
 from ..core.show import ShownAsTable, Table
@@ -19,7 +19,7 @@ from .sampling import generation_config
 from ..text.chats import read_chats
 from ..text.templates import find_template
 from ..tokenizer.exact import copy_tokenizer
-from ..training.chat_rows import ChatCollate, Packed, examples, pad_id
+from ..training.chat_rows import ChatCollate, Packed, examples
 
 # %% ../../nbs/generation/decoding.ipynb #4188f7a4
 def negative_messages(

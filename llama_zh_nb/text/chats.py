@@ -6,20 +6,16 @@
 __all__ = ['language', 'Chats', 'read_chats']
 
 # %% ../../nbs/text/chats.ipynb #f3ef1507
-import csv
-import gzip
-import html
-import io
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from glob import glob
 from pathlib import Path
 
 from ..core.errors import LlamaZhError, need, what_is
-from .files import HAN, detect
+from ..core.show import ShownAsTable, Table
+from .files import HAN, Row, read_rows
 
 # %% ../../nbs/text/chats.ipynb #89eb37ba
 _ROLES = dict(
@@ -166,6 +162,8 @@ def _turns(row, note):
         ('conversation', 'Firefly'),
         ('dialog', 'dialog'),
     ):
+        if isinstance(row.get(key), str) and row[key].lstrip()[:1] == '[':
+            row = {**row, key: json.loads(row[key])}  # a cell of a table
         if isinstance(row.get(key), (list, tuple)):
             first = [('system', _text(row['system'], 'system'))] if row.get('system') else []
             return shape, [first + [p for t in row[key] for p in _turn(t)]]
@@ -208,118 +206,16 @@ def _tidy(turns, note):
         dict(role=r, content=t) for r, t in turns
     ]
 
-# %% ../../nbs/text/chats.ipynb #dcc9dd44
-def _array(text, name):
-    "(line, row) of a JSON array."
-    dec, i, line, seen = json.JSONDecoder(), text.index('[') + 1, 1, 0
-    skip = re.compile(r'[\s,]*')
-    while True:
-        i = skip.match(text, i).end()
-        line += text.count('\n', seen, i)
-        seen = i
-        if text[i : i + 1] == ']':
-            return
-        try:
-            row, i = dec.raw_decode(text, i)
-        except ValueError as e:
-            raise LlamaZhError(
-                f'{name}, line {getattr(e, "lineno", line)}: not valid JSON ({getattr(e, "msg", e)}); the row begins in line {line}. '
-                'Is the file whole? If it holds one object a line, take the [ at its beginning away.'
-            ) from None
-        yield line, row
-
-
-def _lines(text):
-    "(line, row or ValueError) of JSON lines."
-    for n, l in enumerate(text.split('\n'), 1):
-        if not l.strip():
-            continue
-        try:
-            yield n, json.loads(l)
-        except ValueError as e:
-            yield (
-                n,
-                ValueError(
-                    f'not valid JSON: {getattr(e, "msg", e)}'
-                    + (f', column {e.colno}' if hasattr(e, 'colno') else '')
-                ),
-            )
-
-# %% ../../nbs/text/chats.ipynb #d637e85a
-def _json(text, name):
-    "Rows of a text that begins like JSON: one object, an array, an object around an array, or lines."
-    if text.lstrip()[0] == '[':
-        first = text.lstrip().split('\n', 1)[0].strip()
-        try:
-            whole = isinstance(
-                json.loads(first), list
-            )  # a first line that is an array of its own: JSON lines, or the whole file
-        except ValueError:
-            whole = False
-        return _lines(text) if whole and '\n' in text.strip() else _array(text, name)
-    try:
-        one = json.loads(text)
-    except ValueError:
-        return _lines(text)
-    inner = next(
-        (
-            v
-            for k, v in one.items()
-            if k in ('data', 'train', 'rows', 'examples') and isinstance(v, list)
-        ),
-        None,
-    )
-    return enumerate(inner, 1) if inner is not None else [(1, one)]
-
-
-def _table(text, name):
-    "Rows of CSV or TSV with a header."
-    csv.field_size_limit(1 << 30)
-    tab = '\t' in text.split('\n', 1)[0]
-    r = csv.DictReader(io.StringIO(text, newline=''), delimiter='\t' if tab else ',', strict=True)
-    known = {'text', 'instruction', 'messages', 'conversations', *(q for q, _ in _PAIRS)}
-    head = [h.strip() for h in r.fieldnames or []]
-    if not known & set(head):
-        raise LlamaZhError(
-            f'{name} holds no chats: neither JSON, nor a table with one of the columns {", ".join(sorted(known))}; it begins with {text[:40]!r}'
-        )
-    r.fieldnames, at = head, 2
-    try:
-        for row in r:
-            for k in ('messages', 'conversations'):
-                if isinstance(row.get(k), str):
-                    row[k] = json.loads(row[k])
-            yield at, row
-            at = r.line_num + 1
-    except (csv.Error, ValueError) as e:
-        raise LlamaZhError(
-            f'{name}, line {at}: not a valid table ({e}); is a quotation mark open there?'
-        ) from None
-
 # %% ../../nbs/text/chats.ipynb #763bbf38
-def _unzipped(path, encoding):
-    "Rows of a file that gzip made smaller."
-    with tempfile.TemporaryDirectory() as d:
-        f = Path(d) / path.stem
-        try:
-            f.write_bytes(gzip.decompress(path.read_bytes()))
-        except (OSError, EOFError) as e:
-            raise LlamaZhError(
-                f'{path}: a gzip file that cannot be read ({e}); is it whole?'
-            ) from None
-        return list(_rows(f, encoding))
-
-
 def _dataset(name):
     "Rows of a folder that `datasets` saved, or of a data set on the Hub: owner/name, or owner/name:split."
-    ds = need('datasets', 'train')
+    datasets = need('datasets', 'train')
     name, _, split = str(name).removeprefix('hub:').partition(':')
     try:
-        d = (
-            ds.load_from_disk(name)
-            if Path(name).is_dir()
-            else ds.load_dataset(name, split=split or None)
-        )
+        if Path(name).is_dir():
+            d = datasets.load_from_disk(name)
+        else:
+            d = datasets.load_dataset(name, split=split or None)
     except Exception as e:
         raise LlamaZhError(
             f'no chats at {name}: no such file or folder, and as a data set of the Hub it could not be had ({type(e).__name__}: {str(e).splitlines()[0][:200]})'
@@ -330,7 +226,7 @@ def _dataset(name):
                 f'{name} has no split {split or "train"!r}, but {", ".join(d)}; write {name}:{next(iter(d))}'
             )
         d = d[split or 'train']
-    return enumerate(d, 1)
+    return (Row(number, value) for number, value in enumerate(d, 1))
 
 
 def _is_dataset(p):
@@ -346,31 +242,16 @@ def _is_dataset(p):
     )
 
 # %% ../../nbs/text/chats.ipynb #0f5e6e60
+# keys of an object around a list of chats, and columns of which a table has at least one
+_LISTS = ('data', 'train', 'rows', 'examples')
+_COLUMNS = ('text', 'instruction', 'messages', 'conversations', *(ask for ask, _ in _PAIRS))
+
+
 def _rows(path, encoding=None):
-    "(line, row or ValueError) of a file; what it holds decides how it is read."
+    "Each `Row` of a file or data set"
     if _is_dataset(str(path)):
         return _dataset(path)
-    path = Path(path)
-    with open(path, 'rb') as f:
-        head = f.read(4)
-    if head == b'PAR1':
-        t = need('pyarrow.parquet').ParquetFile(path)
-        return enumerate((row for b in t.iter_batches() for row in b.to_pylist()), 1)
-    if head[:2] == b'\x1f\x8b':
-        return _unzipped(path, encoding)
-    kind = what_is(path)
-    if not head:
-        raise LlamaZhError(f'{path} is empty; expected chats as JSON, JSON lines, CSV or Parquet')
-    if any(k in kind for k in ('LFS', 'HTML', 'safetensors', 'PyTorch', 'SentencePiece')):
-        raise LlamaZhError(f'{path} is {kind}, not chats')
-    text = (
-        path.read_text(encoding=detect(path, encoding)[0], errors='surrogateescape')
-        .lstrip('\ufeff')
-        .replace('\r\n', '\n')
-    )  # a byte that is no text spoils its row, not the file
-    if not text.strip():
-        raise LlamaZhError(f'{path} holds only white space; expected chats')
-    return _json(text, path) if text.lstrip()[0] in '{[' else _table(text, path)
+    return read_rows(path, encoding, inside=_LISTS, known=_COLUMNS, what='chats', strict=True)
 
 # %% ../../nbs/text/chats.ipynb #1abfe0fa
 def language(
@@ -388,16 +269,14 @@ def language(
     return 'zh'
 
 # %% ../../nbs/text/chats.ipynb #d2eef6b3
-class Chats(list):
+class Chats(ShownAsTable, list):
     "Conversations, each `{'messages': [...], 'source': 'file:line'}`."
 
     def __init__(self, rows=(), bad=(), notes=(), files=()):
         super().__init__(rows)
-        self.bad, self.notes, self.files = (
-            list(bad),
-            Counter(notes),
-            list(files),
-        )  # (file, line, why); {note: rows}; (file, shapes, read, bad)
+        self.bad = list(bad)  # (file, line, why)
+        self.notes = Counter(notes)  # {note: rows}
+        self.files = list(files)  # (file, shapes, chats read, bad rows)
 
     @property
     def turns(self):
@@ -418,54 +297,28 @@ class Chats(list):
             files=[list(f) for f in self.files],
         )
 
-    def _head(self):
-        langs = ', '.join(
-            f'{name} {n:,}'
-            for k, name in (('zh', 'Chinese'), ('en', 'English'))
-            if (n := self.languages.get(k))
-        )
-        return f'{len(self):,} chats ({langs}) with {self.turns:,} answers'
-
-    def _table(self):
-        return [(Path(f).name, shape, n, b) for f, shape, n, b in self.files]
-
-    def __repr__(self):
-        more = (
-            [f'  ... and {len(self.bad) - 20:,} more bad rows, see .bad']
-            if len(self.bad) > 20
-            else []
-        )
-        out = [f'{self._head()}, {len(self.bad):,} bad rows'] + [
-            f'  {f}: {n:,} chats ({s}), {b:,} bad rows' for f, s, n, b in self._table()
+    def _summary(self):
+        languages = [
+            f'{name} {self.languages[key]:,}'
+            for key, name in (('zh', 'Chinese'), ('en', 'English'))
+            if key in self.languages
         ]
-        return '\n'.join(
-            out
-            + [f'  {k}: {v:,}' for k, v in self.notes.items()]
-            + [f'  {Path(f).name}, line {l}: {why}' for f, l, why in self.bad[:20]]
-            + more
-        )
+        return f'{len(self):,} chats ({", ".join(languages)}) with {self.turns:,} answers, {len(self.bad):,} bad rows'
 
-    def _repr_html_(self):
-        esc, row = (
-            html.escape,
-            lambda t, cs: (
-                '<tr>' + ''.join(f'<{t}>{html.escape(str(c))}</{t}>' for c in cs) + '</tr>'
-            ),
+    def table(self, most=20):
+        "Files, shapes and counts; below it what was noted, and the first `most` bad rows"
+        rows = [[Path(f).name, shapes, n, bad] for f, shapes, n, bad in self.files]
+        below = [f'{note}: {count:,}' for note, count in self.notes.items()]
+        below += [f'{Path(f).name}, line {line}: {why}' for f, line, why in self.bad[:most]]
+        if len(self.bad) > most:
+            below.append(f'... and {len(self.bad) - most:,} more bad rows, see .bad')
+        return Table(
+            rows,
+            ['file', 'shape', 'chats', 'bad rows'],
+            'llrr',
+            title=self._summary(),
+            note='\n'.join(below),
         )
-        out = (
-            f'<p>{self._head()}</p><table>'
-            + row('th', ('file', 'shape', 'chats', 'bad rows'))
-            + ''.join(row('td', r) for r in self._table())
-            + '</table>'
-        )
-        out += ''.join(f'<p>{esc(k)}: {v:,}</p>' for k, v in self.notes.items())
-        if self.bad:
-            out += (
-                f'<details><summary>{len(self.bad):,} bad rows</summary><table>'
-                + ''.join(row('td', (Path(f).name, l, w)) for f, l, w in self.bad[:100])
-                + '</table></details>'
-            )
-        return out
 
 # %% ../../nbs/text/chats.ipynb #ad1baf67
 def _may_hold_chats(f):
@@ -510,18 +363,23 @@ def _files(paths, left):
     return out
 
 # %% ../../nbs/text/chats.ipynb #1e3fa062
-def _take(out, name, line, row, shapes):
+def _take(out, name, row, shapes):
     "One row into `out`: as conversations, or as a bad row."
     try:
-        if isinstance(row, ValueError):
-            raise row
+        if row.problem:
+            raise ValueError(row.problem)
         notes = []
-        shape, convs = _turns(row, notes.append)
-        out.extend([dict(messages=_tidy(c, notes.append), source=f'{name}:{line}') for c in convs])
+        shape, conversations = _turns(row.value, notes.append)
+        out.extend(
+            [
+                dict(messages=_tidy(turns, notes.append), source=f'{name}:{row.line}')
+                for turns in conversations
+            ]
+        )
         shapes[shape] += 1
         out.notes.update(notes)
     except (ValueError, TypeError, KeyError) as e:
-        out.bad.append((str(name), line, str(e)))
+        out.bad.append((str(name), row.line, str(e)))
 
 # %% ../../nbs/text/chats.ipynb #254841d7
 def read_chats(
@@ -531,14 +389,16 @@ def read_chats(
     "Read conversations in any of the usual shapes; bad rows are listed with file and line, never dropped in silence."
     left, out = [], Chats()
     if isinstance(paths, (list, tuple)) and paths and isinstance(paths[0], dict):
-        sources, get = {'rows': True}, lambda _: enumerate(paths, 1)
+        sources = {'rows': True}
+        rows_of = {'rows': [Row(number, value) for number, value in enumerate(paths, 1)]}
     else:
-        sources, get = _files(paths, left), lambda f: _rows(f, encoding)
+        sources = _files(paths, left)
+        rows_of = {name: _rows(name, encoding) for name in sources}
     for name, named in sources.items():
         shapes, n, b = Counter(), len(out), len(out.bad)
         try:
-            for line, row in get(name):
-                _take(out, name, line, row, shapes)
+            for row in rows_of[name]:
+                _take(out, name, row, shapes)
         except LlamaZhError as e:
             if named or len(out) > n:
                 raise

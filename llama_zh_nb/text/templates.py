@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checkpoint.folder import special_ids, stop_tokens
 from ..core.errors import LlamaZhError, did_you_mean, read_json, write_json, writing
 
 # %% ../../nbs/07_templates.ipynb #e0ed8c04
@@ -262,16 +263,6 @@ class Encoded(NamedTuple):
     ids: list  # token ids
     mask: list  # 1 on the tokens of answers and their EOS, 0 elsewhere
 
-
-def _controls(tokenizer):
-    "{'bos': id, 'eos': id}, checked."
-    out = dict(bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id)
-    if None in out.values() or out['bos'] == out['eos']:
-        raise LlamaZhError(
-            f'the tokenizer needs different BOS and EOS tokens; found {out}; rebuild the folder with vocab.save_tokenizer'
-        )
-    return out
-
 # %% ../../nbs/07_templates.ipynb #101696c3
 def encode_chats(
     template: Template,  # the layout
@@ -282,7 +273,7 @@ def encode_chats(
 ) -> list[Encoded]:
     "Encode conversations segment by segment: control tokens as ids, text as text."
     control, segs = (
-        _controls(tokenizer),
+        special_ids(tokenizer)._asdict(),
         [template.segments(c, add_generation_prompt, system) for c in chats],
     )
     table = {}
@@ -291,7 +282,7 @@ def encode_chats(
             dict.fromkeys(s.text for c in segs for s in c if s.kind == 'text' and s.start == start)
         )
         table.update(zip(((t, start) for t in texts), encode_texts(tokenizer, texts, start)))
-    forbidden = {*control.values(), tokenizer.pad_token_id} - {tokenizer.unk_token_id}
+    forbidden = {*control.values()} - {None, tokenizer.unk_token_id}
     for (text, _), ids in table.items():
         if not forbidden.isdisjoint(ids):
             raise LlamaZhError(
@@ -316,7 +307,7 @@ def _encode(self: Template, tokenizer, messages, add_generation_prompt=False, sy
 
 def _stop_ids(self: Template, tokenizer):
     "Ids that end an answer."
-    return [_controls(tokenizer)['eos']]
+    return stop_tokens(tokenizer)
 
 
 Template.encode, Template.stop_ids = _encode, _stop_ids

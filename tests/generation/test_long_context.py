@@ -5,9 +5,9 @@ import random
 
 import pytest
 
+from llama_zh_nb.checkpoint.folder import context_length
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.generation import long_context
-from llama_zh_nb.generation.sampling import context_length
 
 torch = pytest.importorskip('torch')
 

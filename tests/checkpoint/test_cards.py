@@ -10,7 +10,7 @@ torch = pytest.importorskip('torch')
 hub = pytest.importorskip('huggingface_hub')
 yaml = pytest.importorskip('yaml')
 
-from test_pretrain import SMALL, ZH, make
+from helpers.tiny import ZH, make, small
 
 from llama_zh_nb.checkpoint import cards
 from llama_zh_nb.checkpoint.cards import (
@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
 
     d = tmp_path_factory.mktemp('cards')
     base = make(d / 'base')
-    pretrain(base, ZH, d / 'out', **SMALL)
+    pretrain(base, ZH, d / 'out', **small())
     (d / 'corpus').mkdir()
     (d / 'corpus' / 'train.jsonl').write_text('{"text": "春天"}\n')
     (d / 'corpus' / 'report.json').write_text(json.dumps(dict(train=1, chars=2)))
