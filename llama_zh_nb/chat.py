@@ -9,13 +9,12 @@ __all__ = ['Chat', 'chat']
 import html
 from pathlib import Path
 
-from .checkpoint.folder import load
+from .checkpoint.folder import context_length, load
 from .core.errors import LlamaZhError, need, write_json
 from .core.machine import quiet
 from .generation.decoding import load_draft, negative_inputs, negative_messages
 from llama_zh_nb.generation.sampling import (
     Fitted,
-    context_length,
     fit_turns,
     generation_config,
     prompt_budget,
@@ -76,7 +75,7 @@ class Chat:
         self.model, self.tok = model if isinstance(model, tuple) else load(model, device, dtype)
         self.template = get_template(template or find_template(self.tok) or 'alpaca2')
         self.draft = load_draft(draft, self.model, self.tok) if draft is not None else None
-        self.context = context_length(self.model.config)
+        self.context = context_length(self.model)
         self.changes = changes
         self.max_new_tokens = max_new_tokens
         self.too_long = too_long

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import __version__
-from .checkpoint.folder import check_sizes
-from .core.errors import LlamaZhError, need, read_json
+from .checkpoint.folder import check_sizes, context_length
+from .core.errors import LlamaZhError, need
 from .generation.batching import row_settings
 from llama_zh_nb.serving.api import (
     AnswerWriter,
@@ -151,7 +151,7 @@ async def pieces_of(jobs):
         if piece is None:
             running -= 1
 
-# %% ../nbs/12_serve.ipynb #1781d151
+# %% ../nbs/12_serve.ipynb #a23297a2
 @dataclass
 class ServerState:
     "What all routes of a server know"
@@ -295,7 +295,7 @@ def add_generation_routes(app, state: ServerState):
         prompts = len(prompts_of(body.prompt))
         return await generate(state, request, body, wanted, chat=False, prompts=prompts)
 
-# %% ../nbs/12_serve.ipynb #c54bdc89
+# %% ../nbs/12_serve.ipynb #38569e3f
 def add_model_routes(app, state: ServerState):
     "/v1/models and /v1/embeddings"
 
@@ -524,7 +524,7 @@ class DrainingServer(uvicorn.Server):
         time.sleep(max(0, earliest - time.monotonic()))
         self.should_exit = True
 
-# %% ../nbs/12_serve.ipynb #17ebcaf0
+# %% ../nbs/12_serve.ipynb #bda97c97
 def vllm_command(
     model: str,  # model folder
     host: str = '127.0.0.1',
@@ -554,7 +554,7 @@ def vllm_command(
         '--port': port,
         '--served-model-name': name or folder.name,
         '--chat-template': jinja,
-        '--max-model-len': read_json(folder / 'config.json').get('max_position_embeddings', 2048),
+        '--max-model-len': context_length(folder),
         '--generation-config': 'vllm',
         '--override-generation-config': json.dumps({k: settings[k] for k in names}),
     }

@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+from ..checkpoint.folder import context_length, special_ids
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
 from ..text.templates import encode_texts
 
@@ -78,7 +79,7 @@ def by_length(
 ) -> dict:  # {length: bits per character}
     "Bits per character of the same tokens behind more and more text"
     torch = need('torch', 'train')
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    bos, eos, _ = special_ids(tokenizer)
     ids = []
     for document in encode_texts(tokenizer, texts):
         ids += [bos, *document, eos]

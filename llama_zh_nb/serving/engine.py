@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoint.folder import load
+from ..checkpoint.folder import context_length, load, stop_tokens
 from ..core.errors import LlamaZhError, need
 from llama_zh_nb.generation.batching import (
     BatchCache,
@@ -29,7 +29,6 @@ from llama_zh_nb.generation.batching import (
     penalize,
     row_settings,
 )
-from ..generation.sampling import context_length
 from ..generation.streaming import IncrementalDecoder
 from ..text.templates import encode_texts, find_template, get_template
 
@@ -239,7 +238,7 @@ class Job:
         if item is None:
             self._done.set()
 
-# %% ../../nbs/serving/engine.ipynb #67e286e9
+# %% ../../nbs/serving/engine.ipynb #e9161d9f
 def _rows_independent(config):
     "False if a row's positions or window depend on its neighbours: dynamic scaling, sliding windows"
     rope = getattr(config, 'rope_parameters', None) or {}
@@ -317,7 +316,7 @@ class Engine:
             self.name = Path(model).name
             self.model, self.tok = load(model, device, dtype)
         self.template = get_template(template) if template else find_template(self.tok)
-        self.context = context_length(self.model.config)
+        self.context = context_length(self.model)
         self.max_waiting = max_waiting
         self.max_batch = max_batch if _rows_independent(self.model.config) else 1
         self.max_new_tokens = max_new_tokens
@@ -509,7 +508,7 @@ class Engine:
             {**row_settings(), **(settings or {})},
             self._limit(len(ids), max_new_tokens),
             [stop] if isinstance(stop, str) else list(stop or ()),
-            [self.tok.eos_token_id] if stop_ids is None else stop_ids,
+            stop_tokens(self.tok, stop_ids),
             random.getrandbits(63) if seed is None else seed,
             logprobs,
             min(limits, default=None),
