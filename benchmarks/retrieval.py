@@ -115,7 +115,7 @@ def measure(path, a, tmp):
             }
             show = '  '.join(
                 f'{v:.3f} ({ci[k][0]:.3f}-{ci[k][1]:.3f})'
-                for k, v in [*((f'r@{k}', e.r(k)) for k in (1, 5, 10)), ('mrr', e.mrr)]
+                for k, v in [*((f'r@{k}', e.recall(k)) for k in (1, 5, 10)), ('mrr', e.mrr)]
             )
             print(f'{label:18}{script:12}{show}', flush=True)
     rows['thresholds'] = {

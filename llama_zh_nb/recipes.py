@@ -16,6 +16,7 @@ from .core.settings import Recipe, flatten, make_recipe
 from .mini.domain import write_herbs
 from .mini.world import write_world
 from .text.files import read_texts
+from .text.questions import read_questions
 
 # %% ../nbs/01_recipes.ipynb #9ba1e353
 def presets() -> list:  # of names
@@ -220,22 +221,8 @@ def questions(
     "The recipe's questions; an empty list if it has none"
     if not recipe.data.questions:
         return []
-    path = Path(resolve(recipe, recipe.data.questions)[0])
-    if not path.is_file():
-        raise LlamaZhError(f'no such file of questions: {path}')
-    out = []
-    for i, line in enumerate(path.read_text(encoding='utf-8-sig').splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            q = json.loads(line)
-            q['question']
-        except (ValueError, TypeError, KeyError):
-            raise LlamaZhError(
-                f'{path}, line {i}: a JSON object with "question" was expected'
-            ) from None
-        out.append({'kind': 'question', **q})
-    return out
+    path = resolve(recipe, recipe.data.questions)[0]
+    return [{'kind': 'question', **q} for q in read_questions(path, strict=True)]
 
 
 def sample_questions(

@@ -5,13 +5,12 @@
 # %% ../nbs/04_vocab.ipynb #46d94fa7
 from __future__ import annotations
 
-import io
 import re
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .core.errors import LlamaZhError, writing
+from .tokenizer.choose import corpus_pieces
 from llama_zh_nb.tokenizer.exact import (
     CONTROL,
     NORMAL,
@@ -20,27 +19,30 @@ from llama_zh_nb.tokenizer.exact import (
     read_model,
     save_tokenizer,
 )
-from .tokenizer.pieces import bpe_train, count_units, han_only, model_from, text_stream
+from .tokenizer.pieces import han_only
 
 # %% auto #0
-__all__ = ['published_merge', 'lowest_score', 'append_pieces', 'Merged', 'merge', 'merge_command']
+__all__ = ['published_merge', 'lowest_score', 'append_pieces', 'MergedVocab', 'merge', 'merge_command']
 
 # %% ../nbs/04_vocab.ipynb #4ae175f9
-def published_merge(base, new, extra=()):
+def published_merge(
+    base,  # a `ModelProto`; changed
+    new,  # a `ModelProto` to take pieces from
+    extra=(),  # more pieces, such as '[PAD]'
+):  # `base`
     "The published rule: append each piece that the base lacks, in order, score 0, type unset"
     have = {p.piece for p in base.pieces}
     for piece in [p.piece for p in new.pieces] + list(extra):
-        if piece in have:
-            continue
-        have.add(piece)
-        q = base.pieces.add()
-        q.piece, q.score = piece, 0
+        if piece not in have:
+            have.add(piece)
+            appended = base.pieces.add()
+            appended.piece, appended.score = piece, 0
     return base
 
 # %% ../nbs/04_vocab.ipynb #5aa4398d
 def lowest_score(m) -> int:
     "The lowest regular score of a BPE model; runs of spaces stand far below at -1e9 and don't count"
-    return int(min(p.score for p in m.pieces if p.type == NORMAL and p.score > -1e8)) // 1
+    return int(min(p.score for p in m.pieces if p.type == NORMAL and p.score > -1e8))
 
 # %% ../nbs/04_vocab.ipynb #17775815
 def append_pieces(
@@ -49,12 +51,14 @@ def append_pieces(
     pad: str = '<pad>',  # control piece put right after the base's; None for none
 ):  # a new `ModelProto`
     "Base pieces, then `pad`, then `pieces` with descending scores below every regular score of the base"
-    m, have = type(base).FromString(base.SerializeToString()), {p.piece for p in base.pieces}
+    m = type(base).FromString(base.SerializeToString())
+    have = {p.piece for p in base.pieces}
     if pad and pad not in have:
         m.pieces.add(piece=pad, score=0, type=CONTROL)
-    top = lowest_score(base) - 1
-    for i, p in enumerate(p for p in dict.fromkeys(pieces) if p not in have):
-        m.pieces.add(piece=p, score=top - i, type=NORMAL)
+    first = lowest_score(base) - 1
+    new = [p for p in dict.fromkeys(pieces) if p not in have]
+    for i, piece in enumerate(new):
+        m.pieces.add(piece=piece, score=first - i, type=NORMAL)
     m.trainer_spec.vocab_size = len(m.pieces)
     return m
 
@@ -71,8 +75,8 @@ def _candidates(m, seen, keep):
                 seen.add(q)
                 yield q
 
-# %% ../nbs/04_vocab.ipynb #a88ab026
-def _alive(base, pieces, room, pad):
+
+def _reachable(base, pieces, room, pad):
     "As many of `pieces` as there is room for, none of them dead; and those that had to go"
     pieces, gone, first = list(pieces), [], len(base.pieces)
     while True:
@@ -85,7 +89,7 @@ def _alive(base, pieces, room, pad):
 
 # %% ../nbs/04_vocab.ipynb #01084511
 @dataclass
-class Merged:
+class MergedVocab:
     "What `merge` did; usable as a path"
 
     path: Path  # the tokenizer folder
@@ -100,140 +104,98 @@ class Merged:
         return str(self.path)
 
     def __repr__(self):
+        parts = f'{self.base:,} base pieces + {self.pad or "no pad"} + {self.added:,} new'
         dead = f'; {len(self.dead):,} unreachable candidates left out' if self.dead else ''
-        return f'{self.base:,} base pieces + {self.pad or "no pad"} + {self.added:,} new = {self.size:,}{dead}\n{self.note}-> {Path(*self.path.parts[-2:])}'
+        folder = Path(*self.path.parts[-2:])
+        return f'{parts} = {self.size:,}{dead}\n{self.note}-> {folder}'
 
     def to_dict(self):
-        return dict(
-            path=str(self.path),
-            base=self.base,
-            size=self.size,
-            added=self.added,
-            pad=self.pad,
-            dead=self.dead,
-            note=self.note,
-        )
+        return asdict(self) | dict(path=str(self.path))
 
 # %% ../nbs/04_vocab.ipynb #790c4a81
-_COMPAT = {'chinese-llama': (), 'chinese-alpaca': ('[PAD]',)}
+_PUBLISHED = {'chinese-llama': (), 'chinese-alpaca': ('[PAD]',)}  # what was appended at the end
 
 
-def _compat(base, models, compat, pad):
+def _merge_published(base, models, compat, pad):
     "The model of the published rule"
-    if compat not in _COMPAT:
-        raise LlamaZhError(f'compat={compat!r}: expected one of {", ".join(_COMPAT)}.')
+    if compat not in _PUBLISHED:
+        raise LlamaZhError(f'compat={compat!r}: expected one of {", ".join(_PUBLISHED)}.')
     for new in models:
         base = published_merge(base, new)
-    return published_merge(base, type(base)(), (pad,) if pad else _COMPAT[compat])
+    nothing = type(base)()
+    return published_merge(base, nothing, (pad,) if pad else _PUBLISHED[compat])
 
-# %% ../nbs/04_vocab.ipynb #c7ae7862
-def _write(m, out, chat_template, max_length):
+
+def _write_folder(m, out, chat_template, max_length):
     "The whole folder at once, so that no half-made one is ever seen"
-    if out.is_dir() and (
-        other := sorted(
-            f.name for f in out.iterdir() if f.name not in [*TOKENIZER_FILES, 'audit.json']
-        )
-    ):
+    ours = [*TOKENIZER_FILES, 'audit.json']
+    other = sorted(f.name for f in out.iterdir() if f.name not in ours) if out.is_dir() else []
+    if other:
         raise LlamaZhError(
             f'{out} holds other files ({other[0]}, ...): give an empty or new folder for the merged tokenizer.'
         )
     with writing(out) as tmp:
-        Path(tmp).mkdir()
-        (Path(tmp) / 'tokenizer.model').write_bytes(m.SerializeToString())
+        tmp.mkdir()
+        (tmp / 'tokenizer.model').write_bytes(m.SerializeToString())
         save_tokenizer(tmp, tmp, chat_template, max_length=max_length)
-
-# %% ../nbs/04_vocab.ipynb #8decd15b
-def _trained(corpus, room, segment, words, base, models, weight, marks):
-    "Candidates from the corpus: its characters, then what BPE joins, in that order"
-    if room < 1:
-        return []
-    if segment == 'none':
-        from llama_zh_nb.tokenizer.choose import choose_pieces
-
-        return choose_pieces(base, corpus, room, models, weight, marks=marks)
-    have = sum(han_only(p.piece) for p in base.pieces)
-    m = model_from(
-        bpe_train(
-            count_units(text_stream(corpus), segment, words), 259 + 2 * have + room + room // 8 + 50
-        )
-    )
-    live, old = (
-        sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score),
-        {p.piece for p in base.pieces},
-    )
-    return [
-        p.piece for n in (1, 2) for p in live if min(len(p.piece), 2) == n and p.piece not in old
-    ]
 
 # %% ../nbs/04_vocab.ipynb #cb792f01
 def merge(
     base_model,  # the base's tokenizer.model or folder, SentencePiece BPE
     add,  # SentencePiece models to take pieces from, BPE or UNIGRAM, best first; may be empty with a corpus
     out_dir,  # folder to write
-    size: int = None,  # pieces in all; default: every usable one
+    size: int = None,  # pieces in all; default: every usable one, at most 20,000 from a corpus
     compat: str = None,  # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte, faults included
     corpus=None,  # texts or files to train pieces on, before those of `add`
-    segment: str = 'none',  # for the corpus: 'none' for what saves most ([03_vocab_choose](03_vocab_choose.ipynb)), 'words' for pieces within words
-    marks: str = 'edges',  # with 'none' segments: 'edges' for punctuation at the edges of pieces and a digit in front, 'punctuation' without digits, 'none' for Han characters only
+    segment: str = 'none',  # for the corpus: 'none' for what saves most, 'words' for pieces within words
+    marks: str = 'edges',  # with 'none': punctuation at the edges of pieces and a digit in front; or 'punctuation', 'none'
     weight: list = None,  # for the corpus: how much each file counts, instead of balanced
     words=(),  # for the corpus: words to keep whole
     pad: str = '<pad>',  # name of the pad piece, added as a control piece if the base lacks it
     chat_template: str = None,  # kept in the folder
     max_length: int = None,  # `model_max_length`
-) -> Merged:
-    "Extend a base vocabulary: old ids stay, old text keeps its encoding, every new piece is reachable"
+) -> MergedVocab:
+    """Extend a base vocabulary: old ids stay, old text keeps its encoding, every new piece is reachable
+
+    Raises `LlamaZhError` where a model cannot be read, `size` is below the base's, or the folder holds other files.
+    """
     if marks not in ('edges', 'punctuation', 'none'):
         raise LlamaZhError(f"marks={marks!r}: expected 'edges', 'punctuation' or 'none'.")
-    base, out_dir, note = read_model(base_model, bpe=True), Path(out_dir), ''
+    base, out = read_model(base_model, bpe=True), Path(out_dir)
     models = [read_model(a) for a in ([add] if isinstance(add, (str, Path)) else add or [])]
     n, names = len(base.pieces), {p.piece for p in base.pieces}
-    pad_new = bool(pad) and pad not in names
-    if size is not None and size < n + pad_new:
+    adds_pad = bool(pad) and pad not in names
+    if size is not None and size < n + adds_pad:
         raise LlamaZhError(
             f'size {size:,} is smaller than the base: its {n:,} pieces and the pad stay; ask for more.'
         )
     if compat:
-        m, pad, dead, added = (
-            _compat(base, models, compat, pad if pad != '<pad>' else None),
-            None,
-            [],
-            None,
+        m = _merge_published(base, models, compat, pad if pad != '<pad>' else None)
+        _write_folder(m, out, chat_template, max_length)
+        return MergedVocab(out, n, len(m.pieces), len(m.pieces) - n)
+    room = None if size is None else size - n - adds_pad
+    candidates = []
+    if corpus is not None:
+        candidates += corpus_pieces(
+            base,
+            corpus,
+            20_000 if room is None else room,
+            segment,
+            words=words,
+            models=models,
+            weight=weight,
+            marks=marks,
         )
-    else:
-        room = None if size is None else size - n - pad_new
-        seen, cands = (
-            set(names),
-            list(
-                _trained(
-                    corpus,
-                    20_000 if room is None else room,
-                    segment,
-                    words,
-                    base,
-                    models,
-                    weight,
-                    marks,
-                )
-            )
-            if corpus is not None
-            else [],
-        )
-        seen |= set(cands)
-        cands += [p for new in models for p in _candidates(new, seen, han_only)]
-        pieces, dead = _alive(base, cands, len(cands) if room is None else room, pad)
-        if room and len(pieces) < room:
-            note = f'asked for {size:,}, but corpus and models hold no more usable pieces\n'
-        m = append_pieces(base, pieces, pad)
-    _write(m, out_dir, chat_template, max_length)
-    return Merged(
-        out_dir,
-        n,
-        len(m.pieces),
-        len(m.pieces) - n - (pad_new and not compat),
-        None if compat else pad,
-        dead,
-        note,
-    )
+    seen = names | set(candidates)
+    for new in models:
+        candidates += _candidates(new, seen, han_only)
+    pieces, dead = _reachable(base, candidates, len(candidates) if room is None else room, pad)
+    note = ''
+    if room and len(pieces) < room:
+        note = f'asked for {size:,}, but corpus and models hold no more usable pieces\n'
+    m = append_pieces(base, pieces, pad)
+    _write_folder(m, out, chat_template, max_length)
+    return MergedVocab(out, n, len(m.pieces), len(m.pieces) - n - adds_pad, pad, dead, note)
 
 # %% ../nbs/04_vocab.ipynb #528c96fe
 def merge_command(
@@ -244,14 +206,14 @@ def merge_command(
     out: str = None,  # folder to write
     compat: str = None,  # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte
     segment: str = 'none',  # 'none', or 'words' for pieces within words
-    marks: str = 'edges',  # 'edges': punctuation may stand at the edges of pieces, and a digit in front; 'punctuation': no digits; 'none': Han characters only
+    marks: str = 'edges',  # 'edges': punctuation at the edges of pieces, a digit in front; 'punctuation': no digits; 'none': Han only
     weight: list = None,  # how much each corpus file counts
     pad: str = '<pad>',  # name of the pad piece
     max_length: int = None,
-) -> Merged:
+) -> MergedVocab:
     "Add Chinese pieces to a base vocabulary"
-    for name, x in dict(base=base, out=out).items():
-        if not x:
+    for name, value in dict(base=base, out=out).items():
+        if not value:
             raise LlamaZhError(
                 f'--{name} is missing: llama-zh vocab merge --base MODEL --corpus FILES --size N --out DIR'
             )
@@ -263,13 +225,14 @@ def merge_command(
         raise LlamaZhError(
             f'--weight {" ".join(weight)}: expected one number for each corpus file.'
         ) from None
+    files = [Path(c) for c in corpus] if corpus else None
     return merge(
         base,
         add or [],
         out,
         size,
         compat,
-        [Path(c) for c in corpus] if corpus else None,
+        files,
         segment,
         marks,
         weight,

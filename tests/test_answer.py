@@ -13,30 +13,33 @@ from langchain_core.language_models.fake_chat_models import FakeListChatModel
 
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.documents.assistant import Assistant
-from llama_zh_nb.documents.chat_model import ask_many, load_chat, say, tell
+from llama_zh_nb.documents.chat_model import ask_model, ask_model_batch, ask_model_stream, load_chat
 from llama_zh_nb.documents.conversation import (
     Conversation,
     DocumentTerminal,
-    by_rule,
+    complete_by_rule,
     history_text,
-    open_assistant,
-    rag_ask,
-    usable,
+    is_safe_rewrite,
 )
 from llama_zh_nb.documents.index import build_index, open_index
 from llama_zh_nb.documents.load import Document
-from llama_zh_nb.documents.passages import Citations, check_citations, defuse, shield
-from llama_zh_nb.documents.scoring import (
-    bootstrap,
-    evaluate_answers,
-    exact,
-    f1,
-    rag_eval,
-    read_questions,
-    segments,
+from llama_zh_nb.documents.passages import (
+    CitationStream,
+    break_turn_marks,
+    check_citations,
+    escape_passage,
 )
-from llama_zh_nb.documents.strategies import fold, groups
-from llama_zh_nb.documents.summary import central, lead, rag_summary, summarize
+from llama_zh_nb.documents.recall import read_questions
+from llama_zh_nb.documents.scoring import (
+    answer_f1,
+    answer_tokens,
+    bootstrap_interval,
+    evaluate_answers,
+    exact_match,
+)
+from llama_zh_nb.documents.strategies import combine_until_fits, group_neighbours
+from llama_zh_nb.documents.summary import central, lead, summarize
+from llama_zh_nb.rag import open_assistant, rag_ask, rag_eval, rag_summary
 
 DOCS = {
     '码头': '码头在镇子东头，早班船七点去县城，票价五元。',
@@ -145,7 +148,7 @@ def test_fold_halves_and_keeps_order():
         seen.append([len(g) for g in gs])
         return [g[0][:4] + g[-1][-4:] for g in gs]
 
-    out = fold(texts, length, 24, join)
+    out = combine_until_fits(texts, length, 24, join)
     assert (
         sum(map(len, out)) <= 24
         and out[0].startswith('<000')
@@ -153,8 +156,8 @@ def test_fold_halves_and_keeps_order():
         and all(min(g) >= 2 for g in seen)
     )
     assert (
-        groups(['长' * 100, '长' * 100], length, 20) == [['长' * 10, '长' * 10]]
-        and fold([], length, 5, None) == []
+        group_neighbours(['长' * 100, '长' * 100], length, 20) == [['长' * 10, '长' * 10]]
+        and combine_until_fits([], length, 5, None) == []
     )
 
 
@@ -164,10 +167,10 @@ def test_fold_halves_and_keeps_order():
 def test_citations():
     known = {1, 2}
     for text in ('票价[1]，[2]。', '【1、2】', '见[12]和[1,9]', '[a][ 1 ][', '1] [', '［２］'):
-        c = Citations(known)
+        c = CitationStream(known)
         assert (
             ''.join([c.push(x) for x in text] + [c.end()]) == check_citations(text, known)[0]
-            and c.bad == check_citations(text, known)[1]
+            and c.invented == check_citations(text, known)[1]
         )
     assert check_citations('[1,9]［２］', known) == ('[1][?][2]', [9])
 
@@ -218,8 +221,8 @@ def test_shared_hostile_files(shared, tmp_path):
     ]
     for t in texts:
         assert (
-            not re.search(r'</?s>|\[/?INST\]|<</?SYS>>|<\|', defuse(t))
-            and check_citations(shield(t), set())[1] == []
+            not re.search(r'</?s>|\[/?INST\]|<</?SYS>>|<\|', break_turn_marks(t))
+            and check_citations(escape_passage(t), set())[1] == []
         )
     ix = build_index(
         [Document(t, metadata={'source': str(i)}) for i, t in enumerate(texts)],
@@ -259,8 +262,8 @@ def test_follow_ups_by_rule():
         ('你去哪里？', '你去哪里？'),
         ('青岛呢？', '青岛呢？'),
     ]:
-        assert by_rule(q, before) == full
-    assert by_rule('它呢？', '') == '它呢？'
+        assert complete_by_rule(q, before) == full
+    assert complete_by_rule('它呢？', '') == '它呢？'
 
 
 def test_rewriting_is_checked():
@@ -274,8 +277,8 @@ def test_rewriting_is_checked():
         '小吃' * 80 + '？',
         '无法改写',
     ]
-    assert all(usable(x, '它的小吃呢？', said) for x in good) and not any(
-        usable(x, '它的小吃呢？', said) for x in bad
+    assert all(is_safe_rewrite(x, '它的小吃呢？', said) for x in good) and not any(
+        is_safe_rewrite(x, '它的小吃呢？', said) for x in bad
     )
 
 
@@ -458,9 +461,9 @@ def test_server_failures(index, monkeypatch):
     with server(lambda p: '', status=401) as (url, _):
         llm = load_chat(url, max_retries=0)
         for f in (
-            lambda: say(llm, 'x'),
-            lambda: list(tell(llm, 'x')),
-            lambda: ask_many(llm, ['x', 'y']),
+            lambda: ask_model(llm, 'x'),
+            lambda: list(ask_model_stream(llm, 'x')),
+            lambda: ask_model_batch(llm, ['x', 'y']),
         ):
             with pytest.raises(LlamaZhError, match='OPENAI_API_KEY'):
                 f()
@@ -569,7 +572,9 @@ def test_scores_by_hand():
         (['甲'], '', 0, 0),
         (['，。'], '甲', 0, 0),
     ]:
-        assert exact(answers, said) == bool(em) and f1(answers, said) == pytest.approx(f), (
+        assert exact_match(answers, said) == bool(em) and answer_f1(answers, said) == pytest.approx(
+            f
+        ), (
             answers,
             said,
         )
@@ -578,7 +583,7 @@ def test_scores_by_hand():
 def test_segments_as_the_official_script(shared):
     "The script cuts Latin runs with nltk's tokenizer; on real answers the cuts agree"
     tok = pytest.importorskip('nltk.tokenize').NLTKWordTokenizer()
-    from llama_zh_nb.documents.scoring import bare
+    from llama_zh_nb.documents.scoring import normalize_answer
 
     answers = {
         a
@@ -589,11 +594,11 @@ def test_segments_as_the_official_script(shared):
     def official(text):
         return [
             w
-            for run in re.findall('[\u4e00-\u9fa5]|[^\u4e00-\u9fa5]+', bare(text))
+            for run in re.findall('[\u4e00-\u9fa5]|[^\u4e00-\u9fa5]+', normalize_answer(text))
             for w in ([run] if re.match('[\u4e00-\u9fa5]', run) else tok.tokenize(run))
         ]
 
-    same = sum(official(a) == segments(a) for a in answers)
+    same = sum(official(a) == answer_tokens(a) for a in answers)
     print(same, len(answers))
     assert same / len(answers) > 0.97
 
@@ -707,7 +712,9 @@ def test_evaluation(tmp_path, index):
     ):
         with pytest.raises(LlamaZhError):
             rag_eval(tmp_path / 'made', **bad)
-    assert bootstrap([0, 1] * 50) == bootstrap([0, 1] * 50) and bootstrap([]) == (0.0, 1.0)
+    assert bootstrap_interval([0, 1] * 50) == bootstrap_interval(
+        [0, 1] * 50
+    ) and bootstrap_interval([]) == (0.0, 1.0)
 
 
 def test_paragraphs_known_by_their_text(tmp_path, index):
@@ -715,15 +722,11 @@ def test_paragraphs_known_by_their_text(tmp_path, index):
     from llama_zh_nb.documents.scoring import judge_retrieval
 
     q = dict(question='码头的票价多少？', answers=['五元'], source='somewhere')
-    got = judge_retrieval(open_index(index), [q], {'somewhere': '前言。码头。' + DOCS['码头']})
-    assert (
-        'note' not in got
-        and got['recall']['1']['share'] == 1.0
-        and judge_retrieval(open_index(index), [q], {'somewhere': '别的五元。'})['recall']['10'][
-            'share'
-        ]
-        == 0.0
-    )
+    same, other = '前言。码头。' + DOCS['码头'], '别的五元。'
+    got = judge_retrieval(open_index(index), [q | dict(context=same)])
+    assert 'note' not in got and got['recall']['1']['share'] == 1.0
+    got = judge_retrieval(open_index(index), [q | dict(context=other)])
+    assert got['recall']['10']['share'] == 0.0
 
 
 def test_commands_in_a_pipe(index):
@@ -735,7 +738,7 @@ def test_commands_in_a_pipe(index):
         [
             sys.executable,
             '-c',
-            f'from llama_zh_nb.documents.conversation import rag_chat; rag_chat({str(index)!r}, k=1)',
+            f'from llama_zh_nb.rag import rag_chat; rag_chat({str(index)!r}, k=1)',
         ],
         input='码头的票价多少？\n茶馆开了多少年？\n/sources\n/quit\n'.encode(),
         capture_output=True,

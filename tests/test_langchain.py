@@ -313,4 +313,4 @@ def test_names_and_refusals(llm):
 
 def test_answers_keep_to_the_reach(llm):
     n = llm.invoke('船' * 1900, max_new_tokens=500).usage_metadata
-    assert n['total_tokens'] <= llm.reach and n['output_tokens'] > 0
+    assert n['total_tokens'] <= llm.context_length and n['output_tokens'] > 0

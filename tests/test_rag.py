@@ -15,7 +15,7 @@ from llama_zh_nb.documents.chat_model import load_chat
 from llama_zh_nb.documents.index import build_index, open_index
 from llama_zh_nb.documents.lexicon import Lexicon
 from llama_zh_nb.documents.load import Document, DocumentLoader, load_documents
-from llama_zh_nb.documents.passages import pack
+from llama_zh_nb.documents.passages import pack_passages
 from llama_zh_nb.documents.recall import DEFAULT_THRESHOLD, eval_retrieval, pick_threshold
 from llama_zh_nb.documents.split import ZhTextSplitter, chunks, sentences, split_text, token_counter
 from llama_zh_nb.generation.streaming import Pieces
@@ -324,7 +324,7 @@ def test_cmrc2018(shared, tmp_path):
     ix = build_index(docs, tmp_path / 'i', chunk_tokens=256, embedding='none')
     e = eval_retrieval(ix, qs)
     print(e)
-    assert e.r(1) > 0.976 and e.r(5) >= 0.99 and e.mrr > 0.98
+    assert e.recall(1) > 0.976 and e.recall(5) >= 0.99 and e.mrr > 0.98
     t = pick_threshold(ix, qs, save=False)
     print(t)
     assert abs(t.value - DEFAULT_THRESHOLD) < 0.06 and t.answered > 0.9 and t.refused > 0.9
@@ -341,7 +341,7 @@ def test_drcd(shared, tmp_path):
         pick_threshold(ix, qs, save=False),
         eval_retrieval(open_index(tmp_path / 'i', search='dense'), qs[::5]),
     )
-    assert e.r(1) > 0.946 and e.r(5) >= 0.99
+    assert e.recall(1) > 0.946 and e.recall(5) >= 0.99
 
 
 # the chat model
@@ -438,8 +438,8 @@ def test_packing_respects_the_reach(town, llm):
     from langchain_core.messages import HumanMessage
 
     n = len(llm.encode([HumanMessage(bot.message('船？', src))]))
-    assert src and llm.reach - 40 < n + llm.max_new_tokens <= llm.reach
-    assert pack([long], token_counter(), 10) == []
+    assert src and llm.context_length - 40 < n + llm.max_new_tokens <= llm.context_length
+    assert pack_passages([long], token_counter(), 10) == []
 
 
 def test_documents_cannot_forge_turns(llm):

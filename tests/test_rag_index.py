@@ -17,13 +17,14 @@ import pytest
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.documents import index as indexing
 from llama_zh_nb.documents import load as documents
-from llama_zh_nb.documents.index import build_index, eval_command, open_index
-from llama_zh_nb.documents.lexicon import Lexicon, terms, unify
+from llama_zh_nb.documents.index import build_index, open_index
+from llama_zh_nb.documents.lexicon import Lexicon, extract_terms, normalize_text
 from llama_zh_nb.documents.load import Document, find_documents, load_documents, read_file
 from llama_zh_nb.documents.recall import eval_retrieval, pick_threshold, read_questions
-from llama_zh_nb.documents.retriever import ZhRetriever, fuse
+from llama_zh_nb.documents.retriever import ZhRetriever, fuse_ranks
 from llama_zh_nb.documents.split import chunks, split_text
 from llama_zh_nb.documents.stores import open_store
+from llama_zh_nb.rag import rag_eval
 
 # documents
 
@@ -227,7 +228,10 @@ def test_quotes_and_headings_travel():
 
 
 def test_scripts_are_one():
-    assert terms('臺灣的頭髮') == terms('台湾的头发') and unify('ＡＢＣ') == 'abc'
+    assert (
+        extract_terms('臺灣的頭髮') == extract_terms('台湾的头发')
+        and normalize_text('ＡＢＣ') == 'abc'
+    )
     lex = Lexicon.fit(['長江發源於青藏高原，是中國最長的河流。', '黄河的水是黄的。'])
     assert (
         lex.scores('长江发源于哪里').tolist() == lex.scores('長江發源於哪裡').tolist()
@@ -334,7 +338,7 @@ from llama_zh_nb.documents import load as documents, index as indexing
 log, slow = open(sys.argv[3], 'a'), documents.READERS['.txt']
 def read(path, *a): log.write(Path(path).name + chr(10)); log.flush(); time.sleep(float(sys.argv[4])); return slow(path, *a)
 documents.READERS['.txt'], batches = read, indexing._batches
-indexing._batches = lambda items: batches(items, files=5)
+indexing._batches = lambda items: batches(items, most=5)
 indexing.build_index(sys.argv[1], sys.argv[2], embedding='none')
 """
 
@@ -372,7 +376,7 @@ def test_killed_and_resumed(tmp_path, old):
 def test_several_processes_give_the_same(tmp_path, monkeypatch):
     write(tmp_path / 'd', 24)
     real = indexing._batches
-    monkeypatch.setattr(indexing, '_batches', lambda items: real(items, files=8))
+    monkeypatch.setattr(indexing, '_batches', lambda items: real(items, most=8))
     assert same(
         build_index(tmp_path / 'd', tmp_path / 'two', workers=2, embedding='none'),
         build_index(tmp_path / 'd', tmp_path / 'one', embedding='none'),
@@ -503,10 +507,10 @@ def test_hybrid_rerank_and_filters(poems):
             again.find('西湖在哪座城市？', k=1)[0].metadata['source'] == '茶.md'
             and again.kind == f'{how}+rerank'
         )
-    assert fuse([['a', 'b', 'c'], ['b', 'c', 'a']])[0] == 'b'
+    assert fuse_ranks([['a', 'b', 'c'], ['b', 'c', 'a']])[0] == 'b'
 
 
-def test_rag_eval(poems, tmp_path, capsys):
+def test_rag_eval(poems, tmp_path):
     rows = [
         {
             'data': [
@@ -532,10 +536,11 @@ def test_rag_eval(poems, tmp_path, capsys):
         json.dumps({'data': [x for r in rows for x in r['data']]}, ensure_ascii=False),
         encoding='utf-8',
     )
-    e = eval_command(poems / 'ix', tmp_path / 'q.json', search='hybrid', out=tmp_path / 'e.json')
-    assert e.r(1) == 1 and '95 % interval' in capsys.readouterr().out
+    e = rag_eval(poems / 'ix', tmp_path / 'q.json', search='hybrid', out=tmp_path / 'e.json')
+    found = e.retrieval
+    assert found['recall']['1']['share'] == 1 and '95 % interval' in e._repr_markdown_()
     j = json.loads((tmp_path / 'e.json').read_text())
-    assert j['n'] == 4 and j['intervals']['r@1'][0] < 1 == j['mrr']
+    assert j['n'] == 4 and j['retrieval']['recall']['1']['interval'][0] < 1 == found['mrr']
     for text in ('', '[]', 'x', '{"a": 1}'):
         (tmp_path / 'bad').write_text(text)
         with pytest.raises(LlamaZhError):
@@ -669,18 +674,18 @@ def drcd(shared, tmp_path, paragraphs):
         eval_retrieval(ix, [{**q, 'question': simple.convert(q['question'])} for q in qs], 10),
     )
     print(own, other)
-    assert other.r(1) >= own.r(1) - 0.02 and own.r(5) > 0.98
+    assert other.recall(1) >= own.recall(1) - 0.02 and own.recall(5) > 0.98
     return own
 
 
 def test_both_scripts(shared, tmp_path):
-    assert drcd(shared, tmp_path, 200).r(1) > 0.946
+    assert drcd(shared, tmp_path, 200).recall(1) > 0.946
 
 
 @pytest.mark.slow
 def test_drcd_whole(shared, tmp_path):
     "Character-bigram BM25 reaches R@1 .946 here"
-    assert drcd(shared, tmp_path, None).r(1) > 0.946
+    assert drcd(shared, tmp_path, None).recall(1) > 0.946
 
 
 # stores

@@ -443,7 +443,7 @@ def test_truncation_is_counted_by_kind(tok):
         (dict(attn='x'), "'x': expected one of sdpa"),
         (dict(block=10**6), 'positions of hf end'),
         (dict(template='chatml'), 'unknown chat template'),
-        (dict(questions='nofile'), 'no questions could be read'),
+        (dict(questions='nofile'), 'no such file of questions'),
         (dict(questions=[dict(q='x')]), 'question 1 has no'),
         (dict(en_share=0.5, chats=[dict(messages=talk('q', 'it is a'))]), 'all English'),
     ],

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from llama_zh_nb.core.errors import LlamaZhError, sha256
-from llama_zh_nb.tokenizer.audit import audit, compare, pieces_of, show_tokens
+from llama_zh_nb.tokenizer.audit import audit, compare_vocabularies, pieces_of, show_tokens
 from llama_zh_nb.tokenizer.exact import (
     copy_tokenizer,
     dead_pieces,
@@ -395,7 +395,7 @@ def test_marks_stand_at_edges_only(merged):
 
 
 def test_compare_and_show(merged, tokenizers, shared):
-    c = compare(
+    c = compare_vocabularies(
         [
             tokenizers / 'llama2_32000.model',
             merged.path,
@@ -514,7 +514,7 @@ def test_all_of_it(tokenizers, shared, tmp_path):
     )
     assert a.ok and a.size == 55_296
     cmrc = json.loads((shared / 'data' / 'eval' / 'cmrc2018' / 'cmrc2018_trial.json').read_text())
-    c = compare(
+    c = compare_vocabularies(
         dict(published=tokenizers / 'chinese_llama2_55296.model', ours=out),
         {'cmrc': [p['context'] for d in cmrc['data'] for p in d['paragraphs']]},
     )

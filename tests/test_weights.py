@@ -217,9 +217,9 @@ def test_published_widths():
         vocab_size=9,
         max_position_embeddings=64,
     )
-    from llama_zh_nb.checkpoint.meta import _params
+    from llama_zh_nb.checkpoint.meta import meta_params
 
-    p = _params(c)
+    p = meta_params(c)
     assert ffn_width(128, p['multiple_of'], p['ffn_dim_multiplier']) == 896
 
 

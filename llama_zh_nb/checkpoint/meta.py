@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBED', 'HEAD', 'packaged', 'check_sums', 'permute', 'unpermute', 'meta_names', 'llama_shapes', 'MetaFiles',
-           'llama_config', 'add_tokenizer', 'not_over', 'convert_meta', 'to_meta', 'ffn_width']
+           'llama_config', 'add_tokenizer', 'not_over', 'convert_meta', 'to_meta', 'ffn_width', 'meta_params']
 
 # %% ../../nbs/checkpoint/meta.ipynb #25f75ba2
 import math
@@ -22,44 +22,60 @@ def packaged(
     name='mini',  # the only one so far
 ) -> Path:  # folder in Meta's layout
     "The folder of a model that is part of this package"
-    p = Path(str(resources.files('llama_zh_nb'))) / 'data' / name
-    if not (p / 'params.json').exists():
+    folder = Path(str(resources.files('llama_zh_nb'))) / 'data' / name
+    if not (folder / 'params.json').exists():
         raise LlamaZhError(
-            f'{p} lacks params.json: this installation carries no model {name!r}; install llama-zh-nb again'
+            f'{folder} lacks params.json: this installation carries no model {name!r}; '
+            'install llama-zh-nb again'
         )
-    return p
+    return folder
 
 # %% ../../nbs/checkpoint/meta.ipynb #a5e1f028
 def check_sums(
     folder,  # may hold a checklist.chk, as md5sum writes it
 ) -> dict:  # {file: what is wrong}; empty if all is well or there is no list
     "Compare the files of a folder with its checklist"
-    bad, f = {}, Path(folder) / 'checklist.chk'
-    for line in f.read_text(errors='replace').splitlines() if f.exists() else []:
-        if not (m := re.match(r'([0-9a-fA-F]{32}) [ *](?:\./)?(.+)$', line.strip())):
+    checklist = Path(folder) / 'checklist.chk'
+    if not checklist.exists():
+        return {}
+    wrong = {}
+    for line in checklist.read_text(errors='replace').splitlines():
+        match = re.match(r'([0-9a-fA-F]{32}) [ *](?:\./)?(.+)$', line.strip())
+        if not match:
             continue
-        want, name = m[1].lower(), m[2]
-        if not (f.parent / name).exists():
-            bad[name] = 'is listed in checklist.chk, but missing'
-        elif (got := md5(f.parent / name)) != want:
-            bad[name] = f'has md5 {got}, checklist.chk says {want}'
-    return bad
+        want, name = match[1].lower(), match[2]
+        file = checklist.parent / name
+        if not file.exists():
+            wrong[name] = 'is listed in checklist.chk, but missing'
+        elif (got := md5(file)) != want:
+            wrong[name] = f'has md5 {got}, checklist.chk says {want}'
+    return wrong
 
 # %% ../../nbs/checkpoint/meta.ipynb #860eb394
 def permute(
-    w,  # `wq` or `wk`: (n_heads * head_dim, dim)
+    w,  # (heads * head_size, dim): `wq` or `wk`
     n_heads,  # heads in its rows
-):
-    "Rows from Meta's order (pairs side by side) to Hugging Face's (first halves, then second halves)"
-    return w.view(n_heads, -1, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+):  # the same shape
+    "Rows from Meta's order (pairs side by side) to Hugging Face's (first halves, then second)"
+    # as in transformers' convert_llama_weights_to_hf.py
+    dim = w.shape[1]
+    pairs = w.view(n_heads, -1, 2, dim)  # (heads, head_size / 2, 2, dim)
+    return pairs.transpose(1, 2).reshape(w.shape)  # from (heads, 2, head_size / 2, dim)
 
 
-def unpermute(w, n_heads):
-    "The way back"
-    return w.view(n_heads, 2, -1, w.shape[1]).transpose(1, 2).reshape(w.shape)
+def unpermute(
+    w,  # (heads * head_size, dim)
+    n_heads,  # heads in its rows
+):  # the same shape
+    "Rows from Hugging Face's order back to Meta's"
+    dim = w.shape[1]
+    halves = w.view(n_heads, 2, -1, dim)  # (heads, 2, head_size / 2, dim)
+    return halves.transpose(1, 2).reshape(w.shape)  # from (heads, head_size / 2, 2, dim)
 
 # %% ../../nbs/checkpoint/meta.ipynb #b15ef942
-_layer = {
+# our name of a layer's tensor: (Meta's name, axis of its shards), from model.py in
+# github.com/meta-llama/llama and transformers' convert_llama_weights_to_hf.py
+_LAYER = {
     'input_layernorm': ('attention_norm', None),
     'self_attn.q_proj': ('attention.wq', 0),
     'self_attn.k_proj': ('attention.wk', 0),
@@ -77,127 +93,134 @@ def meta_names(
     n_layers: int,
 ) -> dict:  # {Hugging Face's name: (Meta's name, axis)}; axis None: every shard holds the whole
     "The tensors of a Llama in both languages, in the order of computation"
-    d = {EMBED: ('tok_embeddings.weight', 1)}
+    names = {EMBED: ('tok_embeddings.weight', 1)}
     for i in range(n_layers):
-        d |= {
-            f'model.layers.{i}.{hf}.weight': (f'layers.{i}.{m}.weight', ax)
-            for hf, (m, ax) in _layer.items()
-        }
-    return d | {'model.norm.weight': ('norm.weight', None), HEAD: ('output.weight', 0)}
+        for ours, (theirs, axis) in _LAYER.items():
+            names[f'model.layers.{i}.{ours}.weight'] = (f'layers.{i}.{theirs}.weight', axis)
+    return names | {'model.norm.weight': ('norm.weight', None), HEAD: ('output.weight', 0)}
 
 # %% ../../nbs/checkpoint/meta.ipynb #544e42e5
 def llama_shapes(
     c: dict,  # config.json
 ) -> dict:  # {name: shape}
-    "Every tensor of a Llama with this config"
-    d, h, v, f = c['hidden_size'], c['num_attention_heads'], c['vocab_size'], c['intermediate_size']
-    kv, hd = c.get('num_key_value_heads') or h, c.get('head_dim') or d // h
-    one = {
-        'self_attn.q_proj': (h * hd, d),
-        'self_attn.k_proj': (kv * hd, d),
-        'self_attn.v_proj': (kv * hd, d),
-        'self_attn.o_proj': (d, h * hd),
-        'mlp.gate_proj': (f, d),
-        'mlp.down_proj': (d, f),
-        'mlp.up_proj': (f, d),
+    "The shape of every tensor of a Llama with this config"
+    dim, vocab, ffn = c['hidden_size'], c['vocab_size'], c['intermediate_size']
+    heads = c['num_attention_heads']
+    kv_heads = c.get('num_key_value_heads') or heads  # fewer with grouped-query attention
+    head_size = c.get('head_dim') or dim // heads
+    layer = {
+        'self_attn.q_proj': (heads * head_size, dim),
+        'self_attn.k_proj': (kv_heads * head_size, dim),
+        'self_attn.v_proj': (kv_heads * head_size, dim),
+        'self_attn.o_proj': (dim, heads * head_size),
+        'mlp.gate_proj': (ffn, dim),
+        'mlp.down_proj': (dim, ffn),
+        'mlp.up_proj': (ffn, dim),
     }
-    s = {
-        k: (v, d)
-        if k in (EMBED, HEAD)
-        else one.get(k.removesuffix('.weight').split('.', 3)[-1], (d,))
-        for k in meta_names(c['num_hidden_layers'])
-    }
+    shapes = {}
+    for name in meta_names(c['num_hidden_layers']):
+        part = name.removesuffix('.weight').split('.', 3)[-1]  # 'self_attn.q_proj'
+        shapes[name] = (vocab, dim) if name in (EMBED, HEAD) else layer.get(part, (dim,))
     if c.get('tie_word_embeddings'):
-        del s[HEAD]
-    return s
+        del shapes[HEAD]
+    return shapes
 
 # %% ../../nbs/checkpoint/meta.ipynb #8b93af95
 class MetaFiles:
-    "A folder in Meta's layout, read as if it were a Hugging Face one: shards joined, names and rows Hugging Face's"
+    "A folder in Meta's layout with the methods of a `SafeFile`: shards joined, our names and rows"
 
     def __init__(self, src):
         self.src = Path(src)
-        if not (self.src / 'params.json').exists():
-            raise LlamaZhError(
-                f"{src}: no params.json, so not Meta's layout"
-                + (
-                    ': this is a Hugging Face folder already; bring it in with  llama-zh weights get'
-                    if (self.src / 'config.json').exists()
-                    else ''
-                )
-            )
-        self.params = read_json(self.src / 'params.json')
-        if gone := [k for k in ('dim', 'n_layers', 'n_heads') if k not in self.params]:
-            raise LlamaZhError(f"{src}/params.json lacks {', '.join(gone)}: it is not Meta's")
-        self.names, paths = (
-            meta_names(self.params['n_layers']),
-            sorted(self.src.glob('consolidated.*.pth')),
-        )
-        want = [
-            f'consolidated.{i:02}.pth'
-            for i in range(max([int(p.suffixes[0][1:]) + 1 for p in paths], default=1))
-        ]
-        if gone := [f for f in want if not (self.src / f).exists()]:
-            raise LlamaZhError(f'{src}: {", ".join(gone)} missing; fetch the whole folder')
-        self.files = [TorchFile(p) for p in paths]
-        for m, _ in self.names.values():
-            for f in self.files:
-                if m not in f.specs:
+        self.params = self._read_params()
+        self.names = meta_names(self.params['n_layers'])
+        self.files = [TorchFile(p) for p in self._shards()]
+        for name, _ in self.names.values():
+            for file in self.files:
+                if name not in file.specs:
                     raise LlamaZhError(
-                        f'{f.path}: no tensor {m}, though params.json says n_layers = {self.params["n_layers"]}'
+                        f'{file.path}: no tensor {name}, though params.json says '
+                        f'n_layers = {self.params["n_layers"]}'
                     )
         # Llama 1 and 2 cut the embedding along its width, later releases along the vocabulary
-        if (
-            len(paths) > 1
-            and self.files[0].spec('tok_embeddings.weight')[1][1] == self.params['dim']
-        ):
+        width = self.files[0].spec('tok_embeddings.weight')[1][1]
+        if len(self.files) > 1 and width == self.params['dim']:
             self.names[EMBED] = ('tok_embeddings.weight', 0)
 
-    def keys(self):
-        return list(self.names)
+    def _read_params(self):
+        "params.json, or what is wrong with it"
+        if not (self.src / 'params.json').exists():
+            hint = ''
+            if (self.src / 'config.json').exists():
+                hint = (
+                    ': this is a Hugging Face folder already; '
+                    'bring it in with  llama-zh weights get'
+                )
+            raise LlamaZhError(f"{self.src}: no params.json, so not Meta's layout{hint}")
+        params = read_json(self.src / 'params.json')
+        if gone := [k for k in ('dim', 'n_layers', 'n_heads') if k not in params]:
+            raise LlamaZhError(f"{self.src}/params.json lacks {', '.join(gone)}: it is not Meta's")
+        return params
+
+    def _shards(self):
+        "consolidated.00.pth and so on, none missing"
+        paths = sorted(self.src.glob('consolidated.*.pth'))
+        numbers = [int(p.suffixes[0][1:]) for p in paths]
+        want = [f'consolidated.{i:02}.pth' for i in range(max(numbers, default=0) + 1)]
+        if gone := [f for f in want if not (self.src / f).exists()]:
+            raise LlamaZhError(f'{self.src}: {", ".join(gone)} missing; fetch the whole folder')
+        return paths
 
     def __iter__(self):
         return iter(self.names)
 
-    def spec(self, name):
-        m, ax = self.names[name]
-        code, shape = self.files[0].spec(m)
-        if ax is None:
-            return code, shape
-        return code, tuple(
-            sum(f.spec(m)[1][ax] for f in self.files) if i == ax else n for i, n in enumerate(shape)
-        )
+    def keys(self) -> list:
+        return list(self.names)
+
+    def spec(self, name) -> tuple:  # (code, shape)
+        "Type and shape of a tensor, its shards joined"
+        theirs, axis = self.names[name]
+        code, shape = self.files[0].spec(theirs)
+        if axis is not None:
+            joined = sum(file.spec(theirs)[1][axis] for file in self.files)
+            shape = tuple(joined if i == axis else n for i, n in enumerate(shape))
+        return code, shape
 
     def get(self, name, rows=slice(None)):
-        (m, ax), (code, shape) = self.names[name], self.spec(name)
+        "A tensor in Hugging Face's order, or some rows of it"
+        (theirs, axis), (code, shape) = self.names[name], self.spec(name)
         t = need('torch', 'train').empty(shape, dtype=dtype_of(code))
-        parts = [t] if ax is None else t.split([f.spec(m)[1][ax] for f in self.files], ax)
-        for f, part in zip(self.files, parts):
-            f.copy(m, part)
-        n = {
-            'q_proj': self.params['n_heads'],
-            'k_proj': self.params.get('n_kv_heads') or self.params['n_heads'],
-        }.get(name.split('.')[-2])
-        return (permute(t, n) if n else t)[rows]
+        parts = [t]
+        if axis is not None:
+            parts = t.split([file.spec(theirs)[1][axis] for file in self.files], axis)
+        for file, part in zip(self.files, parts):
+            file.copy(theirs, part)
+        heads = self.params['n_heads']
+        heads = {'q_proj': heads, 'k_proj': self.params.get('n_kv_heads') or heads}
+        projection = name.split('.')[-2]
+        if projection in heads:
+            t = permute(t, heads[projection])
+        return t[rows]
 
 # %% ../../nbs/checkpoint/meta.ipynb #5be32502
-def llama_config(m):
-    "config.json for `MetaFiles` m"
-    p, h = m.params, m.params['n_heads']
+def llama_config(
+    m: MetaFiles,
+) -> dict:  # config.json
+    "The Hugging Face config of a model in Meta's layout; what params.json leaves out is Llama-2's"
+    p, heads = m.params, m.params['n_heads']
     code, (rows, _) = m.spec(EMBED)
     return dict(
         architectures=['LlamaForCausalLM'],
         model_type='llama',
-        vocab_size=rows,
+        vocab_size=rows,  # params.json says -1
         hidden_size=p['dim'],
         intermediate_size=m.spec('model.layers.0.mlp.gate_proj.weight')[1][0],
         num_hidden_layers=p['n_layers'],
-        num_attention_heads=h,
-        num_key_value_heads=p.get('n_kv_heads') or h,
-        head_dim=p['dim'] // h,
-        max_position_embeddings=p.get('max_seq_len') or 4096,
-        rms_norm_eps=p.get('norm_eps') or 1e-5,
-        rope_theta=float(p.get('rope_theta') or 10000),
+        num_attention_heads=heads,
+        num_key_value_heads=p.get('n_kv_heads') or heads,
+        head_dim=p['dim'] // heads,
+        max_position_embeddings=p.get('max_seq_len') or 4096,  # Llama-2's
+        rms_norm_eps=p.get('norm_eps') or 1e-5,  # default in Meta's model.py
+        rope_theta=float(p.get('rope_theta') or 10000),  # default in Meta's model.py
         hidden_act='silu',
         attention_bias=False,
         mlp_bias=False,
@@ -210,26 +233,34 @@ def llama_config(m):
     )
 
 
-def add_tokenizer(src, out, template=None):
-    "tokenizer.model and the exact tokenizer.json made from it"
+def add_tokenizer(
+    src,  # folder with tokenizer.model, in it or one level up
+    out,  # model folder
+    template=None,  # chat template to keep
+):
+    "Write tokenizer.model and the exact tokenizer.json made from it"
     src = Path(src)
-    f = next(
-        (p for p in (src / 'tokenizer.model', src.parent / 'tokenizer.model') if p.exists()), None
-    )  # Meta's download puts it one level up
-    if not f:
-        raise LlamaZhError(
-            f'{src}: no tokenizer.model, the SentencePiece model that belongs to these weights; put it beside them'
-        )
-    save_tokenizer(f, out, chat_template=template)
+    # Meta's download puts it one level up
+    for file in (src / 'tokenizer.model', src.parent / 'tokenizer.model'):
+        if file.exists():
+            save_tokenizer(file, out, chat_template=template)
+            return
+    raise LlamaZhError(
+        f'{src}: no tokenizer.model, the SentencePiece model that belongs to these weights; '
+        'put it beside them'
+    )
 
 
-def not_over(out, *sources):
+def not_over(
+    out,  # folder to be made
+    *sources,  # what it is made from
+):
     "Refuse to put a result where it would replace what it is made from"
-    for s in sources:
-        a, b = Path(out).resolve(), Path(s).resolve()
+    for source in sources:
+        a, b = Path(out).resolve(), Path(source).resolve()
         if a == b or a in b.parents:
             raise LlamaZhError(
-                f'{out} is or holds {s}, from which it is to be made; name another folder'
+                f'{out} is or holds {source}, from which it is to be made; name another folder'
             )
 
 # %% ../../nbs/checkpoint/meta.ipynb #3084adea
@@ -239,27 +270,28 @@ def convert_meta(
     dtype=None,  # 'float32', 'float16', 'bfloat16'; None keeps what is stored
     shard_bytes=5_000_000_000,  # begin a new safetensors file past this size
 ) -> Path:
-    "Meta's layout to a Hugging Face folder, tensor by tensor"
-    code = code_of(dtype) if dtype else None
+    "Convert Meta's layout to a Hugging Face folder, tensor by tensor"
     not_over(out, src)
     if bad := check_sums(src):
-        raise LlamaZhError(
-            f'{src}: ' + '; '.join(f'{k} {v}' for k, v in bad.items()) + '; fetch these files again'
-        )
+        what = '; '.join(f'{k} {v}' for k, v in bad.items())
+        raise LlamaZhError(f'{src}: {what}; fetch these files again')
     m = MetaFiles(src)
-    c = llama_config(m)
-    for k, want in llama_shapes(c).items():
+    config = llama_config(m)
+    for k, want in llama_shapes(config).items():
         if m.spec(k)[1] != want:
             raise LlamaZhError(
-                f'{src}: {m.names[k][0]} is {m.spec(k)[1]} over {len(m.files)} file(s), but params.json asks for {want}'
+                f'{src}: {m.names[k][0]} is {m.spec(k)[1]} over {len(m.files)} file(s), '
+                f'but params.json asks for {want}'
             )
+    specs = {k: m.spec(k) for k in m}
     if dtype:
-        c['torch_dtype'] = str(dtype_of(code)).removeprefix('torch.')
-    specs = {k: (code or m.spec(k)[0], m.spec(k)[1]) for k in m.names}
+        code = code_of(dtype)
+        config['torch_dtype'] = str(dtype_of(code)).removeprefix('torch.')
+        specs = {k: (code, shape) for k, (_, shape) in specs.items()}
     with writing(out) as tmp:
         tmp.mkdir()
         write_shards(tmp, specs, lambda k: m.get(k).to(dtype_of(specs[k][0])), shard_bytes)
-        write_json(tmp / 'config.json', c)
+        write_json(tmp / 'config.json', config)
         write_json(tmp / 'generation_config.json', dict(bos_token_id=1, eos_token_id=2))
         add_tokenizer(src, tmp)
     return Path(out)
@@ -272,63 +304,73 @@ def to_meta(
     dtype='float16',  # None keeps what is stored
 ) -> Path:
     "The inverse of `convert_meta`: params.json, consolidated.NN.pth, tokenizer.model, checklist.chk"
-    torch, c, w = (
-        need('torch', 'train'),
-        read_json(Path(hf_dir) / 'config.json'),
-        open_weights(hf_dir),
-    )
-    h, kv = c['num_attention_heads'], c.get('num_key_value_heads') or c['num_attention_heads']
+    torch, hf_dir = need('torch', 'train'), Path(hf_dir)
+    config, weights = read_json(hf_dir / 'config.json'), open_weights(hf_dir)
+    heads = config['num_attention_heads']
+    heads = {'q_proj': heads, 'k_proj': config.get('num_key_value_heads') or heads}
+
+    def shard_of(name, axis, shard):
+        "One shard of a tensor, in Meta's order"
+        t, projection = weights[name].get(name), name.split('.')[-2]
+        if projection in heads:
+            t = unpermute(t, heads[projection])
+        if axis is not None:
+            t = t.chunk(shards, axis)[shard]
+        t = t.to(dtype_of(code_of(dtype))) if dtype else t
+        return t.clone(memory_format=torch.contiguous_format)
+
     with writing(out) as tmp:
         tmp.mkdir()
-        for i in range(shards):
+        for shard in range(shards):
             state = {}
-            for k, (name, ax) in meta_names(c['num_hidden_layers']).items():
-                k = (
-                    k if k in w else EMBED
-                )  # tied: Meta's layout has no sharing, the head is written out
-                t, n = w[k].get(k), {'q_proj': h, 'k_proj': kv}.get(k.split('.')[-2])
-                t = unpermute(t, n) if n else t
-                state[name] = (
-                    (t if ax is None else t.chunk(shards, ax)[i])
-                    .to(dtype_of(code_of(dtype)) if dtype else t.dtype)
-                    .clone(memory_format=torch.contiguous_format)
-                )
-            with open(tmp / f'consolidated.{i:02}.pth', 'wb') as f:
+            for name, (theirs, axis) in meta_names(config['num_hidden_layers']).items():
+                # Meta's layout has no tied embeddings: the head is written out
+                state[theirs] = shard_of(name if name in weights else EMBED, axis, shard)
+            with open(tmp / f'consolidated.{shard:02}.pth', 'wb') as f:
                 torch.save(state, f)  # a file object: no path gets into the archive
-        write_json(tmp / 'params.json', _params(c))
-        shutil.copyfile(Path(hf_dir) / 'tokenizer.model', tmp / 'tokenizer.model')
-        (tmp / 'checklist.chk').write_text(
-            ''.join(f'{md5(p)}  {p.name}\n' for p in sorted(tmp.iterdir()))
-        )
+        write_json(tmp / 'params.json', meta_params(config))
+        shutil.copyfile(hf_dir / 'tokenizer.model', tmp / 'tokenizer.model')
+        lines = [f'{md5(p)}  {p.name}\n' for p in sorted(tmp.iterdir())]
+        (tmp / 'checklist.chk').write_text(''.join(lines))
     return Path(out)
 
 # %% ../../nbs/checkpoint/meta.ipynb #2c90f4b7
-def ffn_width(dim, multiple_of=256, ffn_dim_multiplier=None):
-    "Meta's formula for the width of the feed-forward part"
-    h = int(8 * dim / 3)
-    return multiple_of * -(-int(h * (ffn_dim_multiplier or 1)) // multiple_of)
+def ffn_width(
+    dim: int,  # of the hidden states
+    multiple_of=256,  # rounded up to a multiple of this
+    ffn_dim_multiplier=None,  # 1.3 in Llama-2-70B
+) -> int:
+    "Meta's formula for the width of the feed-forward part (`FeedForward` in its model.py)"
+    width = int(8 * dim / 3)
+    if ffn_dim_multiplier:
+        width = int(width * ffn_dim_multiplier)
+    return multiple_of * -(-width // multiple_of)
 
 
-def _params(c):
+def meta_params(
+    c: dict,  # config.json
+) -> dict:  # params.json
     "params.json for a config; a multiplier only where the plain formula gives another width"
-    d, f, many = c['hidden_size'], c['intermediate_size'], math.gcd(c['intermediate_size'], 256)
-    rope = (c.get('rope_parameters') or {}).get('rope_theta') or c.get('rope_theta') or 10000.0
-    p = dict(
-        dim=d,
+    dim, ffn = c['hidden_size'], c['intermediate_size']
+    multiple_of = math.gcd(ffn, 256)
+    rope_theta = (c.get('rope_parameters') or {}).get('rope_theta') or c.get('rope_theta')
+    params = dict(
+        dim=dim,
         n_layers=c['num_hidden_layers'],
         n_heads=c['num_attention_heads'],
         n_kv_heads=c.get('num_key_value_heads') or c['num_attention_heads'],
-        multiple_of=many,
+        multiple_of=multiple_of,
         norm_eps=c['rms_norm_eps'],
         vocab_size=c['vocab_size'],
         max_seq_len=c['max_position_embeddings'],
-        rope_theta=rope,
+        rope_theta=rope_theta or 10000.0,
     )
-    if ffn_width(d, many) == f:
-        return p
-    tries = (round((f - many / 2) / int(8 * d / 3), n) for n in range(1, 9))
-    return p | dict(
-        ffn_dim_multiplier=next(
-            (x for x in tries if ffn_width(d, many, x) == f), f / int(8 * d / 3)
-        )
-    )
+    if ffn_width(dim, multiple_of) == ffn:
+        return params
+    # the shortest decimal number that gives this width, such as 1.3
+    exact = (ffn - multiple_of / 2) / int(8 * dim / 3)
+    for digits in range(1, 9):
+        multiplier = round(exact, digits)
+        if ffn_width(dim, multiple_of, multiplier) == ffn:
+            return params | dict(ffn_dim_multiplier=multiplier)
+    return params | dict(ffn_dim_multiplier=ffn / int(8 * dim / 3))

@@ -354,7 +354,7 @@ def read_rows(
     path, notes = Path(path), [] if notes is None else notes
     kind = what_is(path)
     if kind == 'missing':
-        raise LlamaZhError(f'no such file: {path}')
+        raise LlamaZhError(f'no such file of {what}: {path}')
     if kind == 'empty':
         raise LlamaZhError(f'{path} is empty; expected {what} as JSON, JSON lines, CSV or Parquet')
     if kind == 'a Parquet file':

@@ -10,13 +10,17 @@ import re
 import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..core.errors import LlamaZhError, need, write_json, writing
-from ..text.files import are_files
+from ..core.show import Html, ShownAsTable, Table, escape
+from ..core.show import tokens as show_pieces
+from ..text.files import are_files, detect, json_strings, read_texts
 from llama_zh_nb.tokenizer.exact import (
     CONTROL,
+    KINDS,
     NORMAL,
     dead_pieces,
     exact_tokenizer,
@@ -28,8 +32,8 @@ from llama_zh_nb.tokenizer.exact import (
 )
 
 # %% auto #0
-__all__ = ['ENGLISH', 'pieces_of', 'Tokens', 'show_tokens', 'genres', 'fertility', 'guess_base', 'Audit', 'audit', 'Comparison',
-           'compare', 'audit_command', 'compare_command']
+__all__ = ['ENGLISH', 'pieces_of', 'Tokens', 'show_tokens', 'genres', 'fertility', 'guess_base', 'Audit', 'audit',
+           'VocabComparison', 'compare_vocabularies', 'audit_command', 'compare_command']
 
 # %% ../../nbs/tokenizer/audit.ipynb #9e5b75ca
 def pieces_of(
@@ -38,50 +42,37 @@ def pieces_of(
     "One way to ask every kind of tokenizer"
     if isinstance(tok, (str, os.PathLike)):
         tok = open_tokenizer(tok)
-    if hasattr(tok, 'backend_tokenizer'):
+    if hasattr(tok, 'backend_tokenizer'):  # transformers'
         tok = tok.backend_tokenizer
-    if hasattr(tok, 'encode_as_pieces'):
+    if hasattr(tok, 'encode_as_pieces'):  # SentencePiece's
         return tok.encode_as_pieces
 
-    def f(t):
-        e = tok.encode(t, add_special_tokens=False)
+    def cut(text):
+        encoded = tok.encode(text, add_special_tokens=False)
         return [
-            p if p.startswith('<0x') or '▁' in p else t[a:b]
-            for p, (a, b) in zip(e.tokens, e.offsets)
+            piece if piece.startswith('<0x') or '▁' in piece else text[start:end]
+            for piece, (start, end) in zip(encoded.tokens, encoded.offsets)
         ]
 
-    return f
+    return cut
 
 # %% ../../nbs/tokenizer/audit.ipynb #1a0cac04
-_HUES = (205, 130, 40, 280, 350)
-
-
-def _span(piece, i):
-    byte = re.fullmatch(r'<0x(..)>', piece)
-    style = (
-        'background:#ddd;color:#555;font-size:75%'
-        if byte
-        else f'background:hsl({_HUES[i % 5]},70%,86%);color:#111'
-    )
-    return f'<span style="{style};padding:1px 2px;margin:1px;border-radius:3px;display:inline-block">{escape(byte[1] if byte else piece)}</span>'
-
-
 class Tokens:
     "A text as several tokenizers cut it; shows itself in colour"
 
     def __init__(self, text, cuts):
-        self.text, self.cuts = text, cuts
+        self.text = text
+        self.cuts = cuts  # {name: pieces}
 
     def __repr__(self):
         return '\n'.join(f'{k} ({len(v)}): {" ".join(v)}' for k, v in self.cuts.items())
 
     def _repr_html_(self):
-        row = lambda k, v: (
-            f'<div style="margin:6px 0;line-height:1.9"><b>{escape(k)}</b>: {len(v)} tokens<br>'
-            + ''.join(_span(p, i) for i, p in enumerate(v))
-            + '</div>'
-        )
-        return '<div>' + ''.join(row(*kv) for kv in self.cuts.items()) + '</div>'
+        shown = [
+            f'<b>{escape(name)}</b>: {len(pieces)} tokens{show_pieces(pieces)}'
+            for name, pieces in self.cuts.items()
+        ]
+        return f'<div>{"".join(shown)}</div>'
 
 # %% ../../nbs/tokenizer/audit.ipynb #189ca516
 def show_tokens(
@@ -92,59 +83,56 @@ def show_tokens(
     return Tokens(text, {k: list(pieces_of(v)(text)) for k, v in tokenizers.items()})
 
 # %% ../../nbs/tokenizer/audit.ipynb #41d42b3d
+def _text_of(path):
+    "A plain text file, decoded as what it is"
+    path = Path(path)
+    if not path.is_file():
+        raise LlamaZhError(f'{path}: no such file.')
+    encoding = detect(path)[0]
+    return path.read_text(encoding=encoding, errors='replace').removeprefix('\ufeff')
+
+
 def _lines(source, most=20_000):
     "Lines of a file or of strings, evenly thinned to `most`"
-    named = source if isinstance(source, (str, Path)) and are_files(source) else None
-    if isinstance(source, (str, Path)) and not named:
-        source = [source]
-    if isinstance(source, (str, Path)) and Path(source).suffix in ('.txt', '.md'):
-        if not Path(source).is_file():
-            raise LlamaZhError(f'{source}: no such file.')
-        from llama_zh_nb.text.files import detect
-
-        out = (
-            Path(source)
-            .read_text(encoding=detect(source)[0], errors='replace')
-            .removeprefix('\ufeff')
-            .split('\n')
-        )
+    is_one = isinstance(source, (str, Path))
+    is_file = is_one and are_files(source)
+    if not is_file:
+        texts = [source] if is_one else source
+    elif Path(source).suffix in ('.txt', '.md'):
+        texts = [_text_of(source)]
     else:
-        if isinstance(source, (str, Path)):
-            from llama_zh_nb.text.files import json_strings, read_texts
-
-            source = list(read_texts(source)) or json_strings(source)
-        out = [s for t in source for s in t.split('\n')]
-    out = [s for s in out if s.strip()]
-    if named and not out:
-        raise LlamaZhError(f'{named}: no line of text in it.')
-    return out[:: -(-len(out) // most) or 1]
+        texts = list(read_texts(source)) or json_strings(source)
+    lines = [line for text in texts for line in text.split('\n') if line.strip()]
+    if is_file and not lines:
+        raise LlamaZhError(f'{source}: no line of text in it.')
+    return lines[:: -(-len(lines) // most) or 1]
 
 # %% ../../nbs/tokenizer/audit.ipynb #f4526c86
-def genres(texts) -> dict[str, list[str]]:
-    "Lines by genre, from a dict of texts or files, a list of files (one genre each), or a list of strings"
+def genres(
+    texts,  # a dict of texts or files, a list of files (one genre each), or a list of strings
+) -> dict[str, list[str]]:
+    "Lines by genre"
     if texts is None:
         return {}
     if isinstance(texts, dict):
-        return {k: l for k, v in texts.items() if (l := _lines(v))}
-    if isinstance(texts, (str, Path)):
-        texts = [texts]
-    texts = list(texts)
-    if are_files(texts):
-        return {
-            str(f)
-            if [Path(g).stem for g in texts].count(Path(f).stem) > 1
-            else Path(f).stem: _lines(f)
-            for f in texts
-        }
-    return {'text': _lines(texts)}
+        return {name: lines for name, source in texts.items() if (lines := _lines(source))}
+    texts = [texts] if isinstance(texts, (str, Path)) else list(texts)
+    if not are_files(texts):
+        return {'text': _lines(texts)}
+    times = Counter(Path(f).stem for f in texts)
+    return {str(f) if times[Path(f).stem] > 1 else Path(f).stem: _lines(f) for f in texts}
 
 # %% ../../nbs/tokenizer/audit.ipynb #84fdf2c6
-def fertility(tok, texts) -> dict[str, float]:
+def fertility(
+    tok,  # anything `pieces_of` takes
+    texts,  # anything `genres` takes
+) -> dict[str, float]:
     "Characters per token by genre; higher is better"
-    f = pieces_of(tok)
-    return {
-        k: sum(map(len, v)) / max(1, sum(len(f(t)) for t in v)) for k, v in genres(texts).items()
-    }
+    cut, out = pieces_of(tok), {}
+    for genre, lines in genres(texts).items():
+        n_tokens = sum(len(cut(line)) for line in lines)
+        out[genre] = sum(map(len, lines)) / max(1, n_tokens)
+    return out
 
 # %% ../../nbs/tokenizer/audit.ipynb #ad21b918
 def guess_base(
@@ -177,13 +165,15 @@ ENGLISH = [
     'WHO, UNESCO and NASA met on 2021-06-30T08:15Z.',
     'She sells sea shells by the sea shore',
 ]
-_HAN = re.compile('[\u2e80-\u2fdf\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]')
+# CJK radicals, marks such as 々, all ideographs: whatever may count as Chinese
+_CHINESE = re.compile('[\u2e80-\u2fdf\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]')
 
 # %% ../../nbs/tokenizer/audit.ipynb #97024c7f
-_NAMES = {1: 'text', 2: 'unknown', 3: 'control', 4: 'user-defined', 5: 'unused', 6: 'byte'}
+# words for SentencePiece's types of pieces
+_TYPES = {1: 'text', 2: 'unknown', 3: 'control', 4: 'user-defined', 5: 'unused', 6: 'byte'}
 
 
-@dataclass
+@dataclass(repr=False)
 class Audit:
     "What an audit found; `ok` if every guarantee holds, `faults` says in words which do not"
 
@@ -193,246 +183,256 @@ class Audit:
     types: dict  # kind -> pieces
     flags: dict  # kind of model and normaliser flags
     unlike: list = field(default_factory=list)  # flags that are not the base's
-    duplicates: list = field(default_factory=list)
+    duplicates: list = field(default_factory=list)  # pieces that stand there twice
     moved: int = 0  # base pieces that are not where they were
     dead: list = field(default_factory=list)  # unreachable pieces among the new ones
     base_dead: int = 0  # and among the base's
     ties: int = 0  # new pieces that share a score
-    changed: list = field(
-        default_factory=list
-    )  # lines without Han characters that are cut differently
-    plain: int = 0  # lines without Han characters looked at
-    differ: list = field(
-        default_factory=list
-    )  # lines on which tokenizer.json differs from SentencePiece
+    changed: list = field(default_factory=list)  # lines without Chinese, cut differently
+    plain: int = 0  # lines without Chinese looked at
+    differ: list = field(default_factory=list)  # lines unlike in tokenizer.json and SentencePiece
     compared: int = 0  # lines compared
     broken: list = field(default_factory=list)  # lines that don't survive encoding and decoding
     before: dict = field(default_factory=dict)  # characters per token by genre, base
     after: dict = field(default_factory=dict)  # and this vocabulary
 
-# %% ../../nbs/tokenizer/audit.ipynb #d81612f8
-def _faults(a) -> list[str]:
-    say = [
-        (a.duplicates, f'{len(a.duplicates):,} duplicate pieces: {" ".join(a.duplicates[:8])}'),
-        (a.moved, f'{a.moved:,} base pieces moved or changed'),
-        (a.dead, f'{len(a.dead):,} dead pieces: {" ".join(a.dead[:8])}'),
-        (a.ties, f'{a.ties:,} new pieces share a score'),
-        (
-            a.changed,
-            f'{len(a.changed):,} of {a.plain:,} lines without Chinese are cut differently than by the base',
-        ),
-        (
-            a.differ,
-            f'tokenizer.json differs from SentencePiece on {len(a.differ):,} of {a.compared:,} lines',
-        ),
-        (a.broken, f'{len(a.broken):,} lines are not the same after encoding and decoding'),
-        (
-            not a.flags['byte_fallback'],
+    @property
+    def faults(self) -> list[str]:
+        "Every guarantee that does not hold, in words"
+        flags, out = self.flags, []
+
+        def say_if(bad, words):
+            if bad:
+                out.append(words)
+
+        changed, differ = len(self.changed), len(self.differ)
+        repeated, dead = ' '.join(self.duplicates[:8]), ' '.join(self.dead[:8])
+        say_if(repeated, f'{len(self.duplicates):,} duplicate pieces: {repeated}')
+        say_if(self.moved, f'{self.moved:,} base pieces moved or changed')
+        say_if(dead, f'{len(self.dead):,} dead pieces: {dead}')
+        say_if(self.ties, f'{self.ties:,} new pieces share a score')
+        say_if(
+            changed,
+            f'{changed:,} of {self.plain:,} lines without Chinese are cut differently than by the base',
+        )
+        say_if(
+            differ,
+            f'tokenizer.json differs from SentencePiece on {differ:,} of {self.compared:,} lines',
+        )
+        say_if(
+            self.broken,
+            f'{len(self.broken):,} lines are not the same after encoding and decoding',
+        )
+        say_if(
+            not flags['byte_fallback'],
             'no byte fallback: a character without a piece becomes unknown',
-        ),
-        (
-            not a.flags['add_dummy_prefix'],
+        )
+        say_if(
+            not flags['add_dummy_prefix'],
             'no space is put before a text (add_dummy_prefix is off), as every Llama needs it',
-        ),
-        (
-            a.flags['normaliser'] != 'identity',
-            f'the normaliser {a.flags["normaliser"]!r} rewrites text',
-        ),
-        (a.unlike, f'not as in the base: {", ".join(a.unlike)}'),
-    ]
-    return [s for bad, s in say if bad]
-
-
-def _summary(a):
-    "Lines about the whole: pieces, flags, what was compared"
-    on = lambda k: k + (' on' if a.flags[k.replace(' ', '_')] else ' off')
-    out = [
-        f'{a.size:,} pieces, {a.base:,} of the base, '
-        + ', '.join(f'{v:,} {k}' for k, v in a.types.items()),
-        f'{a.flags["model"]}, normaliser {a.flags["normaliser"]}, '
-        + ', '.join(map(on, ('add dummy prefix', 'remove extra whitespaces', 'byte fallback'))),
-    ]
-    if a.base_dead:
-        out.append(f"{a.base_dead:,} of the base's own pieces are dead")
-    if a.plain:
-        out.append(
-            f'lines without Chinese: {a.plain - len(a.changed):,} of {a.plain:,} cut as by the base'
         )
-    if a.compared:
-        out.append(
-            f'tokenizer.json = SentencePiece on {a.compared - len(a.differ):,} of {a.compared:,} lines'
-        )
-    return out
+        normaliser = flags['normaliser']
+        say_if(normaliser != 'identity', f'the normaliser {normaliser!r} rewrites text')
+        say_if(self.unlike, f'not as in the base: {", ".join(self.unlike)}')
+        return out
 
-# %% ../../nbs/tokenizer/audit.ipynb #e08be9b5
-def _text(a):
-    out = [
-        a.name,
-        *(f'  {s}' for s in _summary(a)),
-        *([f'  FAULT {f}' for f in a.faults] or ['  no fault found']),
-    ]
-    out += [
-        f'  {k:24}{a.before[k]:6.3f} -> {v:6.3f} characters per token' for k, v in a.after.items()
-    ]
-    if len(a.dead) > 8:
-        out += [
-            '  all dead pieces:',
-            *textwrap.wrap(
-                ' '.join(a.dead),
-                100,
-                initial_indent='    ',
-                subsequent_indent='    ',
-                break_long_words=False,
-            ),
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+    def summary(self) -> list[str]:
+        "Lines about the whole: pieces, flags, what was compared"
+        types = ', '.join(f'{n:,} {kind}' for kind, n in self.types.items())
+        out = [
+            f'{self.size:,} pieces, {self.base:,} of the base, {types}',
+            f'{self.flags["model"]}, normaliser {self.flags["normaliser"]}, {self._switches()}',
         ]
-    return '\n'.join(out)
+        if self.base_dead:
+            out.append(f"{self.base_dead:,} of the base's own pieces are dead")
+        if self.plain:
+            same = self.plain - len(self.changed)
+            out.append(f'lines without Chinese: {same:,} of {self.plain:,} cut as by the base')
+        if self.compared:
+            same = self.compared - len(self.differ)
+            out.append(f'tokenizer.json = SentencePiece on {same:,} of {self.compared:,} lines')
+        return out
+
+    def _switches(self):
+        names = 'add_dummy_prefix', 'remove_extra_whitespaces', 'byte_fallback'
+        said = [f'{n.replace("_", " ")} {"on" if self.flags[n] else "off"}' for n in names]
+        return ', '.join(said)
+
+    def to_dict(self) -> dict:
+        return asdict(self) | dict(faults=self.faults, ok=self.ok)
+
+    def __repr__(self):
+        out = [self.name, *(f'  {line}' for line in self.summary())]
+        out += [f'  FAULT {fault}' for fault in self.faults] or ['  no fault found']
+        for genre, after in self.after.items():
+            before = self.before[genre]
+            out.append(f'  {genre:24}{before:6.3f} -> {after:6.3f} characters per token')
+        if len(self.dead) > 8:
+            dead = ' '.join(self.dead)
+            out.append('  all dead pieces:')
+            out += [f'    {line}' for line in textwrap.wrap(dead, 96, break_long_words=False)]
+        return '\n'.join(out)
 
 # %% ../../nbs/tokenizer/audit.ipynb #27d55b70
-def _html(a):
-    top = max([*a.after.values(), *a.before.values(), 1e-9])
-    bar = lambda v, c: (
-        f'<div style="background:{c};height:9px;width:{v / top * 240:.0f}px;margin:1px 0"></div>'
-    )
-    rows = ''.join(
-        f'<tr><td>{escape(k)}</td><td>{a.before[k]:.3f}</td><td>{v:.3f}</td><td>{bar(a.before[k], "#bbb")}{bar(v, "#2a7")}</td></tr>'
-        for k, v in a.after.items()
-    )
-    table = (
-        f'<table><tr><th>characters per token</th><th>base</th><th>this</th><th></th></tr>{rows}</table>'
-        if rows
-        else ''
-    )
-    items = [f'<li style="color:#b00">{escape(f)}</li>' for f in a.faults] or [
-        '<li style="color:#060">no fault found</li>'
-    ]
-    items += [f'<li>{escape(s)}</li>' for s in _summary(a)]
-    dead = (
-        f'<details><summary>all {len(a.dead):,} dead pieces</summary>{"".join(_span(p, i) for i, p in enumerate(a.dead))}</details>'
-        if len(a.dead) > 8
-        else ''
-    )
-    return f'<div><b>{escape(a.name)}</b><ul>{"".join(items)}</ul>{dead}{table}</div>'
+@patch
+def html(self: Audit) -> Html:
+    "Everything that was found, as HTML"
+    found = [f'<li style="color:#b00">{escape(fault)}</li>' for fault in self.faults]
+    found = found or ['<li style="color:#060">no fault found</li>']
+    found += [f'<li>{escape(line)}</li>' for line in self.summary()]
+    parts = [f'<b>{escape(self.name)}</b>', f'<ul>{"".join(found)}</ul>']
+    if len(self.dead) > 8:
+        summary = f'<summary>all {len(self.dead):,} dead pieces</summary>'
+        dead = ' '.join(map(escape, self.dead))
+        parts.append(f'<details>{summary}{dead}</details>')
+    if self.after:
+        rows = [[k, f'{self.before[k]:.3f}', f'{v:.3f}'] for k, v in self.after.items()]
+        parts.append(Table(rows, ['characters per token', 'base', 'this']).html())
+    return Html(f'<div>{"".join(parts)}</div>', repr(self))
+
+
+@patch
+def _repr_html_(self: Audit):
+    return str(self.html())
 
 # %% ../../nbs/tokenizer/audit.ipynb #8e19c98f
-def _panels(*args, **kw):
+def _axes(*args, **kw):
     "Axes of a figure that shows once, where it is returned"
-    fig, ax = (plt := need('matplotlib.pyplot', 'train')).subplots(
-        *args, layout='constrained', **kw
-    )
+    plt = need('matplotlib.pyplot', 'train')
+    fig, axes = plt.subplots(*args, layout='constrained', **kw)
     plt.close(fig)
-    return ax
+    return axes
 
 
 def _ascii(names):
-    return [
-        k if k.isascii() else k.encode('ascii', 'ignore').decode().strip(' _-') or f'text {i + 1}'
-        for i, k in enumerate(names)
-    ]  # few machines have a Chinese font
+    "Names that any machine can draw: few have a Chinese font"
+    out = []
+    for i, name in enumerate(names, 1):
+        latin = name.encode('ascii', 'ignore').decode()
+        out.append(name if name.isascii() else latin.strip(' _-') or f'text {i}')
+    return out
 
 
-def _plot(a, ax=None):
-    "Two panels: the guarantees, and characters per token before and after, by genre; only the second if an `ax` is given"
+@patch
+def _checks(self: Audit):
+    "{guarantee: how often it was broken}"
+    off = sum(not self.flags[k] for k in ('byte_fallback', 'add_dummy_prefix'))
+    off += self.flags['normaliser'] != 'identity'
+    return {
+        'duplicate pieces': len(self.duplicates),
+        'base pieces moved': self.moved,
+        'dead pieces': len(self.dead),
+        'new pieces share a score': self.ties,
+        f'of {self.plain:,} lines without Chinese changed': len(self.changed),
+        f'of {self.compared:,} lines differ in tokenizer.json': len(self.differ),
+        'lines broken by a round trip': len(self.broken),
+        "flags unlike a Llama's": off + len(self.unlike),
+    }
+
+
+@patch
+def plot(
+    self: Audit,
+    ax=None,  # matplotlib's axes for the bars alone; None: guarantees beside them
+):
+    "Two panels: the guarantees, and characters per token before and after, by genre"
     if ax is None:
-        left, ax = _panels(1, 2, figsize=(10, 1.4 + 0.4 * max(4, len(a.after))))
-        say = [
-            ('duplicate pieces', a.duplicates),
-            ('base pieces moved', a.moved),
-            ('dead pieces', a.dead),
-            ('new pieces share a score', a.ties),
-            (f'of {a.plain:,} lines without Chinese changed', a.changed),
-            (f'of {a.compared:,} lines differ in tokenizer.json', a.differ),
-            ('lines broken by a round trip', a.broken),
-            (
-                "flags unlike a Llama's",
-                sum(not a.flags[k] for k in ('byte_fallback', 'add_dummy_prefix'))
-                + (a.flags['normaliser'] != 'identity')
-                + len(a.unlike),
-            ),
-        ]
-        for i, (what, v) in enumerate(say):
-            v = v if isinstance(v, int) else len(v)
-            left.text(0, -i, f'{v:,} {what}', color='#b00' if v else '#060')
-        left.set(
-            xlim=(0, 1),
-            ylim=(-len(say), 1),
-            title=f'{a.name if a.name.isascii() else "vocabulary"}: {a.size:,} pieces',
-        )
+        left, ax = _axes(1, 2, figsize=(10, 1.4 + 0.4 * max(4, len(self.after))))
+        checks = self._checks()
+        for i, (what, n) in enumerate(checks.items()):
+            left.text(0, -i, f'{n:,} {what}', color='#b00' if n else '#060')
+        name = self.name if self.name.isascii() else 'vocabulary'
+        left.set(xlim=(0, 1), ylim=(-len(checks), 1), title=f'{name}: {self.size:,} pieces')
         left.axis('off')
-    y = range(len(a.after))
-    ax.barh([i - 0.18 for i in y], a.before.values(), 0.34, color='#bbb', label='base')
-    ax.barh([i + 0.18 for i in y], a.after.values(), 0.34, color='#2a7', label=f'{a.size:,} pieces')
-    ax.set_yticks(list(y), _ascii(a.after))
+    rows = range(len(self.after))
+    ax.barh([i - 0.18 for i in rows], self.before.values(), 0.34, color='#bbb', label='base')
+    this = f'{self.size:,} pieces'
+    ax.barh([i + 0.18 for i in rows], self.after.values(), 0.34, color='#2a7', label=this)
+    ax.set_yticks(list(rows), _ascii(self.after))
     ax.invert_yaxis()
     ax.set_xlabel('characters per token')
-    ax.legend(frameon=False) if a.after else ax.axis('off')
+    if self.after:
+        ax.legend(frameon=False)
+    else:
+        ax.axis('off')
     return ax.figure
 
-# %% ../../nbs/tokenizer/audit.ipynb #4b55c595
-Audit.faults = property(_faults)
-Audit.ok = property(lambda a: not a.faults)
-Audit.to_dict = lambda a: asdict(a) | dict(faults=a.faults, ok=a.ok)
-Audit.plot, Audit.__repr__, Audit._repr_html_ = _plot, _text, _html
-
 # %% ../../nbs/tokenizer/audit.ipynb #06a21244
-def _look_at_pieces(a, m, base):
-    a.duplicates = [p for p, k in Counter(p.piece for p in m.pieces).items() if k > 1]
-    a.moved = sum(
-        (p.piece, p.type, p.score) != (q.piece, q.type, q.score)
+def _look_at_pieces(found, m, base):
+    "Pieces that stand there twice, were moved, are dead, or share a score"
+    times = Counter(p.piece for p in m.pieces)
+    found.duplicates = [piece for piece, n in times.items() if n > 1]
+    same = sum(
+        (p.piece, p.type, p.score) == (q.piece, q.type, q.score)
         for p, q in zip(base.pieces, m.pieces)
-    ) + max(0, len(base.pieces) - len(m.pieces))
-    if a.duplicates:
+    )
+    found.moved = len(base.pieces) - same
+    if found.duplicates:
         return  # SentencePiece won't load it
     dead = dead_pieces(m)
-    a.dead, a.base_dead = (
-        [m.pieces[i].piece for i in dead if i >= a.base],
-        sum(i < a.base for i in dead),
-    )
-    new = [p.score for p in m.pieces[a.base :] if p.type == NORMAL]
-    a.ties = len(new) - len(set(new))
+    found.dead = [m.pieces[i].piece for i in dead if i >= found.base]
+    found.base_dead = sum(i < found.base for i in dead)
+    scores = [p.score for p in m.pieces[found.base :] if p.type == NORMAL]
+    found.ties = len(scores) - len(set(scores))
 
 # %% ../../nbs/tokenizer/audit.ipynb #685798c7
-def _look_at_lines(a, m, base, groups):
+def _look_at_lines(found, m, base, groups):
+    "Lines that are cut differently than by the base, or broken; characters per token"
     sp, old = processor(m), processor(base)
-    lines = [t for v in groups.values() for t in v]
-    plain = [t for t in ENGLISH + lines if not _HAN.search(t)]
-    a.plain, a.changed = (
-        len(plain),
-        [t for t, x, y in zip(plain, sp.encode(plain), old.encode(plain)) if x != y],
-    )
-    tidy = lambda t: (
-        re.sub(' +', ' ', t).strip(' ') if m.normalizer_spec.remove_extra_whitespaces else t
-    )
-    a.broken = [
-        t for t, d in zip(lines, sp.decode(sp.encode(lines))) if d != tidy(t.replace('▁', ' '))
-    ]
-    a.before, a.after = fertility(old, groups), fertility(sp, groups)
+    lines = [line for group in groups.values() for line in group]
+    plain = [line for line in ENGLISH + lines if not _CHINESE.search(line)]
+    found.plain = len(plain)
+    pairs = zip(plain, sp.encode(plain), old.encode(plain))
+    found.changed = [line for line, new, was in pairs if new != was]
+
+    def expected(line):
+        line = line.replace('▁', ' ')
+        if m.normalizer_spec.remove_extra_whitespaces:
+            line = re.sub(' +', ' ', line).strip(' ')
+        return line
+
+    decoded = sp.decode(sp.encode(lines))
+    found.broken = [line for line, got in zip(lines, decoded) if got != expected(line)]
+    found.before, found.after = fertility(old, groups), fertility(sp, groups)
     return sp, lines
 
 # %% ../../nbs/tokenizer/audit.ipynb #3023c14a
-def _look_at_json(a, path, sp, lines):
+def _look_at_json(found, path, sp, lines):
     "tokenizer.json beside the model, if there is one, else the one we would write"
     lines = ENGLISH + lines
-    tok = (
-        load_json(path)
-        if path.is_dir() and (path / 'tokenizer.json').exists()
-        else exact_tokenizer(read_model(path))
-    )
-    hf = tok.encode_batch(lines, add_special_tokens=False)
-    a.compared, a.differ = (
-        len(lines),
-        [t for t, x, y in zip(lines, sp.encode(lines), hf) if x != y.ids],
-    )
+    if path.is_dir() and (path / 'tokenizer.json').exists():
+        tok = load_json(path)
+    else:
+        tok = exact_tokenizer(read_model(path))
+    encoded = tok.encode_batch(lines, add_special_tokens=False)
+    found.compared = len(lines)
+    pairs = zip(lines, sp.encode(lines), encoded)
+    found.differ = [line for line, ids, enc in pairs if ids != enc.ids]
 
 
 def _flags(m):
+    "Kind of model and switches of the normaliser"
     n = m.normalizer_spec
     return dict(
         normaliser=n.name or ('custom' if n.precompiled_charsmap else 'identity'),
         add_dummy_prefix=n.add_dummy_prefix,
         remove_extra_whitespaces=n.remove_extra_whitespaces,
         byte_fallback=m.trainer_spec.byte_fallback,
-        model=('', 'UNIGRAM', 'BPE', 'WORD', 'CHAR')[m.trainer_spec.model_type],
+        model=KINDS[m.trainer_spec.model_type],
     )
+
+
+def _without_new(m):
+    "The base that a vocabulary seems to have been made from"
+    base = type(m).FromString(m.SerializeToString())
+    del base.pieces[guess_base(m) :]
+    if len(base.pieces) < len(m.pieces):  # it was extended, so a Llama, and every Llama has one
+        base.normalizer_spec.add_dummy_prefix = True
+    return base
 
 # %% ../../nbs/tokenizer/audit.ipynb #dbe6438a
 def audit(
@@ -442,102 +442,75 @@ def audit(
 ) -> Audit:
     "Check what a vocabulary promises"
     path, m = Path(path), read_model(path)
-    if base is None:
-        b = type(m).FromString(m.SerializeToString())
-        del b.pieces[guess_base(m) :]
-        if len(b.pieces) < len(m.pieces):
-            b.normalizer_spec.add_dummy_prefix = (
-                True  # it was extended, so a Llama, and every Llama has one
-            )
-    else:
-        b = read_model(base)
-    flags = _flags(m)
-    a = Audit(
-        path.stem if path.is_file() else path.name,
-        len(m.pieces),
-        len(b.pieces),
-        dict(Counter(_NAMES[p.type] for p in m.pieces)),
-        flags,
-        [k for k, v in _flags(b).items() if flags[k] != v] if base is not None else [],
+    old = _without_new(m) if base is None else read_model(base)
+    flags, was = _flags(m), _flags(old)
+    found = Audit(
+        name=path.stem if path.is_file() else path.name,
+        size=len(m.pieces),
+        base=len(old.pieces),
+        types=dict(Counter(_TYPES[p.type] for p in m.pieces)),
+        flags=flags,
+        unlike=[k for k, v in was.items() if flags[k] != v] if base is not None else [],
     )
-    _look_at_pieces(a, m, b)
-    if a.duplicates:
-        return a
-    sp, lines = _look_at_lines(a, m, b, genres(texts))
+    _look_at_pieces(found, m, old)
+    if found.duplicates:
+        return found
+    sp, lines = _look_at_lines(found, m, old, genres(texts))
     if flags['model'] == 'BPE':
-        _look_at_json(a, path, sp, lines)
-    return a
+        _look_at_json(found, path, sp, lines)
+    return found
 
 # %% ../../nbs/tokenizer/audit.ipynb #4dabdb63
-class Comparison:
+class VocabComparison(ShownAsTable):
     "Characters per token of several tokenizers, by genre, and what the audits found, if there were any"
 
     def __init__(self, rows, sizes, audits=None):
-        self.rows, self.sizes, self.audits = rows, sizes, audits or {}
+        self.rows = rows  # {name: {genre: characters per token}}
+        self.sizes = sizes  # {name: pieces}
+        self.audits = audits or {}  # {name: Audit}
 
-    def _found(self, k):
-        a = self.audits.get(k)
-        return (
-            ['–'] * 4
-            if a is None
-            else [
-                f'{len(a.dead):,}',
-                f'{a.ties:,}',
-                f'{len(a.changed) / max(1, a.plain):.1%}',
-                f'{len(a.differ) / a.compared:.1%}' if a.compared else '–',
-            ]
-        )
+    def _found(self, name):
+        "The audit's columns of one vocabulary"
+        if name not in self.audits:
+            return ['–'] * 4
+        a = self.audits[name]
+        changed = f'{len(a.changed) / max(1, a.plain):.1%}'
+        differ = f'{len(a.differ) / a.compared:.1%}' if a.compared else '–'
+        return [f'{len(a.dead):,}', f'{a.ties:,}', changed, differ]
 
     def table(self):
-        genres, more = (
-            list(next(iter(self.rows.values()), {})),
-            ['dead', 'ties', 'lines without Chinese changed', 'lines unlike in HF']
-            * bool(self.audits),
-        )
-        return [['', 'pieces', *more, *genres, 'mean']] + [
-            [
-                k,
-                f'{self.sizes[k]:,}',
-                *(self._found(k) if more else []),
-                *(f'{v:.3f}' for v in r.values()),
-                f'{sum(r.values()) / max(1, len(r)):.3f}',
-            ]
-            for k, r in self.rows.items()
-        ]
+        genres = list(next(iter(self.rows.values()), {}))
+        faults = ['dead', 'ties', 'lines without Chinese changed', 'lines unlike in HF']
+        rows = []
+        for name, ratios in self.rows.items():
+            mean = sum(ratios.values()) / max(1, len(ratios))
+            found = self._found(name) if self.audits else []
+            shown = [f'{x:.3f}' for x in [*ratios.values(), mean]]
+            rows.append([name, f'{self.sizes[name]:,}', *found, *shown])
+        columns = ['', 'pieces', *(faults if self.audits else []), *genres, 'mean']
+        return Table(rows, columns, 'l' + 'r' * (len(columns) - 1))
+
+    def html(self):
+        return self.table().html()
 
     def to_dict(self):
-        return {
-            k: dict(pieces=self.sizes[k], characters_per_token=r)
-            | (dict(audit=self.audits[k].to_dict()) if k in self.audits else {})
-            for k, r in self.rows.items()
-        }
-
-    def __repr__(self):
-        t = self.table()
-        w = [max(len(r[i]) for r in t) for i in range(len(t[0]))]
-        return '\n'.join(
-            '  '.join(c.ljust(n) if i == 0 else c.rjust(n) for i, (c, n) in enumerate(zip(r, w)))
-            for r in t
-        )
-
-    def _repr_html_(self):
-        cell = lambda r, tag: '<tr>' + ''.join(f'<{tag}>{escape(c)}</{tag}>' for c in r) + '</tr>'
-        head, *rest = self.table()
-        return '<table>' + cell(head, 'th') + ''.join(cell(r, 'td') for r in rest) + '</table>'
+        out = {}
+        for name, ratios in self.rows.items():
+            out[name] = dict(pieces=self.sizes[name], characters_per_token=ratios)
+            if name in self.audits:
+                out[name]['audit'] = self.audits[name].to_dict()
+        return out
 
     def plot(self):
         "Characters per token by genre, a bar for each vocabulary"
-        n, names = len(self.rows), list(next(iter(self.rows.values()), {}))
-        ax = _panels(figsize=(7, 1 + 0.18 * (n + 1) * len(names)))
-        for j, (k, r) in enumerate(self.rows.items()):
-            ax.barh(
-                [i + (j - n / 2) * 0.8 / n for i in range(len(names))],
-                r.values(),
-                0.8 / n,
-                label=f'{k if k.isascii() else j + 1} ({self.sizes[k]:,})',
-                align='edge',
-            )
-        ax.set_yticks(range(len(names)), _ascii(names))
+        n, genres = len(self.rows), list(next(iter(self.rows.values()), {}))
+        width = 0.8 / n
+        ax = _axes(figsize=(7, 1 + 0.18 * (n + 1) * len(genres)))
+        for j, (name, ratios) in enumerate(self.rows.items()):
+            y = [i + (j - n / 2) * width for i in range(len(genres))]
+            label = f'{name if name.isascii() else j + 1} ({self.sizes[name]:,})'
+            ax.barh(y, ratios.values(), width, label=label, align='edge')
+        ax.set_yticks(range(len(genres)), _ascii(genres))
         ax.invert_yaxis()
         ax.set_xlabel('characters per token')
         ax.legend(fontsize=8)
@@ -548,71 +521,58 @@ def _size(tok):
     "Number of pieces of anything `pieces_of` takes"
     if isinstance(tok, (str, os.PathLike)):
         tok = open_tokenizer(tok)
-    return (
-        tok.get_piece_size()
-        if hasattr(tok, 'get_piece_size')
-        else tok.get_vocab_size()
-        if hasattr(tok, 'get_vocab_size')
-        else len(tok.get_vocab())
-    )
+    for count in ('get_piece_size', 'get_vocab_size'):
+        if hasattr(tok, count):
+            return getattr(tok, count)()
+    return len(tok.get_vocab())
 
 # %% ../../nbs/tokenizer/audit.ipynb #90f583c2
-def compare(
+def _named(paths):
+    "{short name: path}; the whole path where short names are not unique"
+    paths = [Path(p) for p in paths]
+    named = {
+        p.stem if p.stem not in ('tokenizer', '') else p.parent.name or p.stem: p for p in paths
+    }
+    return named if len(named) == len(paths) else {str(p): p for p in paths}
+
+
+def compare_vocabularies(
     tokenizers,  # paths, or a dict name -> path or tokenizer
     texts,  # as for `audit`
     audits=False,  # also audit those that are SentencePiece models
     base=None,  # the vocabulary that these extend; default: judged by their scores
-) -> Comparison:
+) -> VocabComparison:
     "Several vocabularies on the same texts"
     if not isinstance(tokenizers, dict):
-        paths = [Path(t) for t in tokenizers]
-        tokenizers = {
-            (p.stem if p.stem not in ('tokenizer', '') else p.parent.name or p.stem): p
-            for p in paths
-        }
-        if len(tokenizers) < len(paths):
-            tokenizers = {str(p): p for p in paths}
-    sp = (
-        [
-            k
-            for k, v in tokenizers.items()
-            if isinstance(v, (str, os.PathLike)) and tokenizer_kind(v)[0] == 'sp'
-        ]
-        if audits
-        else []
-    )  # a wrong path is found before the work begins
-    groups, loaded = (
-        genres(texts),
-        {
-            k: open_tokenizer(v) if isinstance(v, (str, os.PathLike)) else v
-            for k, v in tokenizers.items()
-        },
-    )
-    return Comparison(
-        {k: fertility(v, groups) for k, v in loaded.items()},
-        {k: _size(v) for k, v in loaded.items()},
+        tokenizers = _named(tokenizers)
+    files = {k: t for k, t in tokenizers.items() if isinstance(t, (str, os.PathLike))}
+    # a wrong path is found before the work begins
+    sp = [k for k, f in files.items() if tokenizer_kind(f)[0] == 'sp'] if audits else []
+    groups = genres(texts)
+    loaded = tokenizers | {k: open_tokenizer(f) for k, f in files.items()}
+    return VocabComparison(
+        {k: fertility(tok, groups) for k, tok in loaded.items()},
+        {k: _size(tok) for k, tok in loaded.items()},
         {k: audit(tokenizers[k], base, groups) for k in sp},
     )
 
 # %% ../../nbs/tokenizer/audit.ipynb #66d87f76
-def _keep(res, json, picture):
+def _keep(result, json, picture):
     "Write a result as JSON and as a picture, if asked for"
     if json:
-        write_json(json, res.to_dict())
+        write_json(json, result.to_dict())
     if not picture:
-        return res
+        return result
     with writing(picture) as f:
         if Path(picture).suffix == '.html':
-            f.write_text(
-                f'<!doctype html><meta charset="utf-8"><title>Vocabulary</title>\n{res._repr_html_()}\n',
-                encoding='utf-8',
-            )
+            head = '<!doctype html><meta charset="utf-8"><title>Vocabulary</title>'
+            f.write_text(f'{head}\n{result.html()}\n', encoding='utf-8')
         else:
-            res.plot().savefig(f, format=Path(picture).suffix[1:], dpi=120)
-    return res
+            result.plot().savefig(f, format=Path(picture).suffix[1:], dpi=120)
+    return result
 
 
-def _shell_args(text, picture):
+def _check_files(text, picture):
     "Files that are there and a picture that can be drawn, before any work is done"
     if picture and Path(picture).suffix not in ('.png', '.svg', '.pdf', '.html'):
         raise LlamaZhError(f'{picture}: expected a picture that ends in .png, .svg, .pdf or .html.')
@@ -631,8 +591,8 @@ def audit_command(
     json: str = None,  # also write the result to this file
     picture: str = None,  # also draw it: .png, .svg, .pdf, or .html with everything in it
 ) -> Audit:
-    "Check what a vocabulary promises: pieces, dead pieces, English as before, one answer from both libraries, characters per token"
-    text = _shell_args(text, picture)
+    "Check what a vocabulary promises: dead pieces, English as before, one answer from both libraries, characters per token"
+    text = _check_files(text, picture)
     return _keep(audit(path, base, text or None), json, picture)
 
 # %% ../../nbs/tokenizer/audit.ipynb #2dfd3629
@@ -642,11 +602,10 @@ def compare_command(
     base=None,  # the vocabulary that they extend; default: judged by their scores
     json: str = None,  # also write the result to this file
     picture: str = None,  # also draw it: .png, .svg, .pdf, or .html with everything in it
-) -> Comparison:
+) -> VocabComparison:
     "Several vocabularies side by side: characters per token, and an audit of those that are SentencePiece models"
-    text = _shell_args(text, picture)
+    text = _check_files(text, picture)
     if not text:
         raise LlamaZhError('--text is missing: llama-zh vocab compare A B C --text FILES')
-    return _keep(
-        compare([paths] if isinstance(paths, str) else paths, text, True, base), json, picture
-    )
+    paths = [paths] if isinstance(paths, str) else paths
+    return _keep(compare_vocabularies(paths, text, True, base), json, picture)

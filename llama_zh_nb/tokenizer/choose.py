@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from ..core.errors import LlamaZhError, need
 from ..text.files import are_files, json_strings
@@ -17,6 +18,7 @@ from llama_zh_nb.tokenizer.pieces import (
     HAN,
     _cutter,
     bpe_train,
+    count_chars,
     count_units,
     han_only,
     model_from,
@@ -25,84 +27,104 @@ from llama_zh_nb.tokenizer.pieces import (
 )
 
 # %% auto #0
-__all__ = ['edge_marks', 'habits', 'balance', 'dictionary', 'model_words', 'model_share', 'mix', 'common_chars', 'choose_pieces']
+__all__ = ['MARKS', 'edge_marks', 'TextStyle', 'text_style', 'file_weights', 'common_words', 'model_words', 'model_share',
+           'mix_counts', 'common_chars', 'choose_pieces', 'corpus_pieces']
 
 # %% ../../nbs/tokenizer/choose.ipynb #3b031123
-_MARKS = '，。、；：？！“”‘’（）《》〈〉【】「」『』…—·～'
+MARKS = '，。、；：？！“”‘’（）《》〈〉【】「」『』…—·～'  # punctuation of Chinese texts
 
 
-def edge_marks(base, marks='edges') -> tuple[str, str]:
-    "Characters that may stand behind and in front of a piece: pieces of the base; in front only if it isn't joined with a space already, and digits only if the base never joins them"
+def edge_marks(
+    base,  # a `ModelProto`
+    marks='edges',  # 'edges', 'punctuation' (no digits) or 'none'
+) -> tuple[str, str]:  # behind a piece, in front of one
+    "Characters that may stand at the edges of pieces; digits only where the base never joins them"
     if marks == 'none':
         return '', ''
     have = {p.piece for p in base.pieces if p.type == NORMAL}
-    digits = (
-        '0123456789'
-        if marks == 'edges' and not any(len(p) > 1 and re.search('[0-9]', p) for p in have)
-        else ''
-    )
-    return ''.join(c for c in _MARKS if c in have), ''.join(
-        c for c in _MARKS + digits if c in have and '▁' + c not in have
-    )
+    joins_digits = any(len(p) > 1 and re.search('[0-9]', p) for p in have)
+    digits = '0123456789' if marks == 'edges' and not joins_digits else ''
+    behind = [c for c in MARKS if c in have]
+    # what the base joins with a space would be joined with it first, and the piece never be built
+    in_front = [c for c in MARKS + digits if c in have and '▁' + c not in have]
+    return ''.join(behind), ''.join(in_front)
 
 # %% ../../nbs/tokenizer/choose.ipynb #d864c6d8
-def habits(units, n=3000) -> tuple[float, float]:
-    "Characters per dictionary word, and breadth: how many different words of two and more characters, for its size; over at most `n` units"
-    some = sorted(u for u in units)[:: max(1, len(units) // n)]
-    words = [w for cut in [_cutter()] for u in some for w in cut(re.sub(f'[^{HAN}]', '', u))]
+class TextStyle(NamedTuple):
+    "Two figures by which modern and broad texts can be told from others"
+
+    word_length: float  # characters per dictionary word
+    breadth: float  # different words of two and more characters, for the text's size
+
+
+def text_style(
+    units,  # strings
+    n=3000,  # looked at, evenly picked
+) -> TextStyle:
+    "How modern and how broad a text is, judged by its words"
+    some = sorted(units)[:: max(1, len(units) // n)]
+    cut = _cutter()
+    words = [word for unit in some for word in cut(re.sub(f'[^{HAN}]', '', unit))]
     chars = max(1, sum(map(len, words)))
-    return chars / max(1, len(words)), len({w for w in words if len(w) > 1}) / chars**0.65
+    different = len({word for word in words if len(word) > 1})
+    return TextStyle(chars / max(1, len(words)), different / chars**0.65)
 
 # %% ../../nbs/tokenizer/choose.ipynb #b3c3dbe4
-def balance(
+def file_weights(
     sizes,  # characters by file
-    lengths,  # characters per word by file
-    breadths,  # breadth by file
+    styles,  # `TextStyle` by file
     expo=0.35,  # a file's share grows with its size to this power
     least=0.3,  # what classical text counts, modern being 1
 ) -> list[float]:
     "How much one occurrence counts, by file"
-    new = [min(1, max(0, (x - 1.3) / 0.5)) for x in lengths]
-    return [
-        s ** (expo - 1) * b**1.5 * (least + (1 - least) * m)
-        for s, m, b in zip(sizes, new, breadths)
-    ]
+    out = []
+    for size, style in zip(sizes, styles):
+        # classical prose has about 1.3 characters a word, modern prose 1.8
+        modern = min(1, max(0, (style.word_length - 1.3) / 0.5))
+        out.append(size ** (expo - 1) * style.breadth**1.5 * (least + (1 - least) * modern))
+    return out
 
 # %% ../../nbs/tokenizer/choose.ipynb #51a81991
 def _mass(units):
-    return sum(len(u) * n for u, n in units.items())
+    "Characters of all occurrences"
+    return sum(len(unit) * n for unit, n in units.items())
 
 
-def _words(path, frequency):
+def _word_list(path, frequency):
     "Words of two and more Han characters in one of jieba's lists, as shares of all their characters"
     with need('jieba', '').get_module_res(*path) as f:
-        rows = (line.split() for line in f.read().decode('utf-8').split('\n'))
-    out = {
-        r[0]: frequency(float(r[1]))
-        for r in rows
-        if len(r) > 1 and len(r[0]) > 1 and han_only(r[0])
-    }
-    k = 1 / _mass(out)
-    return Counter({w: n * k for w, n in out.items()})
+        rows = [line.split() for line in f.read().decode('utf-8').split('\n')]
+    words = {}
+    for row in rows:
+        if len(row) > 1 and len(row[0]) > 1 and han_only(row[0]):
+            words[row[0]] = frequency(float(row[1]))
+    scale = 1 / _mass(words)
+    return Counter({word: n * scale for word, n in words.items()})
 
 
-def dictionary() -> Counter:
+def _document_frequency(idf):
+    "From the logarithm of documents over those that hold a word"
+    return math.exp(-idf)
+
+
+def common_words() -> Counter:
     "How often jieba's words may be met: half by their counts, half by the documents that hold them"
-    count, documents = (
-        _words(['dict.txt'], float),
-        _words(['analyse', 'idf.txt'], lambda idf: math.exp(-idf)),
-    )
-    return Counter({w: (count[w] + documents[w]) / 2 for w in {**count, **documents}})
+    count = _word_list(['dict.txt'], float)
+    documents = _word_list(['analyse', 'idf.txt'], _document_frequency)
+    return Counter({word: (count[word] + documents[word]) / 2 for word in {**count, **documents}})
 
 # %% ../../nbs/tokenizer/choose.ipynb #6b761ca4
-def model_words(m) -> Counter:
-    "Pieces of two and more Han characters of a SentencePiece model, with a frequency: exp(score) in a UNIGRAM model, 1 / rank in a BPE one"
-    out, uni = Counter(), m.trainer_spec.model_type == 1
+def model_words(
+    m,  # a `ModelProto`
+) -> Counter:
+    "Pieces of two and more Han characters with a frequency: exp(score) in a UNIGRAM model, 1 / rank in a BPE one"
+    out, is_unigram = Counter(), m.trainer_spec.model_type == 1
     ranked = sorted((p for p in m.pieces if p.type == NORMAL), key=lambda p: -p.score)
-    for i, p in enumerate(ranked):
-        w = p.piece.lstrip('▁')
-        if len(w) > 1 and han_only(w):
-            out[w] += math.exp(p.score) if uni else 1 / (i + 50)
+    for rank, p in enumerate(ranked):
+        word = p.piece.lstrip('▁')
+        if len(word) > 1 and han_only(word):
+            # Zipf's law with the first ranks levelled, which characters and marks hold
+            out[word] += math.exp(p.score) if is_unigram else 1 / (rank + 50)
     return out
 
 # %% ../../nbs/tokenizer/choose.ipynb #a5d1c0e3
@@ -113,7 +135,7 @@ def model_share(
     return 0.4 * min(1, len(words) / 10_000)
 
 # %% ../../nbs/tokenizer/choose.ipynb #e6963502
-def mix(
+def mix_counts(
     parts,  # list of (unit -> count)
     weights,  # what one occurrence counts in each
     priors=(),  # list of (word -> frequency, share of all the parts together)
@@ -121,44 +143,44 @@ def mix(
 ) -> Counter:
     "All parts as one count of units, in whole numbers as SentencePiece wants them"
     out = Counter()
-    for part, w in zip(parts, weights):
-        for u, n in part.items():
-            out[u] += n * w
+    for part, weight in zip(parts, weights):
+        for unit, n in part.items():
+            out[unit] += n * weight
     whole = _mass(out)
     for words, share in priors:
         if not words:
             continue
-        k = share * whole / _mass(words)
-        for u, n in words.items():
-            out[u] += n * k
-    k = total / max(1, _mass(out))
-    return Counter({u: c for u, n in out.items() if (c := int(n * k + 0.5))})
+        scale = share * whole / _mass(words)
+        for word, n in words.items():
+            out[word] += n * scale
+    scale = total / max(1, _mass(out))
+    rounded = {unit: int(n * scale + 0.5) for unit, n in out.items()}
+    return Counter({unit: n for unit, n in rounded.items() if n})
 
 # %% ../../nbs/tokenizer/choose.ipynb #f3b38726
+def _decodable(codec, rows, columns):
+    "Han characters of a part of a two-byte code, in its order"
+    chars = [bytes([row, column]).decode(codec, 'ignore') for row in rows for column in columns]
+    return [c for c in chars if c and han_only(c)]
+
+
 def common_chars() -> list[str]:
-    "Characters in daily use: the first levels of GB 2312 (simplified) and of Big5 (traditional)"
-
-    def level(code, rows, cols):
-        return [
-            c
-            for a in rows
-            for b in cols
-            if (c := bytes([a, b]).decode(code, 'ignore')) and han_only(c)
-        ]
-
-    big5 = level('big5', range(0xA4, 0xC7), [*range(0x40, 0x7F), *range(0xA1, 0xFF)])[
-        :5401
-    ]  # a few after them belong to no level
-    return list(dict.fromkeys(level('gb2312', range(0xB0, 0xD8), range(0xA1, 0xFF)) + big5))
+    "Characters in daily use: the first levels of GB 2312 (simplified, 3,755) and of Big5 (traditional, 5,401)"
+    simplified = _decodable('gb2312', range(0xB0, 0xD8), range(0xA1, 0xFF))
+    columns = [*range(0x40, 0x7F), *range(0xA1, 0xFF)]
+    traditional = _decodable('big5', range(0xA4, 0xC7), columns)
+    # a few characters after the first level belong to no level
+    return list(dict.fromkeys(simplified + traditional[:5401]))
 
 # %% ../../nbs/tokenizer/choose.ipynb #1ac52998
-def _files(corpus, most, **marks):
-    "Counted units, file by file"
+def _count_files(corpus, most, **marks):
+    "Counted units, file by file; texts count as one file"
     files = [corpus] if isinstance(corpus, (str, Path)) else list(corpus)
     if not are_files(files):
         return [count_units(text_stream(files), 'none', most=most, **marks)]
+    share = max(50_000, most // len(files))
     return [
-        count_units(text_stream(Path(f)), 'none', most=max(50_000, most // len(files)), **marks)
+        count_units(text_stream(Path(f)), 'none', most=share, **marks)
         or count_units(json_strings(f), 'none', **marks)
         for f in files
     ]
@@ -170,75 +192,95 @@ def choose_pieces(
     room: int,  # new pieces wanted
     models=(),  # other models, as `ModelProto`, whose pieces are a prior
     weight=None,  # what each file counts in all; default: balanced
-    prior=None,  # share of the dictionary beside the corpus; default .5, .35 beside models, or 0 where the base reads Chinese already or the corpus is small
+    prior=None,  # share of the dictionary beside the corpus; default .5, .35 beside models, 0 where it is not needed
     marks='edges',  # 'edges', 'punctuation' (no digits) or 'none'
-    chars=None,  # share of new pieces that may be single characters; default .28 if all common ones find room in it, else .23
+    chars=None,  # share of new pieces that may be characters; default .28 if all common ones find room in it, else .23
     longest=10,  # characters in a piece
     most=3_000_000,  # distinct units held at once
 ) -> list[str]:
     "New pieces for a base, best first: characters, then joined ones"
-    (marks, before), have = edge_marks(base, marks), {p.piece for p in base.pieces}
-    parts = _files(corpus, most, marks=marks, before=before)
+    have = {p.piece for p in base.pieces}
+    behind, in_front = edge_marks(base, marks)
+    parts = _count_files(corpus, most, marks=behind, before=in_front)
     if weight and len(weight) != len(parts):
         raise LlamaZhError(
             f'{len(weight)} weights for {len(parts)} corpus files: give one for each.'
         )
-    parts, weight = (
-        zip(*[(p, w) for p, w in zip(parts, weight or [None] * len(parts)) if p])
-        if any(parts)
-        else ((), ())
-    )
-    if not parts:
+    if not any(parts):
         raise LlamaZhError(
             'no Chinese text to train on: expected Han characters in the corpus files.'
         )
-    sizes = [_mass(p) for p in parts]
-    ws = (
-        [w / s for w, s in zip(weight, sizes)]
-        if weight[0] is not None
-        else balance(sizes, *zip(*map(habits, parts)))
-    )
-    reads = sum(
-        len(p) > 1 and han_only(p) for p in have
-    )  # words of Chinese that the base has already
-    told = [w for m in models if (w := model_words(m))]
+    if weight:
+        weight = [w for w, part in zip(weight, parts) if part]
+    parts = [part for part in parts if part]
+    sizes = [_mass(part) for part in parts]
+    if weight:
+        weights = [w / size for w, size in zip(weight, sizes)]
+    else:
+        weights = file_weights(sizes, [text_style(part) for part in parts])
+    # a base that has words of Chinese needs neither the dictionary nor the common characters
+    reads_chinese = sum(len(p) > 1 and han_only(p) for p in have) >= 1000
+    told = [words for m in models if (words := model_words(m))]
     if prior is None:
-        prior = (0.35 if told else 0.5) if reads < 1000 and sum(sizes) > 1e6 else 0
-    units = mix(
-        parts, ws, ([(dictionary(), prior)] if prior else []) + [(w, model_share(w)) for w in told]
-    )
-    sure = [c for c in common_chars() if c not in have] if reads < 1000 else []
+        needed = not reads_chinese and sum(sizes) > 1e6
+        prior = (0.35 if told else 0.5) if needed else 0
+    priors = [(common_words(), prior)] if prior else []
+    priors += [(words, model_share(words)) for words in told]
+    units = mix_counts(parts, weights, priors)
+    sure = [] if reads_chinese else [c for c in common_chars() if c not in have]
     if len(sure) > room * (chars or 0.28):
         sure = []  # a small vocabulary takes what its corpus holds
-    return _from_units(
-        units,
-        room,
-        have,
-        marks + before,
-        sure,
-        int(room * (chars or (0.28 if sure else 0.23))),
-        longest,
-    )
+    most_chars = int(room * (chars or (0.28 if sure else 0.23)))
+    return _pieces_of_units(units, room, have, behind + in_front, sure, most_chars, longest)
 
 # %% ../../nbs/tokenizer/choose.ipynb #730d3930
-def _from_units(units, room, have, marks, sure, chars, longest):
+_HAN, _MARK = f'[{HAN}]', f'[^{HAN}]'
+_MARK_INSIDE = re.compile(
+    f'{_MARK}.*{_HAN}.*{_MARK}.*{_HAN}'  # one in front and another before the end
+    f'|{_HAN}{_MARK}+{_HAN}'  # one between two characters
+    f'|{_MARK}{{2}}'  # two side by side
+)
+
+
+def _pieces_of_units(units, room, have, marks, sure, most_chars, longest):
     "Train BPE with room to spare, and order what may be used"
-    freq, old = Counter(), {p for p in have if han_only(p)}
-    for u, n in units.items():
-        for c in u:
-            freq[c] += n
+    freq = count_chars(units)
     often = sorted((c for c in freq if c not in have), key=lambda c: (-freq[c], c))
-    singles = sorted([*dict.fromkeys([*sure, *often])][:chars], key=lambda c: (-freq[c], c))
-    units = only_chars(units, {*singles, *marks, *(c for c in old if len(c) == 1)})
-    n = len(set().union(*units))
+    chars = [*dict.fromkeys([*sure, *often])][:most_chars]
+    chars.sort(key=lambda c: (-freq[c], c))
+    old = {p for p in have if han_only(p)}
+    old_chars = {p for p in old if len(p) == 1}
+    units = only_chars(units, {*chars, *marks, *old_chars})
+    n = len(set().union(*units))  # different characters that are left
+    # 259: bytes and special pieces; a fifth more than wanted, since some pieces are not used
     raw = bpe_train(units, 259 + n + int(room * 1.2) + len(old), chars=n, longest=longest)
     ranked = sorted((p for p in model_from(raw).pieces if p.type == NORMAL), key=lambda p: -p.score)
-    middle = re.compile(
-        f'[^{HAN}].*[{HAN}].*[^{HAN}].*[{HAN}]|[{HAN}][^{HAN}]+[{HAN}]|[^{HAN}]{{2}}'
-    )
-    new = [
-        p.piece
-        for p in ranked
-        if p.piece not in have and re.search(f'[{HAN}]', p.piece) and not middle.search(p.piece)
-    ]
-    return singles + [p for p in new if len(p) > 1]
+    new = [p.piece for p in ranked if p.piece not in have and re.search(_HAN, p.piece)]
+    joined = [p for p in new if len(p) > 1 and not _MARK_INSIDE.search(p)]
+    return chars + joined
+
+# %% ../../nbs/tokenizer/choose.ipynb #634d2c8a
+def corpus_pieces(
+    base,  # the base as `ModelProto`
+    corpus,  # files, or texts
+    room: int,  # new pieces wanted
+    segment='none',  # 'none': `choose_pieces`; 'words': pieces within jieba's words
+    *,
+    words=(),  # with 'words': words to keep whole
+    models=(),  # with 'none': see `choose_pieces`
+    weight=None,  # with 'none': see `choose_pieces`
+    marks='edges',  # with 'none': see `choose_pieces`
+) -> list[str]:
+    "Candidates from a corpus, best first: characters, then what BPE joins, in its order"
+    if room < 1:
+        return []
+    if segment == 'none':
+        return choose_pieces(base, corpus, room, models, weight, marks=marks)
+    have = {p.piece for p in base.pieces}
+    han = sum(map(han_only, have))
+    # 259 bytes and special pieces, those that the base has already, and some to spare
+    size = 259 + 2 * han + room + room // 8 + 50
+    raw = bpe_train(count_units(text_stream(corpus), segment, words), size)
+    ranked = sorted((p for p in model_from(raw).pieces if p.type == NORMAL), key=lambda p: -p.score)
+    new = [p.piece for p in ranked if p.piece not in have]
+    return [p for p in new if len(p) == 1] + [p for p in new if len(p) > 1]

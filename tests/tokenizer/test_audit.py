@@ -11,8 +11,8 @@ from llama_zh_nb.tokenizer.audit import (
     Audit,
     audit,
     audit_command,
-    compare,
     compare_command,
+    compare_vocabularies,
     fertility,
     pieces_of,
 )
@@ -325,7 +325,7 @@ def test_json_and_model_agree_and_marks_are_text(t, tmp_path):
     assert open_tokenizer(d / 'tokenizer.json').encode(
         s, add_special_tokens=False
     ).ids == open_tokenizer(d).encode(s)
-    c = compare([d, d / 'tokenizer.json'], [s])
+    c = compare_vocabularies([d, d / 'tokenizer.json'], [s])
     assert len(c.rows) == 2 and len({tuple(r.values()) for r in c.rows.values()}) == 1
 
 

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from llama_zh_nb.app.run import STAGES, check_inputs, plan, run
+from llama_zh_nb.app.pipeline import STAGES
+from llama_zh_nb.app.run import check_inputs, plan, run
 from llama_zh_nb.core.errors import LlamaZhError, read_json
 from llama_zh_nb.core.run_log import read_run
 from llama_zh_nb.core.settings import settings
@@ -115,7 +116,7 @@ def test_every_stage_completes_on_real_input(real):
     args, out, p = real
     assert p.returncode == 0, p.stderr[-3000:] + p.stdout[-3000:]
     st = read_run(out)['stages']
-    for s in STAGES:
+    for s in STAGES.values():
         assert st[s.name].get('done') and not st[s.name].get('left_out'), s.name
     left = read_json(out / 'gptq' / 'quantize.json')[
         'left'
@@ -311,11 +312,12 @@ def test_base_that_is_none(shared, tmp_path):
     assert not (tmp_path / 'r2' / 'base').exists()
 
 
-def test_stage_order_and_fields():
-    known, outs = set(settings()), [s.out for s in STAGES]
-    for i, s in enumerate(STAGES):
-        assert set((s.fields + ' ' + s.sources).split()) <= known
-        assert set(s.needs.split()) <= {*outs[:i], 'corpus_en'}
+def test_stage_order_and_settings():
+    outs = [s.out for s in STAGES.values()]
+    known = {*settings(), *(x.group for x in settings().values())}
+    for i, s in enumerate(STAGES.values()):
+        assert {*s.settings, *s.without, *s.files} <= known, s.name
+        assert set(s.reads) <= {*outs[:i], 'corpus_en'}, s.name
 
 
 def test_missing_need_is_named(tmp_path):

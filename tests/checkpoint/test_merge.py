@@ -14,7 +14,7 @@ peft = pytest.importorskip('peft')
 
 from helpers.tiny import make, tensors
 
-from llama_zh_nb.checkpoint.adapter import four_bits, lay
+from llama_zh_nb.checkpoint.adapter import apply_changes, nf4_changes
 from llama_zh_nb.checkpoint.folder import fingerprint, load_tokenizer, tokenizer_hash
 from llama_zh_nb.checkpoint.merge import merge_lora
 from llama_zh_nb.checkpoint.meta import EMBED, HEAD, convert_meta
@@ -187,7 +187,7 @@ def test_files_stay_cut_and_bin_bases_merge(base, tmp_path):
     assert len(list((tmp_path / 'm-cut').glob('model-0*'))) == len(list(cut.glob('model-0*'))) > 1
 
 
-def test_portions_and_threads_change_nothing(base, tmp_path, monkeypatch):
+def test_blocks_and_threads_change_nothing(base, tmp_path, monkeypatch):
     import llama_zh_nb.checkpoint.adapter as ad
     import llama_zh_nb.checkpoint.merge as mg
 
@@ -199,9 +199,9 @@ def test_portions_and_threads_change_nothing(base, tmp_path, monkeypatch):
         if shape
         else [slice(None)]
     )
-    monkeypatch.setattr(ad, 'portions', small)
-    monkeypatch.setattr(mg, 'portions', small)
-    monkeypatch.setattr(mg, '_small', 0)
+    monkeypatch.setattr(ad, 'row_blocks', small)
+    monkeypatch.setattr(mg, 'row_blocks', small)
+    monkeypatch.setattr(mg, '_SMALL_MODEL', 0)
     was = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -544,7 +544,8 @@ def wide(tmp_path_factory):
 def test_qlora_is_added_to_the_dequantized_base(wide, tmp_path):
     a = random_adapter(wide, tmp_path / 'a')
     w4 = {
-        k: f.get(k) for k, f in lay(open_weights(wide), four_bits(open_weights(wide), {})).items()
+        k: f.get(k)
+        for k, f in apply_changes(open_weights(wide), nf4_changes(open_weights(wide), {})).items()
     }
     flat = shutil.copytree(wide, tmp_path / 'flat', ignore=shutil.ignore_patterns('*.safetensors'))
     write_shards(flat, {k: ('BF16', tuple(t.shape)) for k, t in w4.items()}, w4.get)
@@ -595,9 +596,9 @@ def test_nf4_is_that_of_bitsandbytes():
             )
 
         for double in (False, True):
-            ours = lay({'q_proj.weight': One()}, four_bits(['q_proj.weight'], dict(double=double)))[
-                'q_proj.weight'
-            ].get('q_proj.weight')
+            ours = apply_changes(
+                {'q_proj.weight': One()}, nf4_changes(['q_proj.weight'], dict(double=double))
+            )['q_proj.weight'].get('q_proj.weight')
             theirs = F.dequantize_4bit(
                 *F.quantize_4bit(w, quant_type='nf4', compress_statistics=double)
             )
@@ -614,11 +615,11 @@ def test_nf4_is_that_of_bitsandbytes():
 SLOWLY = """
 import sys, time
 import llama_zh_nb.checkpoint.merge as m, llama_zh_nb.checkpoint.adapter as ad
-old = m.take
-def take(*a):
+old = m.read_rows
+def read_rows(*a):
     print('portion', flush=True); time.sleep(.15)
     return old(*a)
-m.take = take
+m.read_rows = read_rows
 m.merge_lora(*sys.argv[1:4])
 """
 
