@@ -257,6 +257,6 @@ def _joined(first, second):
     history.info = dict(second.info)
     return history
 
-# %% ../nbs/06_pretrain.ipynb #a9b1e6c2
+# %% ../nbs/06_pretrain.ipynb #ad0a3997
 if __name__ == '__main__' and '__file__' in globals():
     raise SystemExit('to train by a recipe: python -m llama_zh_nb.app.launch pretrain RECIPE')

@@ -7,7 +7,6 @@ __all__ = ['add_learn_argument', 'chat_trainer', 'finetune']
 
 # %% ../nbs/08_sft.ipynb #7ddd46ce
 import hashlib
-import json
 import time
 import types
 import warnings
@@ -28,6 +27,7 @@ from .core.settings import ChatArgs, ComputeArgs, LoraArgs, SftArgs, TrainArgs
 from .evals.measure import ask, score
 from .text.chats import Chats, read_chats
 from .text.files import read_texts
+from .text.questions import read_questions
 from .text.templates import get_template, write_template
 from .training import distributed
 from .training.artifacts import Trained, finish_run, publisher, share_out
@@ -214,22 +214,11 @@ def _read(chats, questions, extra_texts):
     if isinstance(extra_texts, (str, Path)):
         extra_texts = list(read_texts(extra_texts))
     if isinstance(questions, (str, Path)):
-        questions = _read_questions(Path(questions))
+        questions = read_questions(questions, strict=True)
     for i, q in enumerate(questions or [], 1):
         if not isinstance(q, dict) or not {'question', 'answer'} <= q.keys():
             raise LlamaZhError(f'question {i} has no "question" and "answer": {str(q)[:80]}')
     return chats, questions, extra_texts
-
-
-def _read_questions(path):
-    try:
-        lines = path.read_text(encoding='utf-8-sig').splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as e:
-        raise LlamaZhError(
-            f'{path}: no questions could be read ({e}); expected lines such as '
-            '{"question": "...", "answer": "..."}'
-        ) from None
 
 
 def _load_padded(model):
@@ -427,3 +416,7 @@ def finetune(
         read=dict(chats=files or None),
     )
     return finish_run(history, trained, out, lambda: _finish(out, template, tok), publish)
+
+# %% ../nbs/08_sft.ipynb #0f33260d
+if __name__ == '__main__' and '__file__' in globals():
+    raise SystemExit('to train by a recipe: python -m llama_zh_nb.app.launch sft RECIPE')
