@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONG_ANSWER', 'check_messages', 'Seg', 'Template', 'get_template', 'encode_texts', 'Encoded', 'encode_chats',
-           'show_learnt', 'add_template', 'find_template', 'write_template']
+           'show_learnt', 'jinja_string', 'jinja_expression', 'add_template', 'find_template', 'write_template']
 
 # %% ../../nbs/07_templates.ipynb #3c35463b
 import re
@@ -338,14 +338,14 @@ def show_learnt(
     return Html(drawn, text)
 
 # %% ../../nbs/07_templates.ipynb #244ea457
-def _quoted(text):
+def jinja_string(text):
     "A text as a Jinja string"
     for plain, escaped in (('\\', '\\\\'), ("'", "\\'"), ('\n', '\\n')):
         text = text.replace(plain, escaped)
     return f"'{text}'"
 
 
-def _expression(layout, **slots):
+def jinja_expression(layout, **slots):
     "A layout as a Jinja expression, its slots filled with expressions"
     parts = []
     for part in re.split(r'(\{\w+\})', layout):
@@ -353,7 +353,7 @@ def _expression(layout, **slots):
         if part.startswith('{') and name in slots:
             parts.append(slots[name])
         elif part:
-            parts.append(_quoted(part))
+            parts.append(jinja_string(part))
     return ' + '.join(parts) or "''"
 
 # %% ../../nbs/07_templates.ipynb #8dcb1351
@@ -363,12 +363,12 @@ def jinja(
     generation=False,  # add trl's marks around what is learnt
 ) -> str:
     "The layout as a Jinja chat template"
-    system = _expression(self.system, system='clean(ns.system)')
+    system = jinja_expression(self.system, system='clean(ns.system)')
     first_only = f"({system} if ns.system and loop.first else '')"
-    user = _expression(self.user, user='clean(m.content|trim)', system=first_only)
-    answer = _expression(self.answer, answer='clean(m.content|trim)') + ' + eos_token'
+    user = jinja_expression(self.user, user='clean(m.content|trim)', system=first_only)
+    answer = jinja_expression(self.answer, answer='clean(m.content|trim)') + ' + eos_token'
     end = ' + eos_token' if self.split else ''
-    head = f'bos_token + {_quoted(self.head)}' if self.split else "''"
+    head = f'bos_token + {jinja_string(self.head)}' if self.split else "''"
     begin, stop = ('{% generation %}', '{% endgeneration %}') if generation else ('', '')
     own_turn = ''
     if '{system}' not in self.user:  # the system text is a turn of its own
@@ -399,7 +399,9 @@ def jinja(
 def _clean_macro(markers):
     "A Jinja macro that breaks markers and what spells a control token, as `Template.clean` does"
     broken = dict.fromkeys((*markers, '<s>', '</s>', '<unk>', '<pad>'))
-    steps = ''.join(f'|replace({_quoted(m)}, {_quoted(m[0] + " " + m[1:])})' for m in broken)
+    steps = ''.join(
+        f'|replace({jinja_string(m)}, {jinja_string(m[0] + " " + m[1:])})' for m in broken
+    )
     return '{%- macro clean(t) -%}{{ t' + steps + ' }}{%- endmacro -%}'
 
 # %% ../../nbs/07_templates.ipynb #8284a9ab
