@@ -34,6 +34,9 @@ class Html(str):
     def _repr_html_(self):
         return str(self)
 
+    def __html__(self):  # templates of jinja2 insert it as it is
+        return str(self)
+
 
 def escape(
     x,  # anything; an `Html` stays as it is
