@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
+from notebooks import all_notebooks, module_of, name, rooms, sidebar, stages
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb'))
+
+NBS = all_notebooks()
 BIN = Path(sys.executable).parent
 READMES = ['README.md', 'README_ZH.md']
 
@@ -32,9 +33,9 @@ def code(nb):
 
 def sh_lines(text):
     return [
-        l.strip()
+        line.strip()
         for block in re.findall(r'```sh\n(.*?)```', text, re.S)
-        for l in block.splitlines()
+        for line in block.splitlines()
     ]
 
 
@@ -50,8 +51,8 @@ def test_make_targets_exist(name):
 def test_cli_commands_exist(name):
     named = {
         m
-        for l in [*sh_lines(read(name)), *re.findall(r'`([^`\n]+)`', read(name))]
-        for m in re.findall(r'^llama-zh ([a-z][\w-]*)', l)
+        for line in [*sh_lines(read(name)), *re.findall(r'`([^`\n]+)`', read(name))]
+        for m in re.findall(r'^llama-zh ([a-z][\w-]*)', line)
     }
     assert 'run' in named
     for cmd in named:
@@ -62,7 +63,8 @@ def test_cli_commands_exist(name):
 
 @pytest.mark.parametrize('name', READMES)
 def test_cli_flags_exist(name):
-    for line in (l.split('#')[0] for l in sh_lines(read(name)) if l.startswith('llama-zh')):
+    commands = [c.split('#')[0] for c in sh_lines(read(name)) if c.startswith('llama-zh')]
+    for line in commands:
         words = line.split()
         cmd = words[: next((i for i, w in enumerate(words) if w.startswith('-')), len(words))]
         shown = subprocess.run(
@@ -97,36 +99,53 @@ def test_extras_exist(name):
     assert named and named <= have
 
 
+def test_no_notebook_is_overlooked():
+    "What the tools go over is what lies in nbs/ and its folders, and what the site's sidebar lists."
+    there = {p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    home = {ROOT / 'nbs' / f'{page}.ipynb' for page in ('index', 'index_zh')}
+    assert set(NBS) == there - home
+    assert len(stages()) >= 14 and len(rooms()) >= 60
+    listed = [f for _, files in sidebar() for f in files]
+    # reference.qmd is the page that `make docs` writes
+    wanted = {p.relative_to(ROOT / 'nbs').as_posix() for p in there} | {'reference.qmd'}
+    assert sorted(listed) == sorted(wanted)
+
+
+def test_a_module_stands_where_its_notebook_does():
+    "nbs/tokenizer/exact.ipynb makes tokenizer.exact; the three stages that tell of deeper modules are named here."
+    elsewhere = {
+        '07_templates': 'text.templates',
+        '14_run': 'app.run',
+        'core/face': '__init__',
+    }
+    wrong = {}
+    for nb in NBS:
+        module = module_of(nb)
+        own = re.sub(r'^\d\d[a-z]?_', '', name(nb)).replace('/', '.')
+        if nb.parent.name == 'studies':
+            own = None
+        if module is not None or own is None:
+            wanted = elsewhere.get(name(nb), own)
+            if module != wanted:
+                wrong[name(nb)] = module
+    assert wrong == {}
+
+
 @pytest.mark.parametrize('name', READMES)
-def test_table_of_notebooks(name):
-    "The README's table, nbs/ and the site's sidebar name the same notebooks."
-    table = re.findall(r'^\| \**\[(\w+)\]\(nbs/(\w+)\.ipynb\)\** \|', read(name), re.M)
-    assert all(a == b for a, b in table)
-    names = [a for a, _ in table]
-    assert len(names) == len(set(names))
-    assert set(names) == {p.stem for p in NBS}
-    assert names == [Path(f).stem for f in sidebar() if re.match(r'\d', f)], (
-        'the table and the sidebar differ in order'
-    )
-
-
-def sidebar():
-    for o in yaml.safe_load(read('_quarto.yml'))['website']['sidebar']['contents']:
-        for e in o['contents'] if isinstance(o, dict) and 'section' in o else [o]:
-            yield e if isinstance(e, str) else e['href']
-
-
-def test_sidebar():
-    have = {p.name for p in (ROOT / 'nbs').glob('*.ipynb')} | {
-        'reference.qmd'
-    }  # the page `make docs` writes
-    assert sorted(sidebar()) == sorted(have)
+def test_table_of_stages(name):
+    "The README names the stages, and each folder, in the order of the site's sidebar."
+    table = re.findall(r'^\| \[(\w+)\]\(nbs/(\w+)\.ipynb\) \|', read(name), re.M)
+    assert [a for a, _ in table] == [b for _, b in table] == [p.stem for p in stages()]
+    folders = re.findall(r'^\| \[(\w+)/\]\(nbs/(\w+)/\w+\.ipynb\) \|', read(name), re.M)
+    in_order = list(dict.fromkeys(p.parent.name for p in rooms()))
+    assert [a for a, _ in folders] == [b for _, b in folders] == in_order
 
 
 @pytest.mark.parametrize('name', READMES)
 def test_links_of_the_readme(name):
-    links = [l for l in re.findall(r'\]\(([^)\s]+)\)', read(name)) if not re.match(r'[a-z]+:|#', l)]
-    assert links and [l for l in links if not (ROOT / l.split('#')[0]).exists()] == []
+    links = re.findall(r'\]\(([^)\s]+)\)', read(name))
+    links = [link for link in links if not re.match(r'[a-z]+:|#', link)]
+    assert links and [link for link in links if not (ROOT / link.split('#')[0]).exists()] == []
 
 
 def test_one_site_description():
@@ -162,7 +181,7 @@ def leans(src):
     return bool({n.id for n in names} - brought)
 
 
-@pytest.mark.parametrize('nb', NBS, ids=lambda p: p.stem)
+@pytest.mark.parametrize('nb', NBS, ids=name)
 class TestNotebook:
     def test_opens_well(self, nb):
         first, text = (
@@ -170,7 +189,7 @@ class TestNotebook:
             '\n'.join(''.join(c['source']) for c in cells(nb) if c['cell_type'] == 'markdown'),
         )
         assert re.match(r'# .+\n+> .+', first), 'the first cell is a title and a one-line summary'
-        assert f'/blob/main/nbs/{nb.name})' in text, 'the link to Colab names this notebook'
+        assert f'/blob/main/nbs/{name(nb)}.ipynb)' in text, 'the link to Colab names this notebook'
         assert '## 中文导读' in text
 
     def test_imports_stand_alone(self, nb):
@@ -200,9 +219,9 @@ def test_lock_covers_the_requirements():
     cfg = configparser.ConfigParser(interpolation=None)
     cfg.read(ROOT / 'settings.ini', encoding='utf-8')
     lock = dict(
-        l.split('==')
-        for l in read('constraints.txt').splitlines()
-        if '==' in l and not l.startswith('#')
+        line.split('==')
+        for line in read('constraints.txt').splitlines()
+        if '==' in line and not line.startswith('#')
     )
     lock = {canonicalize_name(k): v.split(';')[0].strip() for k, v in lock.items()}
     for key, val in cfg['DEFAULT'].items():

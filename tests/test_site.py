@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import json
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
-import yaml
+from notebooks import all_notebooks, module_of, sidebar
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / 'tools'))
 
 
 @pytest.fixture(scope='module')
@@ -81,13 +81,42 @@ def watched(browser, url):
     page.close()
 
 
-def sidebar_files():
-    "What _quarto.yml lists, flat."
-    for o in yaml.safe_load((ROOT / '_quarto.yml').read_text(encoding='utf-8'))['website'][
-        'sidebar'
-    ]['contents']:
-        for e in o['contents'] if isinstance(o, dict) and 'section' in o else [o]:
-            yield e if isinstance(e, str) else e['href']
+def sources(notebook):
+    "Every text of a notebook that Quarto reads as Markdown or shows as code"
+    for cell in notebook['cells']:
+        yield cell['source']
+        for output in cell.get('outputs', []):
+            if 'text/markdown' in output.get('data', {}):
+                yield output['data']['text/markdown']
+
+
+def test_texts_are_lists_of_lines():
+    "Quarto joins the lines of a cell that is one string: callouts, lists and tables would be lost."
+    from docs import tidy
+
+    text = '::: {.callout-note}\n- a\n- b\n:::\n\n| a | b |\n|---|---|\n| 1 | 2 |'
+    output = dict(output_type='display_data', data={'text/markdown': text}, metadata={})
+    notebook = dict(
+        cells=[
+            dict(cell_type='markdown', source=text),
+            dict(cell_type='code', source='show_doc(f)', outputs=[output]),
+            dict(cell_type='code', source=['a\n', 'b'], outputs=[output]),
+        ]
+    )
+    for source in sources(tidy(notebook)):
+        assert isinstance(source, list)
+        assert all(line.endswith('\n') for line in source[:-1])
+        assert not any('\n' in line[:-1] for line in source)
+    assert ''.join(notebook['cells'][0]['source']) == text
+
+
+def test_everything_handed_to_quarto_is_lines(site):
+    "The site's sources, as the build left them in _proc/."
+    made = sorted((ROOT / '_proc').rglob('*.ipynb'))
+    assert len(made) == len(all_notebooks()) + 2
+    for path in made:
+        for source in sources(json.loads(path.read_text(encoding='utf-8'))):
+            assert isinstance(source, list), path
 
 
 def test_no_dead_links(site):
@@ -105,7 +134,7 @@ def test_nothing_from_elsewhere(site):
     )
     assert {
         p.name: m
-        for p in site.glob('*.html')
+        for p in site.rglob('*.html')
         if (m := loads.findall(p.read_text(encoding='utf-8')))
     } == {}
 
@@ -123,7 +152,7 @@ def test_every_page_opens(watched, url, width, height):
             )
         )
     )
-    assert len(pages) == len(list(sidebar_files()))
+    assert len(pages) == sum(len(files) for _, files in sidebar())
     wide = []
     for p in pages:
         page.goto(p)
@@ -147,5 +176,6 @@ def test_search(watched, url, query):
 
 def test_api_lists_every_module(site):
     html = (site / 'reference.html').read_text(encoding='utf-8')
-    mods = [p.stem for p in (ROOT / 'llama_zh_nb').glob('*.py') if not p.stem.startswith('_')]
-    assert [m for m in mods if f'llama_zh_nb.{m}' not in html] == []
+    modules = [m for m in map(module_of, all_notebooks()) if m]
+    assert len(modules) > 60
+    assert [m for m in modules if f'llama_zh_nb.{m}' not in html] == []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Engine', 'Train', 'DataArgs', 'ComputeArgs', 'VocabArgs', 'EmbeddingArgs', 'LoraArgs', 'TrainArgs', 'SftArgs',
            'ChatArgs', 'QuantArgs', 'RagArgs', 'EvalArgs', 'Recipe', 'Setting', 'flat_name', 'groups', 'settings',
-           'explain', 'unpack_type', 'coerce', 'flatten', 'make_recipe', 'to_yaml']
+           'explain', 'unpack_type', 'coerce', 'coerce_as', 'flatten', 'make_recipe', 'to_yaml']
 
 # %% ../../nbs/core/settings.ipynb #cab51d5d
 import json
@@ -296,21 +296,28 @@ def coerce(
     v,  # as it came from a file or a command line
 ):
     "`v` as the type of the setting, or an error that names both"
-    t, choices, optional = unpack_type(settings()[name].type)
+    return coerce_as(settings()[name], v, f'recipe field {name!r}')
+
+
+def coerce_as(
+    setting: Setting,
+    v,
+    said: str,  # what the user calls it
+):
+    "As `coerce`, for a setting that goes by another name"
+    t, choices, optional = unpack_type(setting.type)
     nothing = v is None or (isinstance(v, str) and v.lower() in ('none', 'null', ''))
     if nothing and optional:
         return None
     if v is None:
-        raise LlamaZhError(f'recipe field {name!r} cannot be empty')
+        raise LlamaZhError(f'{said} cannot be empty')
     try:
         v = _to_type(t, v)
     except (ValueError, TypeError, KeyError):
-        raise LlamaZhError(
-            f'recipe field {name!r} is {v!r}, but {_CALLED[t]} was expected'
-        ) from None
+        raise LlamaZhError(f'{said} is {v!r}, but {_CALLED[t]} was expected') from None
     if choices and v not in choices:
         known = ', '.join(map(str, choices))
-        raise LlamaZhError(f'recipe field {name!r} is {v!r}: use one of {known}')
+        raise LlamaZhError(f'{said} is {v!r}: use one of {known}')
     return v
 
 # %% ../../nbs/core/settings.ipynb #84348d97

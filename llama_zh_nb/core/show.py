@@ -34,6 +34,9 @@ class Html(str):
     def _repr_html_(self):
         return str(self)
 
+    def __html__(self):  # templates of jinja2 insert it as it is
+        return str(self)
+
 
 def escape(
     x,  # anything; an `Html` stays as it is
@@ -102,7 +105,7 @@ def _cell(x):
 
 @dataclass(repr=False)
 class Table:
-    "A small table: aligned text in a terminal, Markdown in a notebook, HTML where a cell is HTML"
+    "A small table: aligned text in a terminal, HTML in a notebook and in the report"
 
     rows: list  # of rows, each a list of cells: text, numbers, `Html`
     headers: list = ()  # one for each column; none: no head
@@ -172,14 +175,8 @@ class Table:
         box = f'<div class="scroll" style="overflow-x:auto">{table}</div>'
         return Html(title + box + note, repr(self))
 
-    def _has_pictures(self):
-        return any(isinstance(x, Html) for row in [self.headers, *self.rows] for x in row)
-
-    def _repr_markdown_(self):
-        return None if self._has_pictures() else self.markdown()
-
     def _repr_html_(self):
-        return str(self.html()) if self._has_pictures() else None
+        return str(self.html())
 
 
 _LEFT = ' style="text-align:left"'
@@ -198,9 +195,6 @@ class ShownAsTable:
 
     def __repr__(self):
         return repr(self.table())
-
-    def _repr_markdown_(self):
-        return self.table()._repr_markdown_()
 
     def _repr_html_(self):
         return self.table()._repr_html_()
