@@ -43,13 +43,13 @@ sys.path.insert(0, {tests!r})
 import helpers.tiny as t, llama_zh_nb.pretrain as p
 from llama_zh_nb.core.settings import TrainArgs
 die = int(os.environ.get('DIE', 0))
-class Dies(p.Collate):
+class Dies(p.BlockCollate):
     n = 0
     def __call__(self, rows):
         Dies.n += 1
         if Dies.n == die: os._exit(9)
         return super().__call__(rows)
-if die: p.Collate = Dies
+if die: p.BlockCollate = Dies
 p.pretrain(sys.argv[1], t.ZH, sys.argv[2], replay_corpus=t.EN, heldout=t.HELD, **t.grouped(TrainArgs, json.loads(sys.argv[3])))
 """
 needs_deepspeed = pytest.mark.skipif(
@@ -400,15 +400,15 @@ def test_accelerate_launch_takes_a_recipe(recipe):
 
 def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
     "The sft_ fields of the recipe, on the command line without their prefix"
-    from llama_zh_nb.app.launch import train
+    from llama_zh_nb.app.launch import train_by_recipe
 
     f, run = recipe
     assert (
-        train('sft', [str(f), '--model-dir', str(tmp_path / 'no')]) == 1
+        train_by_recipe('sft', [str(f), '--model-dir', str(tmp_path / 'no')]) == 1
         and '--only weights corpus vocab embeddings pretrain' in capsys.readouterr().err
     )
     assert (
-        train('sft', [str(f), '--model-dir', str(tiny(tmp_path))]) == 1
+        train_by_recipe('sft', [str(f), '--model-dir', str(tiny(tmp_path))]) == 1
         and 'names no chats' in capsys.readouterr().err
     )
     (tmp_path / 'c.json').write_text(
@@ -433,7 +433,7 @@ def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
         '--log-every',
         '1',
     ]
-    assert train('sft', words) == 0
+    assert train_by_recipe('sft', words) == 0
     h = History.load(run / 'chat' / 'history.json')
     assert (
         h.info['lr'],
@@ -444,15 +444,15 @@ def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
     ) == (4e-3, 3, 4, 0.0, 0.1) and (run / 'chat' / 'config.json').exists()
     assert json.loads((run / 'run.json').read_text())['stages']['sft']['metrics']['steps'] == 3
     assert (
-        train('sft', [*words, '--report-to', 'tensorbord']) == 1
+        train_by_recipe('sft', [*words, '--report-to', 'tensorbord']) == 1
         and "'auto', 'none' or one of" in capsys.readouterr().err
     )
 
 
 @pytest.mark.parametrize('train', ['pretrain', 'finetune'])
 def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monkeypatch, train):
-    from llama_zh_nb.checkpoint import cards
     from llama_zh_nb.pretrain import pretrain
+    from llama_zh_nb.training import artifacts
 
     sent, asked = [], []
 
@@ -470,10 +470,10 @@ def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monke
         go(tmp_path / 'o', push_to_hub='nobody')
     assert not (tmp_path / 'o').exists()
     monkeypatch.setattr(
-        cards, 'check_push', lambda repo, base: asked.append((repo, Path(base).exists()))
+        artifacts, 'check_push', lambda repo, base: asked.append((repo, Path(base).exists()))
     )
     monkeypatch.setattr(
-        cards,
+        artifacts,
         'push_after',
         lambda folder, repo: sent.append(
             (repo, (Path(folder) / 'config.json').exists(), (Path(folder) / 'README.md').exists())
@@ -500,32 +500,32 @@ def test_a_preset_for_many_gpus_says_what_to_type():
     launch.check_alone(get_recipe('llama2-7b-8x80gb-full', engine='none'))
     assert (
         '--num_processes 16 --num_machines 2'
-        in launch.commands(get_recipe('llama2-70b-multinode'))[1]
+        in launch.recipe_commands(get_recipe('llama2-70b-multinode'))[1]
     )
 
 
 def test_the_module_refuses_what_makes_no_sense(recipe, tmp_path, capsys, monkeypatch):
-    from llama_zh_nb.app.launch import train
+    from llama_zh_nb.app.launch import train_by_recipe
 
     f, run = recipe
     assert (
-        train('pretrain', [str(f), '--engine', 'fsdp2']) == 1
+        train_by_recipe('pretrain', [str(f), '--engine', 'fsdp2']) == 1
         and 'torchrun' in capsys.readouterr().err
     )
     assert (
-        train('pretrain', [str(f), '--leaning-rate', '1']) == 1
+        train_by_recipe('pretrain', [str(f), '--leaning-rate', '1']) == 1
         and "unknown recipe field 'leaning_rate'" in capsys.readouterr().err
     )
     assert (
-        train('pretrain', [str(f), '--corpus-dir', str(tmp_path / 'no')]) == 1
+        train_by_recipe('pretrain', [str(f), '--corpus-dir', str(tmp_path / 'no')]) == 1
         and 'is not there' in capsys.readouterr().err
     )
     assert (
-        train('pretrain', [str(f), '--engine', 'zero9']) == 1
+        train_by_recipe('pretrain', [str(f), '--engine', 'zero9']) == 1
         and 'one of ddp, fsdp2' in capsys.readouterr().err
     )
     assert (
-        train('pretrain', [str(f), '--global-batch', '3']) == 1
+        train_by_recipe('pretrain', [str(f), '--global-batch', '3']) == 1
         and 'a multiple of batch' in capsys.readouterr().err
     )
 

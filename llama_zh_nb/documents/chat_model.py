@@ -23,7 +23,7 @@ from pydantic import model_validator
 from ..checkpoint.folder import context_length, load, special_ids
 from ..core.errors import LlamaZhError, did_you_mean, need
 from ..evals.measure import greedy
-from ..generation.streaming import Pieces, token_stream
+from ..generation.streaming import IncrementalDecoder, token_stream
 from ..text.templates import encode_texts, find_template, get_template
 
 # %% ../../nbs/documents/chat_model.ipynb #55e01767
@@ -240,7 +240,10 @@ class ChatLlama(BaseChatModel):
                 f'{self.context_length:,}: shorten it or give fewer passages'
             )
         config = self._generation_config(self.context_length - len(ids), **kw)
-        pieces, answer = Pieces(self.tokenizer, stop or self.stop), self._answer_ids(ids, config)
+        pieces, answer = (
+            IncrementalDecoder(self.tokenizer, stop or self.stop),
+            self._answer_ids(ids, config),
+        )
         n, token = 0, None
         try:
             for token in answer:
