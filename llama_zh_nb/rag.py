@@ -22,7 +22,7 @@ from .documents.retriever import ZhRetriever
 from .documents.scoring import RagEval, evaluate_answers
 from .documents.summary import Summary, central, document_text, lead, summarize
 from .evals.measure import score
-from .generation.terminal import _reader
+from .generation.terminal import line_reader
 from .text.questions import read_questions
 
 # %% ../nbs/10_rag.ipynb #93bd9c15
@@ -144,7 +144,7 @@ def rag_chat(
             stream.reconfigure(errors='replace')
     if not typed and hasattr(sys.stdin, 'reconfigure'):
         sys.stdin.reconfigure(encoding='utf-8')
-    terminal = DocumentTerminal(talk, _reader(typed, sys.stderr), sys.stdout, sys.stderr)
+    terminal = DocumentTerminal(talk, line_reader(typed, sys.stderr), sys.stdout, sys.stderr)
     if typed:
         passages = f'{len(talk.bot.index):,} passages'
         terminal.remark(f'{Path(index).name}: {passages}; /help lists the commands')
