@@ -23,9 +23,9 @@ from pathlib import Path
 
 def questions(path, seed):
     rows = [
-        json.loads(l)['question']
-        for l in Path(path).read_text(encoding='utf-8-sig').splitlines()
-        if l.strip()
+        json.loads(line)['question']
+        for line in Path(path).read_text(encoding='utf-8-sig').splitlines()
+        if line.strip()
     ]
     return random.Random(seed).sample(rows, len(rows))
 

@@ -73,7 +73,8 @@ def main():
     from torch.nn.functional import cross_entropy, pad
 
     from llama_zh_nb.checkpoint.folder import load_tokenizer, pad_id
-    from llama_zh_nb.sft import _learn_forward
+    from llama_zh_nb.core.settings import ComputeArgs
+    from llama_zh_nb.sft import add_learn_argument
     from llama_zh_nb.text.chats import read_chats
     from llama_zh_nb.training.chat_rows import ChatCollate, Examples, Packed, examples
     from llama_zh_nb.training.lora import load_base
@@ -82,10 +83,10 @@ def main():
     tok, model = (
         small(a.model)
         if a.model.endswith('.model')
-        else (load_tokenizer(a.model), load_base(a.model, 'full', a.device))
+        else (load_tokenizer(a.model), load_base(a.model, 'full', ComputeArgs(device=a.device)))
     )
     model.to(a.device)
-    _learn_forward(model)
+    add_learn_argument(model)
     data = examples(read_chats(a.chats), tok, a.template, block=a.block)
     items = random.Random(0).sample(data.items, min(len(data.items), a.steps * a.batch))
     collate, dev = ChatCollate(pad_id(tok)), lambda b: {k: v.to(a.device) for k, v in b.items()}

@@ -15,9 +15,8 @@ from pathlib import Path
 
 
 def questions(path, n, seed, context):
-    rows = [
-        json.loads(l) for l in Path(path).read_text(encoding='utf-8-sig').splitlines() if l.strip()
-    ]
+    lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+    rows = [json.loads(line) for line in lines if line.strip()]
     rows = random.Random(seed).sample(rows, min(n, len(rows)))
     return [f'{r[context]}\n{r["question"]}' if context else r['question'] for r in rows]
 

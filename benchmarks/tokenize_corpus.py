@@ -97,7 +97,7 @@ def main():
     import transformers
 
     from llama_zh_nb.checkpoint.folder import load_tokenizer
-    from llama_zh_nb.pretrain import pack
+    from llama_zh_nb.training.packing import pack_blocks
 
     tmp = Path(tempfile.mkdtemp())
     docs, n = [], 0
@@ -123,7 +123,7 @@ def main():
     ways = dict(
         theirs=lambda k: theirs(old, tmp / 'c.txt', tmp / f't{k}', a.block, a.workers),
         ours=lambda k: len(
-            pack(
+            pack_blocks(
                 lines(),
                 fast,
                 tmp / f'o{k}',

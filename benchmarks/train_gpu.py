@@ -4,7 +4,7 @@
     python benchmarks/train_gpu.py --lengths 1024 --batch 8 --json benchmarks/results/train_gpu_a100.json
     python benchmarks/train_gpu.py --shape tiny --device cpu         # a small shape, on a CPU too: that the script runs
 
-Random weights, random tokens with a new document every 400 or so. Tokens per second from the steps after the first three; model FLOPs by `fit.train_flops` (forward and backward, nothing for what checkpointing
+Random weights, random tokens with a new document every 400 or so. Tokens per second from the steps after the first three; model FLOPs by `train_flops` (forward and backward, nothing for what checkpointing
 repeats); utilisation against the dense bfloat16 peak of the card; peak memory as torch allocated it. `ours` keeps documents apart, `ours, mixed` runs them together as `plain` does. Where a way does not fit into memory
 it is tried again with gradient checkpointing, and the table says so.
 """
@@ -95,13 +95,14 @@ def child(c):
     import transformers
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from llama_zh_nb.core.machine import quiet
-    from llama_zh_nb.pretrain import Collate, Rows
+    from llama_zh_nb.core.machine import peak_rss, quiet
+    from llama_zh_nb.core.settings import ComputeArgs, TrainArgs
     from llama_zh_nb.training.lora import prepare, trainable
+    from llama_zh_nb.training.packing import BlockCollate, BlockRows
     from llama_zh_nb.training.trainer import make_trainer, train_flops
 
     m, data, old, dev = model_of(c), rows_of(c), c['old'], 'cuda' if c['cuda'] else 'cpu'
-    rows, marks = Rows([data], np.arange(len(data))), []
+    rows, marks = BlockRows([data], np.arange(len(data))), []
 
     class Mark(TrainerCallback):
         def on_step_end(self, *a, **k):
@@ -166,22 +167,18 @@ def child(c):
             m = prepare(
                 m, 'lora+new', (old, SHAPES[c['shape']]['vocab_size']), c['r'], 2 * c['r'], 0.05
             )
-            t = make_trainer(
-                m,
-                rows,
-                Collate(
-                    1,
-                    c['way'].endswith('mixed'),
-                    c['attn'] == 'flash_attention_2' and not c['way'].endswith('mixed'),
-                ),
-                d,
+            mixed = c['way'].endswith('mixed')
+            flat = c['attn'] == 'flash_attention_2' and not mixed
+            args = TrainArgs(
                 batch=c['batch'],
                 accum=c['accum'],
                 max_steps=c['steps'],
                 lr=2e-4,
-                device=dev,
                 log_every=1,
+                save_every=None,
             )
+            compute = ComputeArgs(device=dev, report_to='none')
+            t = make_trainer(m, rows, BlockCollate(1, mixed, flat), d, args, compute)
         for cb in (transformers.PrinterCallback,):
             t.remove_callback(cb)
         t.add_callback(Mark())
@@ -194,9 +191,7 @@ def child(c):
         parameters=trainable(m)[1],
         loss=[round(r['loss'], 4) for r in t.state.log_history if 'loss' in r],
         step_ms=[round(s * 1e3, 2) for s in steps],
-        peak_bytes=torch.cuda.max_memory_allocated()
-        if c['cuda']
-        else __import__('llama_zh_nb.core', fromlist=['peak_rss']).peak_rss(),
+        peak_bytes=torch.cuda.max_memory_allocated() if c['cuda'] else peak_rss(),
     )
     print('RESULT ' + json.dumps(out))
 

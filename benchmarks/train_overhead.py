@@ -44,8 +44,9 @@ def main():
     )
 
     from llama_zh_nb.core.machine import quiet
-    from llama_zh_nb.pretrain import Collate, Rows
+    from llama_zh_nb.core.settings import ComputeArgs, TrainArgs
     from llama_zh_nb.training.lora import prepare
+    from llama_zh_nb.training.packing import BlockCollate, BlockRows
     from llama_zh_nb.training.trainer import make_trainer
 
     if a.threads:
@@ -53,7 +54,7 @@ def main():
     rng = np.random.default_rng(0)
     data = rng.integers(3, a.rows, (a.batch * a.steps, a.block))
     data[rng.random(data.shape) < 0.01] = 1  # a document every hundred tokens
-    rows, clock = Rows([data], np.arange(len(data))), (time.perf_counter, time.process_time)
+    rows, clock = BlockRows([data], np.arange(len(data))), (time.perf_counter, time.process_time)
 
     def model():
         c = LlamaConfig(
@@ -68,7 +69,7 @@ def main():
         return prepare(LlamaForCausalLM(c), 'lora+new', (a.old, a.rows), a.r, 2 * a.r)
 
     def bare():
-        m, collate, marks = model().train(), Collate(1), []
+        m, collate, marks = model().train(), BlockCollate(1), []
         ps = [p for p in m.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(ps, 1e-3, fused=True)
         sched = get_cosine_schedule_with_warmup(opt, 1, a.steps)
@@ -100,15 +101,13 @@ def main():
         return marks
 
     def ours():
-        return timed(
-            lambda d: make_trainer(
-                model(), rows, Collate(1), d, batch=a.batch, accum=1, max_steps=a.steps, lr=1e-3
-            )
-        )
+        args = TrainArgs(batch=a.batch, accum=1, max_steps=a.steps, lr=1e-3, save_every=None)
+        compute = ComputeArgs(device='cpu', report_to='none')
+        return timed(lambda d: make_trainer(model(), rows, BlockCollate(1), d, args, compute))
 
     def plain():
         def collate(rs):
-            b = Collate(1)(rs)
+            b = BlockCollate(1)(rs)
             b.pop('row')
             return b
 

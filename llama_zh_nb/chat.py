@@ -7,20 +7,39 @@ __all__ = ['Chat', 'chat']
 
 # %% ../nbs/11_chat.ipynb #f4479ff9
 import html
-import sys
 from pathlib import Path
 
 from .checkpoint.folder import context_length, load
 from .core.errors import LlamaZhError, need, write_json
 from .core.machine import quiet
-from .generation.decoding import load_draft, negative, negative_messages
-from .generation.sampling import fit_turns, generation_config, room_for, sampling
-from .generation.streaming import Pieces, token_stream
-from .generation.terminal import Terminal, _reader
+from .generation.decoding import load_draft, negative_inputs, negative_messages
+from llama_zh_nb.generation.sampling import (
+    Fitted,
+    fit_turns,
+    generation_config,
+    prompt_budget,
+    sampling,
+)
+from .generation.streaming import IncrementalDecoder, token_stream
+from .generation.terminal import talk_in_terminal
 from .text.chats import read_chats
 from .text.templates import check_messages, find_template, get_template
 
 # %% ../nbs/11_chat.ipynb #e4c37c14
+def _what_was_left_out(fitted: Fitted) -> str:
+    "What the user is told when a conversation no longer fits"
+    notes = []
+    if fitted.turns_left_out == 1:
+        notes.append('the oldest turn no longer fits and was not read')
+    elif fitted.turns_left_out:
+        notes.append(f'the {fitted.turns_left_out} oldest turns no longer fit and were not read')
+    if fitted.characters_cut:
+        notes.append(
+            f'the first {fitted.characters_cut:,} characters of this message did not fit and were not read'
+        )
+    return '; '.join(notes)
+
+
 class Chat:
     "A conversation with a local model"
 
@@ -33,180 +52,169 @@ class Chat:
         max_new_tokens: int = 512,  # longest answer
         too_long: str = 'refuse',  # see `fit_turns`
         seed: int = 0,  # of sampling
-        draft=None,  # a draft model or its folder, see `decoding`
-        guidance: float = 1.0,  # above 1: away from what the negative prompt would bring, see `decoding`
+        draft=None,  # a draft model or its folder, see `generation.decoding`
+        guidance: float = 1.0,  # above 1: away from what the negative prompt would bring
         negative: str = None,  # negative prompt: a system text
         stop=(),  # strings that end an answer
         device='auto',
         dtype=None,
-        **changes,
-    ):  # temperature, top_k, top_p, repetition_penalty
-        self.model, self.tok = model if isinstance(model, tuple) else load(model, device, dtype)
-        self.template = get_template(template or find_template(self.tok) or 'alpaca2')
-        self.settings, self.changes, self.max_new_tokens, self.too_long, self.seed, self.stop = (
-            sampling(preset, **changes),
-            changes,
-            max_new_tokens,
-            too_long,
-            seed,
-            stop,
-        )
+        **changes,  # temperature, top_k, top_p, repetition_penalty: instead of the preset's
+    ):
         if too_long not in ('refuse', 'cut'):
             raise LlamaZhError(f"too_long is {too_long!r}: expected 'refuse' or 'cut'")
-        self.draft = load_draft(draft, self.model, self.tok) if draft is not None else None
-        self.guidance, self.negative = guidance, negative
         if draft is not None and guidance != 1:
             raise LlamaZhError(
-                'a draft model and guidance cannot be used together: the guided scores depend on a second text that a rejected draft would spoil. Choose one'
+                'a draft model and guidance cannot be used together: the guided scores depend on '
+                'a second text that a rejected draft would spoil. Choose one'
             )
         if negative and guidance == 1:
             raise LlamaZhError(
                 'a negative prompt does nothing at guidance 1: set guidance above 1, for example 1.5'
             )
+        self.settings = sampling(preset, **changes)
+        self.model, self.tok = model if isinstance(model, tuple) else load(model, device, dtype)
+        self.template = get_template(template or find_template(self.tok) or 'alpaca2')
+        self.draft = load_draft(draft, self.model, self.tok) if draft is not None else None
+        self.context = context_length(self.model)
+        self.changes = changes
+        self.max_new_tokens = max_new_tokens
+        self.too_long = too_long
+        self.seed = seed
+        self.guidance = guidance
+        self.negative = negative
+        self.stop = stop
         self.reset(system)
 
     def reset(self, system=...):
         "Begin anew; the system text stays unless another is given"
         if system is not ...:
-            self.system = system.strip() or None if system else None
-        self.turns, self.note, self.finish = [], '', None
+            self.system = (system or '').strip() or None
+        self.turns = []  # OpenAI messages, without the system text
+        self.note = ''  # what was left out for the last answer
+        self.finish = None  # why it ended: stop, length or stopped
 
-    @property
-    def messages(self):
-        return ([dict(role='system', content=self.system)] if self.system else []) + self.turns
-
-    def use(self, preset):
+    def use(self, preset: str):
+        "Another preset; what was set beside it stays"
         self.settings = sampling(preset, **self.changes)
 
-    def count(self, messages):
+    @property
+    def messages(self) -> list:
+        "The whole conversation as OpenAI messages"
+        head = [dict(role='system', content=self.system)] if self.system else []
+        return head + self.turns
+
+    def count(self, messages) -> int:
+        "Tokens of `messages`, with the mark for the answer"
         return len(self._ids(messages))
+
+    def ask(self, text: str) -> str:
+        "The answer to `text`"
+        return ''.join(self.stream(text)).strip()
+
+    def stream(self, text: str):
+        "Yield the answer to `text` in whole characters; the turn is kept, also if it is stopped"
+        fitted = self.fit(text)
+        self.note = _what_was_left_out(fitted)
+        self.finish = 'stopped'  # until something else is known
+        ids = self._ids(fitted.messages)
+        stop_ids = self.template.stop_ids(self.tok)
+        config = generation_config(
+            self.tok,
+            self.settings,
+            min(self.max_new_tokens, self.context - len(ids)),
+            stop_ids,
+            guidance_scale=self.guidance if self.guidance != 1 else None,
+        )
+        need('torch', 'train').manual_seed(self.seed + len(self.turns) // 2)
+        tokens = token_stream(self.model, ids, config, **self._more(fitted.messages))
+        shown = ''
+        try:
+            for piece in self._characters(tokens, stop_ids):
+                new = piece if shown else piece.lstrip()
+                if new:
+                    shown += new
+                    yield new
+        finally:
+            tokens.close()
+            if shown.strip() or self.finish != 'stopped':
+                self.turns += [
+                    dict(role='user', content=text.strip()),
+                    dict(role='assistant', content=shown.strip()),
+                ]
+
+    def fit(self, text: str) -> Fitted:
+        "The conversation with `text` added, as far as it fits, and what was left out of it"
+        messages = [*self.messages, dict(role='user', content=text)]
+        check_messages(messages)
+        if not text.strip():
+            raise LlamaZhError('the message is empty')
+        budget = prompt_budget(self.context, self.max_new_tokens)
+        return fit_turns(messages, self.count, budget, self.too_long)
 
     def _ids(self, messages):
         return self.template.encode(self.tok, messages, add_generation_prompt=True).ids
 
-# %% ../nbs/11_chat.ipynb #cfb0659b
-def _prompt(self, text):
-    "Ids of the conversation with `text` added, and what was left out of it"
-    check_messages([*self.messages, dict(role='user', content=text)])
-    if not text.strip():
-        raise LlamaZhError('the message is empty')
-    kept, gone, cut = fit_turns(
-        [*self.messages, dict(role='user', content=text)],
-        self.count,
-        room_for(context_length(self.model), self.max_new_tokens),
-        self.too_long,
-    )
-    notes = (
-        [
-            'the oldest turn no longer fits and was not read'
-            if gone == 1
-            else f'the {gone} oldest turns no longer fit and were not read'
-        ]
-        if gone
-        else []
-    )
-    if cut:
-        notes.append(f'the first {cut:,} characters of this message did not fit and were not read')
-    return kept, '; '.join(notes)
+    def _more(self, messages):
+        "What `generate` gets beside its configuration: a draft model or a negative prompt"
+        if self.draft is not None:
+            return dict(assistant_model=self.draft)
+        if self.guidance == 1:
+            return {}
+        without = negative_messages(messages, self.negative)
+        return negative_inputs(self.model, self._ids(without))
 
-
-def _extras(self, messages):
-    "What `generate` gets beside its configuration: a draft model or a negative prompt"
-    if self.draft is not None:
-        return dict(assistant_model=self.draft)
-    if self.guidance == 1:
-        return {}
-    return negative(self.model, self._ids(negative_messages(messages, self.negative)))
-
-
-def _stream(self, text):
-    "Yield the answer to `text` in whole characters; the turn is kept, also if it is stopped"
-    (kept, self.note), shown, self.finish = self._prompt(text), '', 'stopped'
-    ids, pieces, stop = (
-        self._ids(kept),
-        Pieces(self.tok, self.stop),
-        self.template.stop_ids(self.tok),
-    )
-    limit = min(self.max_new_tokens, context_length(self.model) - len(ids))
-    config = generation_config(
-        self.tok,
-        self.settings,
-        limit,
-        stop,
-        guidance_scale=self.guidance if self.guidance != 1 else None,
-    )
-    need('torch', 'train').manual_seed(self.seed + len(self.turns) // 2)
-    tokens, n = token_stream(self.model, ids, config, **self._extras(kept)), 0
-    try:
-        for i in tokens:
-            n += 1
-            if i in stop:
-                self.finish = 'stop'
+    def _characters(self, tokens, stop_ids):
+        "Whole characters of an answer; why it ended goes to `finish`"
+        decoder = IncrementalDecoder(self.tok, self.stop)
+        finish = 'length'
+        for token in tokens:
+            if token in stop_ids:
+                finish = 'stop'
                 break
-            if new := pieces.push(i) if shown else pieces.push(i).lstrip():
-                shown += new
-                yield new
-            if pieces.done:
-                self.finish = 'stop'
+            yield decoder.push(token)
+            if decoder.done:
+                finish = 'stop'
                 break
-        else:
-            self.finish = 'length'
-        if new := pieces.end() if shown else pieces.end().lstrip():
-            shown += new
-            yield new
-    finally:
-        tokens.close()
-        if shown.strip() or self.finish != 'stopped':
-            self.turns += [
-                dict(role='user', content=text.strip()),
-                dict(role='assistant', content=shown.strip()),
-            ]
+        self.finish = finish
+        yield decoder.end()
+
+    def save(self, path):
+        "Write the conversation as JSON"
+        if not self.turns:
+            raise LlamaZhError('nothing was said yet: there is nothing to save')
+        return write_json(path, [dict(messages=self.messages)])
+
+    def load(self, path):
+        "Go on with a saved conversation"
+        chats = read_chats([path])
+        if len(chats) != 1:
+            raise LlamaZhError(
+                f'{path} holds {len(chats)} conversations: expected one, as /save writes it'
+            )
+        system, turns = check_messages(chats[0]['messages'])
+        if turns[-1][0] == 'user':
+            turns = turns[:-1]  # a question that was not answered
+        self.reset(system)
+        self.turns = [dict(role=role, content=content) for role, content in turns]
+
+    def __repr__(self):
+        lines = [f'{m["role"]}: {m["content"]}' for m in self.messages]
+        return '\n'.join(lines) or 'nothing said yet'
+
+    def _repr_html_(self):
+        return ''.join(map(_bubble, self.messages)) or '<i>nothing said yet</i>'
 
 
-def _ask(self, text: str) -> str:
-    "The answer to `text`"
-    return ''.join(self.stream(text)).strip()
-
-
-Chat._prompt, Chat._extras, Chat.stream, Chat.ask = _prompt, _extras, _stream, _ask
-
-# %% ../nbs/11_chat.ipynb #31ef2195
-def _html(self):
-    def row(m):
-        left = m['role'] != 'user'
-        return (
-            f'<div style="text-align:{"left" if left else "right"}"><span style="display:inline-block;white-space:pre-wrap;text-align:left;max-width:80%;margin:2px;padding:4px 9px;border-radius:9px;'
-            f'color:#111;background:{"#e8e8ec" if left else "#bfe8c5"}">{html.escape(m["content"])}</span></div>'
-        )
-
-    return ''.join(map(row, self.messages)) or '<i>nothing said yet</i>'
-
-
-def _save(self, path):
-    "Write the conversation as JSON"
-    if not self.turns:
-        raise LlamaZhError('nothing was said yet: there is nothing to save')
-    return write_json(path, [dict(messages=self.messages)])
-
-
-def _load(self, path):
-    "Go on with a saved conversation"
-    got = read_chats([path])
-    if len(got) != 1:
-        raise LlamaZhError(
-            f'{path} holds {len(got)} conversations: expected one, as /save writes it'
-        )
-    system, turns = check_messages(got[0]['messages'])
-    self.reset(system)
-    self.turns = [
-        dict(role=r, content=c) for r, c in (turns[:-1] if turns[-1][0] == 'user' else turns)
-    ]
-
-
-Chat._repr_html_, Chat.save, Chat.load = _html, _save, _load
-Chat.__repr__ = lambda self: (
-    '\n'.join(f'{m["role"]}: {m["content"]}' for m in self.messages) or 'nothing said yet'
-)
+def _bubble(message):
+    "A message as HTML: the user's on the right"
+    mine = message['role'] == 'user'
+    side, colour = ('right', '#bfe8c5') if mine else ('left', '#e8e8ec')
+    style = (
+        'display:inline-block;white-space:pre-wrap;text-align:left;max-width:80%;margin:2px;'
+        f'padding:4px 9px;border-radius:9px;color:#111;background:{colour}'
+    )
+    text = html.escape(message['content'])
+    return f'<div style="text-align:{side}"><span style="{style}">{text}</span></div>'
 
 # %% ../nbs/11_chat.ipynb #84368082
 def chat(
@@ -216,10 +224,10 @@ def chat(
     draft: str = None,  # folder of a draft model, see `llama-zh draft`
     template: str = None,  # prompt format; None: the folder's own
     max_new_tokens: int = 512,  # longest answer
-    temperature: float = None,  # these four: instead of the preset's
-    top_k: int = None,
-    top_p: float = None,
-    repetition_penalty: float = None,
+    temperature: float = None,  # chance of unlikely words, instead of the preset's
+    top_k: int = None,  # only the so many likeliest words, instead of the preset's
+    top_p: float = None,  # only the likeliest words with this share, instead of the preset's
+    repetition_penalty: float = None,  # above 1: what was said is less likely; instead of the preset's
     guidance: float = 1.0,  # above 1: away from what the negative prompt would bring
     negative: str = None,  # negative prompt: a system text
     too_long: str = 'refuse',  # a message that does not fit: refuse, or cut its beginning
@@ -231,17 +239,7 @@ def chat(
     "Talk to a model in the terminal; lines may also come through a pipe"
     if max_new_tokens < 1:
         raise LlamaZhError(f'max_new_tokens is {max_new_tokens}: an answer needs 1 or more')
-    tty = sys.stdin.isatty()
-    for s in (
-        sys.stdin,
-        sys.stdout,
-        sys.stderr,
-    ):  # a broken byte or a character that the terminal lacks is no reason to end
-        if hasattr(s, 'reconfigure'):
-            s.reconfigure(
-                errors='replace', **({} if tty or s is not sys.stdin else dict(encoding='utf-8'))
-            )
-    c = Chat(
+    conversation = Chat(
         model,
         system,
         preset,
@@ -260,13 +258,9 @@ def chat(
         repetition_penalty=repetition_penalty,
     )
     if load:
-        c.load(load)
-    term = Terminal(c, _reader(tty, sys.stderr), sys.stdout, sys.stderr)
-    if tty:
-        term.remark(
-            f'{Path(model).name}, {preset}, reads {context_length(c.model):,} tokens; /help lists the commands'
-        )
+        conversation.load(load)
+    reads = f'reads {conversation.context:,} tokens'
     with quiet():
-        term.run()
-    if term.failed and not tty:
-        raise LlamaZhError(f'{term.failed} of the lines could not be obeyed, see above')
+        talk_in_terminal(
+            conversation, f'{Path(model).name}, {preset}, {reads}; /help lists the commands'
+        )

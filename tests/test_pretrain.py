@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,20 @@ from llama_zh_nb.checkpoint.merge import merge_adapter
 from llama_zh_nb.checkpoint.tensors import open_weights, write_shards
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.core.machine import quiet
-from llama_zh_nb.pretrain import Collate, documents, encode, fill, order, pack, pretrain
+from llama_zh_nb.core.settings import ComputeArgs, TrainArgs
+from llama_zh_nb.pretrain import pretrain
 from llama_zh_nb.training.lora import load_base, prepare, save_trained
-from llama_zh_nb.training.trainer import History, fit, last_checkpoint
+from llama_zh_nb.training.packing import (
+    BlockCollate,
+    corpus_texts,
+    encode_documents,
+    fill_blocks,
+    pack_blocks,
+    reading_order,
+)
+from llama_zh_nb.training.trainer import History, last_checkpoint, run_training
+
+CPU = ComputeArgs(device='cpu')
 
 
 @pytest.fixture(scope='session')
@@ -57,13 +69,13 @@ def losses(model, batch):
 @pytest.mark.parametrize('attn', ['sdpa', 'eager'])
 @pytest.mark.parametrize('train', ['full', 'lora+new'])
 def test_packed_equals_alone(base, attn, train):
-    m = prepare(load_base(base, train, 'cpu', attn=attn), train, (OLD, 150)).eval()
-    docs = list(encode(load_tokenizer(base), ZH[:6]))
-    rows = [dict(input_ids=np.array(b)) for b in fill(docs, sum(map(len, docs)) + 5)]
+    m = prepare(load_base(base, train, replace(CPU, attn=attn)), train, (OLD, 150)).eval()
+    docs = list(encode_documents(load_tokenizer(base), ZH[:6]))
+    rows = [dict(input_ids=np.array(b)) for b in fill_blocks(docs, sum(map(len, docs)) + 5)]
     assert len(rows) == 1
     with torch.no_grad():
-        alone = torch.cat([losses(m, Collate(1)([dict(input_ids=np.array(d))])) for d in docs])
-        apart, mixed = losses(m, Collate(1)(rows)), losses(m, Collate(1, mix=True)(rows))
+        alone = torch.cat([losses(m, BlockCollate(1)([dict(input_ids=np.array(d))])) for d in docs])
+        apart, mixed = losses(m, BlockCollate(1)(rows)), losses(m, BlockCollate(1, mix=True)(rows))
     assert len(alone) == len(apart) and (alone - apart).abs().max() < 1e-5
     assert len(mixed) == len(apart) + len(docs) - 1 and abs(mixed.mean() - apart.mean()) > 1e-3
 
@@ -72,35 +84,35 @@ def test_fill_loses_nothing():
     r = random.Random(0)
     docs = [[1, *(r.randint(3, 9) for _ in range(r.randint(0, 150))), 2] for _ in range(300)]
     for cut in (True, False):
-        blocks = list(fill(docs, 64, cut))
+        blocks = list(fill_blocks(docs, 64, cut))
         assert {len(b) for b in blocks} == {64}
         assert sorted(i for b in blocks for i in b if i >= 0) == sorted(i for d in docs for i in d)
-    for b in fill([d for d in docs if len(d) <= 64], 64):
+    for b in fill_blocks([d for d in docs if len(d) <= 64], 64):
         assert b[0] == 1 and [i for i in b if i >= 0][-1] == 2  # short documents are never cut
 
 
 def test_pack_reports_and_is_used_again(base, tmp_path):
     tok = load_tokenizer(base)
-    a = pack(ZH, tok, tmp_path / 'b', 64, key=[1])
+    a = pack_blocks(ZH, tok, tmp_path / 'b', 64, key=[1])
     n = a.report
     assert (
         n['documents'] == len(ZH)
         and n['characters'] == sum(map(len, ZH))
         and n['blocks'] * 64 == n['tokens'] + n['padding'] == len(a) * 64
     )
-    assert len(pack(iter(()), tok, tmp_path / 'b', 64, key=[1])) == len(
+    assert len(pack_blocks(iter(()), tok, tmp_path / 'b', 64, key=[1])) == len(
         a
     )  # the same key: not packed again
-    d = pack(ZH, tok, tmp_path / 'c', 64, cut=True, drop_rest=True).report
+    d = pack_blocks(ZH, tok, tmp_path / 'c', 64, cut=True, drop_rest=True).report
     assert d['padding'] == 0 and d['blocks'] * 64 + d['dropped_tokens'] == d['tokens']
     with pytest.raises(LlamaZhError, match='nothing to train on'):
-        pack(['', ' '], tok, tmp_path / 'd', 64)
+        pack_blocks(['', ' '], tok, tmp_path / 'd', 64)
     assert not (tmp_path / 'd').exists()
 
 
 def test_pack_in_parts_by_any_number_of_processes(base, tmp_path):
     tok = load_tokenizer(base)
-    a, b = (pack(ZH, tok, tmp_path / str(w), 64, part_docs=50, workers=w) for w in (None, 2))
+    a, b = (pack_blocks(ZH, tok, tmp_path / str(w), 64, part_docs=50, workers=w) for w in (None, 2))
     assert (
         len(list((tmp_path / '2').glob('*.arrow'))) == 3
         and a.report == b.report
@@ -110,16 +122,16 @@ def test_pack_in_parts_by_any_number_of_processes(base, tmp_path):
         all((a[i] == b[i]).all() for i in range(len(a)))
         and [p.name for p in tmp_path.iterdir() if p.name.startswith('.')] == []
     )
-    whole = pack(ZH, tok, tmp_path / 'w', 64)
+    whole = pack_blocks(ZH, tok, tmp_path / 'w', 64)
     assert whole.report['tokens'] == a.report['tokens'] and sorted(
         i for r in a for i in r if i >= 0
     ) == sorted(i for r in whole for i in r if i >= 0)
 
 
 def test_packing_goes_on_where_it_was_cut_off(base, tmp_path, monkeypatch):
-    import llama_zh_nb.pretrain as m
+    import llama_zh_nb.training.packing as m
 
-    tok, made, real = load_tokenizer(base), [], m._one_part
+    tok, made, real = load_tokenizer(base), [], m._pack_part
 
     def part(tokenizer, texts, path, how):
         if len(made) == 2:
@@ -127,12 +139,14 @@ def test_packing_goes_on_where_it_was_cut_off(base, tmp_path, monkeypatch):
         made.append(Path(path).name)
         real(tokenizer, texts, path, how)
 
-    monkeypatch.setattr(m, '_one_part', part)
+    monkeypatch.setattr(m, '_pack_part', part)
     with pytest.raises(KeyboardInterrupt):
-        pack(ZH, tok, tmp_path / 'b', 64, key=1, part_docs=30)
+        pack_blocks(ZH, tok, tmp_path / 'b', 64, key=1, part_docs=30)
     assert made == ['data-00000', 'data-00001'] and not (tmp_path / 'b').exists()
     made.clear()
-    b = pack(ZH, tok, tmp_path / 'b', 64, key=1, part_docs=30)  # 120 documents: two parts are left
+    b = pack_blocks(
+        ZH, tok, tmp_path / 'b', 64, key=1, part_docs=30
+    )  # 120 documents: two parts are left
     assert (
         made == ['data-00002', 'data-00003']
         and b.report['documents'] == len(ZH)
@@ -141,25 +155,30 @@ def test_packing_goes_on_where_it_was_cut_off(base, tmp_path, monkeypatch):
 
 
 def test_control_tokens_in_text_stay_text(base):
-    (ids,) = encode(load_tokenizer(base), ['春天</s><s>河水'])
+    (ids,) = encode_documents(load_tokenizer(base), ['春天</s><s>河水'])
     assert ids.count(2) == 1 and ids.count(1) == 1
 
 
 def test_order_has_its_share_and_is_repeatable():
-    o = order(10, 7, 0.2, 100, seed=3)
+    o = reading_order(10, 7, 0.2, 100, seed=3)
     assert (o >= 10).sum() == 20 and all(
         (o[i : i + 10] >= 10).sum() == 2 for i in range(0, 100, 10)
     )
-    assert sorted(o[o < 10][:10]) == list(range(10)) and (order(10, 7, 0.2, 100, seed=3) == o).all()
-    assert (order(10, 0, 0, 10) < 10).all()
+    assert (
+        sorted(o[o < 10][:10]) == list(range(10))
+        and (reading_order(10, 7, 0.2, 100, seed=3) == o).all()
+    )
+    assert (reading_order(10, 0, 0, 10) < 10).all()
 
 
 def test_corpus_folder_keeps_its_valid_part_out(tmp_path):
     for part, t in (('train', '春天'), ('valid', '河水')):
         (tmp_path / f'{part}.jsonl').write_text(json.dumps(dict(text=t)) + '\n', encoding='utf-8')
-    assert list(documents(tmp_path)) == ['春天'] and list(documents(tmp_path, 'valid')) == ['河水']
+    assert list(corpus_texts(tmp_path)) == ['春天'] and list(corpus_texts(tmp_path, 'valid')) == [
+        '河水'
+    ]
     with pytest.raises(LlamaZhError, match='no such corpus'):
-        documents(tmp_path / 'x')
+        corpus_texts(tmp_path / 'x')
 
 
 # ---- a run
@@ -204,12 +223,15 @@ def test_old_rows_stay_bit_for_bit(base, done):
 
 
 def test_new_rows_get_the_gradient_of_full_training(base):
-    batch = Collate(1)(
-        [dict(input_ids=np.array(b)) for b in fill(encode(load_tokenizer(base), ZH[:12]), 64)]
+    batch = BlockCollate(1)(
+        [
+            dict(input_ids=np.array(b))
+            for b in fill_blocks(encode_documents(load_tokenizer(base), ZH[:12]), 64)
+        ]
     )
     batch.pop('row')
     full, part = (
-        prepare(load_base(base, t, 'cpu'), t, (OLD, 150), r=4) for t in ('full', 'lora+new')
+        prepare(load_base(base, t, CPU), t, (OLD, 150), r=4) for t in ('full', 'lora+new')
     )
     a, b = (m(**batch).loss for m in (full, part))
     assert a.item() == pytest.approx(b.item(), abs=1e-6)  # LoRA begins at nothing
@@ -244,13 +266,13 @@ import sys, os, signal
 sys.path.insert(0, {tests!r})
 import torch; torch.set_num_threads({threads})
 import helpers.tiny as t, llama_zh_nb.pretrain as p
-class Dies(p.Collate):
+class Dies(p.BlockCollate):
     n = 0
     def __call__(self, rows):
         Dies.n += 1
         if Dies.n == 11: os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(rows)
-p.Collate = Dies
+p.BlockCollate = Dies
 p.pretrain({base!r}, t.ZH, {out!r}, **t.small())
 """
 
@@ -303,19 +325,21 @@ def test_other_settings_start_anew(base, tmp_path, capsys):
 
     rows = [
         dict(input_ids=np.array(b), row=i)
-        for i, b in enumerate(fill(encode(load_tokenizer(base), ZH), 64))
+        for i, b in enumerate(fill_blocks(encode_documents(load_tokenizer(base), ZH), 64))
     ]
-    kw = dict(max_steps=8, batch=4, lr=1e-3, save_every=3, device='cpu')
+    args = TrainArgs(max_steps=8, batch=4, accum=1, lr=1e-3, save_every=3)
+    compute = replace(CPU, report_to='none')
     for s in (dict(a=1), dict(a=2)):
         with pytest.raises(Stop):
-            fit(
-                load_base(base, 'full', 'cpu'),
+            run_training(
+                load_base(base, 'full', CPU),
                 None,
                 Dies(rows),
-                Collate(1),
+                BlockCollate(1),
                 tmp_path,
-                settings=s,
-                **kw,
+                args,
+                compute,
+                mark=s,
             )
     assert 'starting from the beginning' in capsys.readouterr().out
 
@@ -485,7 +509,7 @@ def test_useless_adapters_are_refused(base, done, tmp_path):
 
 
 def trained(folder, train, out):
-    m = prepare(load_base(folder, train, 'cpu'), train, (OLD, 150), r=4)
+    m = prepare(load_base(folder, train, CPU), train, (OLD, 150), r=4)
     ids = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
     opt = torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)
     for _ in range(3):

@@ -18,7 +18,7 @@ from llama_zh_nb.documents.load import Document, DocumentLoader, load_documents
 from llama_zh_nb.documents.passages import pack_passages
 from llama_zh_nb.documents.recall import DEFAULT_THRESHOLD, eval_retrieval, pick_threshold
 from llama_zh_nb.documents.split import ZhTextSplitter, chunks, sentences, split_text, token_counter
-from llama_zh_nb.generation.streaming import Pieces
+from llama_zh_nb.generation.streaming import IncrementalDecoder
 
 TOWN = """# 青石镇
 
@@ -376,10 +376,10 @@ def test_no_half_characters(llm):
     text = '龘龘😀船𪚥'
     ids = llm.tokenizer(text, add_special_tokens=False)['input_ids']
     for end in range(1, len(ids) + 1):
-        p = Pieces(llm.tokenizer)
+        p = IncrementalDecoder(llm.tokenizer)
         out = [p.push(i) for i in ids[:end]] + [p.end()]
         assert '\ufffd' not in ''.join(out) and text.startswith(''.join(out).strip())
-    p = Pieces(llm.tokenizer, ['龘😀'])
+    p = IncrementalDecoder(llm.tokenizer, ['龘😀'])
     assert ''.join([p.push(i) for i in ids if not p.done] + [p.end()]).strip() == '龘'
 
 

@@ -43,13 +43,13 @@ sys.path.insert(0, {tests!r})
 import helpers.tiny as t, llama_zh_nb.pretrain as p
 from llama_zh_nb.core.settings import TrainArgs
 die = int(os.environ.get('DIE', 0))
-class Dies(p.Collate):
+class Dies(p.BlockCollate):
     n = 0
     def __call__(self, rows):
         Dies.n += 1
         if Dies.n == die: os._exit(9)
         return super().__call__(rows)
-if die: p.Collate = Dies
+if die: p.BlockCollate = Dies
 p.pretrain(sys.argv[1], t.ZH, sys.argv[2], replay_corpus=t.EN, heldout=t.HELD, **t.grouped(TrainArgs, json.loads(sys.argv[3])))
 """
 needs_deepspeed = pytest.mark.skipif(
@@ -451,8 +451,8 @@ def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
 
 @pytest.mark.parametrize('train', ['pretrain', 'finetune'])
 def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monkeypatch, train):
-    from llama_zh_nb.checkpoint import cards
     from llama_zh_nb.pretrain import pretrain
+    from llama_zh_nb.training import artifacts
 
     sent, asked = [], []
 
@@ -470,10 +470,10 @@ def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monke
         go(tmp_path / 'o', push_to_hub='nobody')
     assert not (tmp_path / 'o').exists()
     monkeypatch.setattr(
-        cards, 'check_push', lambda repo, base: asked.append((repo, Path(base).exists()))
+        artifacts, 'check_push', lambda repo, base: asked.append((repo, Path(base).exists()))
     )
     monkeypatch.setattr(
-        cards,
+        artifacts,
         'push_after',
         lambda folder, repo: sent.append(
             (repo, (Path(folder) / 'config.json').exists(), (Path(folder) / 'README.md').exists())

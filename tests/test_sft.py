@@ -77,12 +77,14 @@ def _grads(folder, tok, batches, trl, accum, **kw):
     "Gradients of the first step for the same examples in other batches."
     import torch
 
+    from llama_zh_nb.core.settings import ComputeArgs, SftArgs
     from llama_zh_nb.sft import chat_trainer
     from llama_zh_nb.training.chat_rows import ChatCollate
     from llama_zh_nb.training.lora import load_base, prepare
     from llama_zh_nb.training.trainer import make_trainer
 
-    model = prepare(load_base(folder, 'lora+new', 'cpu'), 'lora+new', (310, 330), 4, 8, 0.0, 0)
+    cpu = ComputeArgs(device='cpu', report_to='none')
+    model = prepare(load_base(folder, 'lora+new', cpu), 'lora+new', (310, 330), 4, 8, 0.0, 0)
     torch.manual_seed(1)
     for n, p in model.named_parameters():
         if 'lora_B' in n:
@@ -91,24 +93,23 @@ def _grads(folder, tok, batches, trl, accum, **kw):
         from trl import SFTConfig
 
         kw |= dict(
-            args_class=SFTConfig,
+            config_class=SFTConfig,
             dataset_kwargs=dict(skip_prepare_dataset=True),
             max_length=None,
             bf16=False,
             gradient_checkpointing=False,
         )
     weight = kw.pop('prompt_weight', 0.0)
+    size = dict(batch=len(batches) // accum, accum=accum, max_steps=1)
+    args = SftArgs(**size, lr=0.0, clip=0.0, warmup=0.05, weight_decay=0.01, save_every=None)
     t = make_trainer(
         model,
         batches,
         ChatCollate(3, weight),
         folder / 'x',
-        batch=len(batches) // accum,
-        accum=accum,
-        max_steps=1,
-        lr=0.0,
-        base=chat_trainer(tok, trl=trl),
-        clip=0.0,
+        args,
+        cpu,
+        trainer_class=chat_trainer(tok, trl=trl),
         **kw,
     )
     got = {}

@@ -15,7 +15,7 @@ from ..checkpoint.folder import context_length
 from ..core.errors import LlamaZhError, need, writing
 from .gguf import read_gguf
 from ..generation.sampling import sampling
-from ..text.templates import _expr, _q, get_template
+from ..text.templates import get_template, jinja_expression, jinja_string
 
 # %% ../../nbs/export/apps.ipynb #41736ca5
 def _write_text(text, out):
@@ -116,7 +116,9 @@ def modelfile(
 def _clean_macro(markers):
     "A Jinja macro that breaks up whatever spells a control token or a marker"
     marks = dict.fromkeys((*markers, '<s>', '</s>', '<unk>', '<pad>'))
-    replaced = ''.join(f'|replace({_q(m)}, {_q(m[0] + " " + m[1:])})' for m in marks)
+    replaced = ''.join(
+        f'|replace({jinja_string(m)}, {jinja_string(m[0] + " " + m[1:])})' for m in marks
+    )
     return '{%- macro clean(t) -%}{{ t' + replaced + ' }}{%- endmacro -%}'
 
 
@@ -125,13 +127,13 @@ def webui_jinja(
 ) -> str:
     "The layout as a Jinja template that may be probed with any order of messages"
     t = _layout(template)
-    system = _expr(t.system, system='clean(ns.system)')
+    system = jinja_expression(t.system, system='clean(ns.system)')
     first_system = f"({system} if ns.system and loop.first else '')"
-    user = "'<s>' + " + _expr(t.user, user='clean(m.content|trim)', system=first_system)
-    answer = _expr(t.answer, answer='clean(m.content|trim)') + " + '</s>'"
+    user = "'<s>' + " + jinja_expression(t.user, user='clean(m.content|trim)', system=first_system)
+    answer = jinja_expression(t.answer, answer='clean(m.content|trim)') + " + '</s>'"
     prompt = ''
     if t.split:  # question and answer are texts of their own
-        head = f"'<s>' + {_q(t.head)}"
+        head = f"'<s>' + {jinja_string(t.head)}"
         user += " + '</s>'"
         answer = f'{head} + {answer}'
         prompt = f'{{%- if add_generation_prompt -%}}{{{{ {head} }}}}{{%- endif -%}}'

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['LONG_ANSWER', 'check_messages', 'Seg', 'Template', 'get_template', 'encode_texts', 'Encoded', 'encode_chats',
-           'Coloured', 'add_template', 'find_template', 'write_template']
+           'show_learnt', 'jinja_string', 'jinja_expression', 'add_template', 'find_template', 'write_template']
 
 # %% ../../nbs/07_templates.ipynb #3c35463b
-import html
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from fastcore.basics import patch
+
 from ..checkpoint.folder import special_ids, stop_tokens
 from ..core.errors import LlamaZhError, did_you_mean, read_json, write_json, writing
+from ..core.show import Html, tokens
 
 # %% ../../nbs/07_templates.ipynb #e0ed8c04
 def _content(m, i):
@@ -222,17 +224,18 @@ def get_template(
     return replace(name, **changes) if changes else name
 
 # %% ../../nbs/07_templates.ipynb #78c3ba07
-def _render(
-    self: Template, messages, add_generation_prompt=False, system=None, bos='<s>', eos='</s>'
-):
-    "`messages` as one string; `system=True` uses the layout's published system text."
-    return ''.join(
-        {'bos': bos, 'eos': eos}.get(s.kind, s.text)
-        for s in self.segments(messages, add_generation_prompt, system)
-    )
-
-
-Template.render = _render
+@patch
+def render(
+    self: Template,
+    messages,
+    add_generation_prompt=False,  # end with what stands before an answer
+    system=None,  # used where the messages bring none; True: the layout's published one
+    bos='<s>',
+    eos='</s>',
+) -> str:
+    "`messages` as one string, control tokens spelt out"
+    segments = self.segments(messages, add_generation_prompt, system)
+    return ''.join({'bos': bos, 'eos': eos}.get(s.kind, s.text) for s in segments)
 
 # %% ../../nbs/07_templates.ipynb #1071c646
 def encode_texts(
@@ -240,21 +243,24 @@ def encode_texts(
     texts: list[str],  # texts without control tokens
     start=True,  # False: as the continuation of a text, without the dummy prefix
 ) -> list[list[int]]:  # ids
-    "Encode `texts` as plain text: what spells a control token stays text."
+    "Encode `texts` as plain text: what spells a control token stays text"
     if not texts:
         return []
-    enc = lambda ts: tokenizer(
-        ts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False
-    )['input_ids']
+
+    def plain(texts):
+        kw = dict(add_special_tokens=False, split_special_tokens=True)
+        return tokenizer(texts, return_attention_mask=False, **kw)['input_ids']
+
     if start:
-        return enc(list(texts))
-    nl = enc(['\n'])[0]
-    ids = enc(['\n' + t for t in texts])
-    if any(i[: len(nl)] != nl for i in ids):
+        return plain(list(texts))
+    line_break = plain(['\n'])[0]
+    ids = plain(['\n' + t for t in texts])
+    if any(i[: len(line_break)] != line_break for i in ids):
         raise LlamaZhError(
-            'this tokenizer joins a line break with the letter after it, so an answer cannot be encoded apart; rebuild its tokenizer.json with vocab.save_tokenizer'
+            'this tokenizer joins a line break with the letter after it, so an answer cannot be '
+            'encoded apart; rebuild its tokenizer.json with tokenizer.exact.save_tokenizer'
         )
-    return [i[len(nl) :] for i in ids]
+    return [i[len(line_break) :] for i in ids]
 
 # %% ../../nbs/07_templates.ipynb #127232eb
 class Encoded(NamedTuple):
@@ -269,127 +275,134 @@ def encode_chats(
     tokenizer,  # a Hugging Face tokenizer
     chats: list[list[dict]],  # conversations, each a list of messages
     add_generation_prompt=False,  # end with what stands before an answer
-    system: 'str|bool|None' = None,  # a system text for conversations without one; True: the layout's own
+    system: 'str|bool|None' = None,  # for conversations without one; True: the layout's own
 ) -> list[Encoded]:
-    "Encode conversations segment by segment: control tokens as ids, text as text."
-    control, segs = (
-        special_ids(tokenizer)._asdict(),
-        [template.segments(c, add_generation_prompt, system) for c in chats],
-    )
-    table = {}
+    "Encode conversations segment by segment: control tokens as ids, text as text"
+    special = special_ids(tokenizer)
+    conversations = [template.segments(c, add_generation_prompt, system) for c in chats]
+    ids_of = _ids_of_texts(tokenizer, special, conversations)
+    encoded = []
+    for segments in conversations:
+        ids, mask = [], []
+        for s in segments:
+            part = ids_of[s.text, s.start] if s.kind == 'text' else [getattr(special, s.kind)]
+            ids += part
+            mask += [int(s.learn)] * len(part)
+        encoded.append(Encoded(ids, mask))
+    return encoded
+
+
+def _ids_of_texts(tokenizer, special, conversations):
+    "{(text, start): ids} of all different texts, checked for control tokens"
+    ids_of = {}
     for start in (True, False):
-        texts = list(
-            dict.fromkeys(s.text for c in segs for s in c if s.kind == 'text' and s.start == start)
-        )
-        table.update(zip(((t, start) for t in texts), encode_texts(tokenizer, texts, start)))
-    forbidden = {*control.values()} - {None, tokenizer.unk_token_id}
-    for (text, _), ids in table.items():
+        segments = (s for c in conversations for s in c if s.kind == 'text' and s.start == start)
+        texts = list(dict.fromkeys(s.text for s in segments))
+        ids_of |= zip(((t, start) for t in texts), encode_texts(tokenizer, texts, start))
+    forbidden = {*special} - {None, tokenizer.unk_token_id}
+    for (text, _), ids in ids_of.items():
         if not forbidden.isdisjoint(ids):
             raise LlamaZhError(
-                f'the tokenizer turns plain text into a control token: {text[:60]!r}; rebuild its tokenizer.json with vocab.save_tokenizer'
+                f'the tokenizer turns plain text into a control token: {text[:60]!r}; '
+                'rebuild its tokenizer.json with tokenizer.exact.save_tokenizer'
             )
-    out = []
-    for c in segs:
-        parts = [
-            (table[s.text, s.start] if s.kind == 'text' else [control[s.kind]], int(s.learn))
-            for s in c
-        ]
-        out.append(
-            Encoded([i for ids, _ in parts for i in ids], [m for ids, m in parts for _ in ids])
-        )
-    return out
+    return ids_of
 
 # %% ../../nbs/07_templates.ipynb #834808b7
-def _encode(self: Template, tokenizer, messages, add_generation_prompt=False, system=None):
-    "Ids and answer mask of one conversation, as `Encoded`."
+@patch
+def encode(
+    self: Template, tokenizer, messages, add_generation_prompt=False, system=None
+) -> Encoded:
+    "Ids and answer mask of one conversation"
     return encode_chats(self, tokenizer, [messages], add_generation_prompt, system)[0]
 
 
-def _stop_ids(self: Template, tokenizer):
-    "Ids that end an answer."
+@patch
+def stop_ids(self: Template, tokenizer) -> list:
+    "Ids that end an answer"
     return stop_tokens(tokenizer)
 
-
-Template.encode, Template.stop_ids = _encode, _stop_ids
-
 # %% ../../nbs/07_templates.ipynb #e0eec65f
-class Coloured:
-    "A conversation token by token: green is learnt, grey is only read, framed are control tokens."
-
-    def __init__(self, tokenizer, encoded):
-        self.rows = [
-            (p.replace('▁', '␣'), m, i in set(tokenizer.all_special_ids))
-            for i, p, m in zip(
-                encoded.ids, tokenizer.convert_ids_to_tokens(encoded.ids), encoded.mask
-            )
-        ]
-
-    def __repr__(self):
-        return ' '.join(f'[{p}]' if m else p for p, m, _ in self.rows)
-
-    def _repr_html_(self):
-        css = lambda m, c: (
-            f'background:{"#bfe8c5" if m else "#e8e8ec"};color:#111;border:1px solid {"#888" if c else "transparent"};border-radius:3px;padding:0 2px;margin:1px'
-        )
-        return (
-            '<div style="line-height:2">'
-            + ' '.join(
-                f'<span style="{css(m, c)}">{html.escape(p)}</span>' for p, m, c in self.rows
-            )
-            + '</div>'
-        )
+def show_learnt(
+    tokenizer,
+    encoded: Encoded,  # a conversation
+) -> Html:
+    "A conversation token by token: green is learnt, grey is only read, framed are control tokens"
+    pieces = tokenizer.convert_ids_to_tokens(encoded.ids)
+    controls = set(tokenizer.all_special_ids)
+    green, grey = '#2e9e4d66', '#8883'
+    colours = [green if learnt else grey for learnt in encoded.mask]
+    drawn = tokens(pieces, colours, [i in controls for i in encoded.ids])
+    shown = [p.replace('▁', '␣') for p in pieces]
+    text = ' '.join(f'[{p}]' if learnt else p for p, learnt in zip(shown, encoded.mask))
+    return Html(drawn, text)
 
 # %% ../../nbs/07_templates.ipynb #244ea457
-def _q(s):
-    return "'" + s.replace('\\', '\\\\').replace("'", "\\'").replace('\n', '\\n') + "'"
+def jinja_string(text):
+    "A text as a Jinja string"
+    for plain, escaped in (('\\', '\\\\'), ("'", "\\'"), ('\n', '\\n')):
+        text = text.replace(plain, escaped)
+    return f"'{text}'"
 
 
-def _expr(layout, **slots):
-    "A layout as a Jinja expression."
-    parts = [p for p in re.split(r'(\{\w+\})', layout) if p]
-    return (
-        ' + '.join(slots[p[1:-1]] if p[1:-1] in slots and p[0] == '{' else _q(p) for p in parts)
-        or "''"
-    )
+def jinja_expression(layout, **slots):
+    "A layout as a Jinja expression, its slots filled with expressions"
+    parts = []
+    for part in re.split(r'(\{\w+\})', layout):
+        name = part[1:-1]
+        if part.startswith('{') and name in slots:
+            parts.append(slots[name])
+        elif part:
+            parts.append(jinja_string(part))
+    return ' + '.join(parts) or "''"
 
 # %% ../../nbs/07_templates.ipynb #8dcb1351
-def _jinja(self: Template, generation=False):
-    "The layout as a Jinja chat template. `generation=True` adds trl's marks around what is learnt."
-    marks = dict.fromkeys((*self.markers, '<s>', '</s>', '<unk>', '<pad>'))
-    clean = (
-        '{%- macro clean(t) -%}{{ t'
-        + ''.join(f'|replace({_q(m)}, {_q(m[0] + " " + m[1:])})' for m in marks)
-        + ' }}{%- endmacro -%}'
-    )
-    inside, sys = '{system}' in self.user, _expr(self.system, system='clean(ns.system)')
-    user = _expr(
-        self.user,
-        user='clean(m.content|trim)',
-        system=f"({sys} if ns.system and loop.first else '')",
-    )
-    ask = f'bos_token + {user}' + (' + eos_token' if self.split else '')
-    head, answer = (
-        (f'bos_token + {_q(self.head)}' if self.split else "''"),
-        f'{_expr(self.answer, answer="clean(m.content|trim)")} + eos_token',
-    )
-    g = ('{% generation %}', '{% endgeneration %}') if generation else ('', '')
-    return (
-        f'{{#- llama-zh template: {self.name} -#}}{clean}'
-        "{%- set ns = namespace(system='') -%}{%- set turns = messages -%}"
-        "{%- if messages[0].role == 'system' -%}{%- set ns.system = messages[0].content|trim -%}{%- set turns = messages[1:] -%}{%- endif -%}"
-        + (
-            ''
-            if inside
-            else f'{{%- if ns.system -%}}{{{{ bos_token + {sys} + eos_token }}}}{{%- endif -%}}'
+@patch
+def jinja(
+    self: Template,
+    generation=False,  # add trl's marks around what is learnt
+) -> str:
+    "The layout as a Jinja chat template"
+    system = jinja_expression(self.system, system='clean(ns.system)')
+    first_only = f"({system} if ns.system and loop.first else '')"
+    user = jinja_expression(self.user, user='clean(m.content|trim)', system=first_only)
+    answer = jinja_expression(self.answer, answer='clean(m.content|trim)') + ' + eos_token'
+    end = ' + eos_token' if self.split else ''
+    head = f'bos_token + {jinja_string(self.head)}' if self.split else "''"
+    begin, stop = ('{% generation %}', '{% endgeneration %}') if generation else ('', '')
+    own_turn = ''
+    if '{system}' not in self.user:  # the system text is a turn of its own
+        own_turn = (
+            f'{{%- if ns.system -%}}{{{{ bos_token + {system} + eos_token }}}}{{%- endif -%}}'
         )
-        + "{%- for m in turns -%}{%- if m.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}"
-        "{{ raise_exception('user and assistant must take turns, after an optional system message') }}{%- endif -%}"
-        + f"{{%- if m.role == 'user' -%}}{{{{ {ask} }}}}{{%- if not loop.last or add_generation_prompt -%}}{{{{ {head} }}}}{{%- endif -%}}"
-        + f'{{%- else -%}}{g[0]}{{{{ {answer} }}}}{g[1]}{{%- endif -%}}{{%- endfor -%}}'
+    return ''.join(
+        [
+            f'{{#- llama-zh template: {self.name} -#}}',
+            _clean_macro(self.markers),
+            "{%- set ns = namespace(system='') -%}{%- set turns = messages -%}",
+            "{%- if messages[0].role == 'system' -%}",
+            '{%- set ns.system = messages[0].content|trim -%}{%- set turns = messages[1:] -%}',
+            '{%- endif -%}',
+            own_turn,
+            '{%- for m in turns -%}',
+            "{%- if m.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}",
+            "{{ raise_exception('user and assistant must take turns, after an optional system message') }}",
+            '{%- endif -%}',
+            f"{{%- if m.role == 'user' -%}}{{{{ bos_token + {user}{end} }}}}",
+            f'{{%- if not loop.last or add_generation_prompt -%}}{{{{ {head} }}}}{{%- endif -%}}',
+            f'{{%- else -%}}{begin}{{{{ {answer} }}}}{stop}{{%- endif -%}}',
+            '{%- endfor -%}',
+        ]
     )
 
 
-Template.jinja = _jinja
+def _clean_macro(markers):
+    "A Jinja macro that breaks markers and what spells a control token, as `Template.clean` does"
+    broken = dict.fromkeys((*markers, '<s>', '</s>', '<unk>', '<pad>'))
+    steps = ''.join(
+        f'|replace({jinja_string(m)}, {jinja_string(m[0] + " " + m[1:])})' for m in broken
+    )
+    return '{%- macro clean(t) -%}{{ t' + steps + ' }}{%- endmacro -%}'
 
 # %% ../../nbs/07_templates.ipynb #8284a9ab
 def add_template(

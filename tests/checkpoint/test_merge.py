@@ -21,6 +21,7 @@ from llama_zh_nb.checkpoint.meta import EMBED, HEAD, convert_meta
 from llama_zh_nb.checkpoint.tensors import open_weights, write_shards
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.core.machine import quiet
+from llama_zh_nb.core.settings import ComputeArgs
 from llama_zh_nb.training.lora import load_base, prepare, save_adapter
 
 
@@ -398,7 +399,7 @@ def test_old_adapter_that_lacks_something(old_alpaca, shared, tmp_path):
 
 
 def taught(base, out, train='lora', seed=0, steps=2):
-    m = prepare(load_base(base, train, 'cpu'), train, None, r=2, seed=seed)
+    m = prepare(load_base(base, train, ComputeArgs(device='cpu')), train, None, r=2, seed=seed)
     ids, opt = (
         torch.arange(3, 40)[None],
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2),

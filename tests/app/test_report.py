@@ -8,7 +8,6 @@ import pytest
 from llama_zh_nb.app.report import PARTS, Story, report
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.core.run_log import record, update_run
-from llama_zh_nb.core.show import bars, intervals, lines, path_picture, tokens
 from llama_zh_nb.evals.measure import wilson
 
 EVIL = '<script>alert(1)</script>"\'&'
@@ -98,7 +97,9 @@ class Balanced(HTMLParser):
         if tag not in self.VOID:
             self.open.append(tag)
         for k, v in attrs:
-            assert k not in ('src', 'href') and not k.startswith('on'), (tag, k, v)
+            assert k != 'src' and not k.startswith('on'), (tag, k, v)
+            if k == 'href':  # links, which load nothing: within the page, or to a notebook
+                assert tag == 'a' and v.startswith(('#', 'https://github.com/llama-zh-nb/')), v
             assert 'url(' not in (v or '')
 
     def handle_endtag(self, tag):
@@ -157,21 +158,6 @@ def test_nearly_nothing(tmp_path):
 def test_no_run(tmp_path):
     with pytest.raises(LlamaZhError, match='no run.json'):
         report(tmp_path)
-
-
-def test_pictures_of_odd_numbers():
-    assert (
-        lines({'a': [(0, None), (1, float('inf'))]}) == ''
-        and '<svg' in lines({'a': [(5, 2.0)]})
-        and 'nan' not in lines({'a': [(0, 1.0), (9, 1.0)]}).lower()
-    )
-    assert (
-        '100.00%' in bars([('a', 5, '5')])
-        and bars([('a', 0, '0')])
-        and intervals([('a', count(0, 1))])
-        and tokens([])
-        and path_picture([]) == ''
-    )
 
 
 def test_it_looks_right_in_a_browser(tmp_path):

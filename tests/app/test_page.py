@@ -20,9 +20,9 @@ def engine(tested_run):
 
 @pytest.fixture(scope='module')
 def url(engine):
-    from llama_zh_nb.app.page import Local, showing
+    from llama_zh_nb.app.page import LocalModel, serve_page
 
-    with showing(Local(engine), max_new=128, k=1, max_mb=1) as u:
+    with serve_page(LocalModel(engine), max_new_tokens=128, k=1, max_mb=1) as u:
         yield u
 
 
@@ -148,8 +148,10 @@ def test_languages(page):
 
 def test_documents(page, engine, tested_run, tmp_path):
     qs = [
-        json.loads(l)
-        for l in (tested_run / 'world' / 'questions.jsonl').read_text(encoding='utf-8').splitlines()
+        json.loads(line)
+        for line in (tested_run / 'world' / 'questions.jsonl')
+        .read_text(encoding='utf-8')
+        .splitlines()
     ]
     q = next(q for q in qs if q['kind'] == 'unseen')
     page.get_by_role('tab', name='文档问答').click()
