@@ -82,8 +82,8 @@ def _group_of(cls):
 
 
 def _option_of(group, name):
-    "The name of a setting among a command's options"
-    return flat_name(group, name).removeprefix('sft_' if group == 'sft' else '')
+    "The name of a setting among a command's options: its own stage's prefix is not needed there"
+    return flat_name(group, name).removeprefix(dict(sft='sft_', evaluate='tasks_').get(group, ''))
 
 
 def _add_settings_object(parser, parameter, cls):
@@ -358,9 +358,9 @@ def _page():
 
 @_command('evaluate', 'C-Eval and its like, LongBench, bits, side by side', several=('models',))
 def _evaluate():
-    from llama_zh_nb.evaluate import evaluate_command
+    from llama_zh_nb.evaluate import evaluate_models
 
-    return evaluate_command
+    return evaluate_models
 
 
 @_command('gguf', 'one file for llama.cpp, Ollama and others')
