@@ -20,11 +20,12 @@ from llama_zh_nb.documents import load as documents
 from llama_zh_nb.documents.index import build_index, open_index
 from llama_zh_nb.documents.lexicon import Lexicon, extract_terms, normalize_text
 from llama_zh_nb.documents.load import Document, find_documents, load_documents, read_file
-from llama_zh_nb.documents.recall import eval_retrieval, pick_threshold, read_questions
+from llama_zh_nb.documents.recall import eval_retrieval, pick_threshold
 from llama_zh_nb.documents.retriever import ZhRetriever, fuse_ranks
 from llama_zh_nb.documents.split import chunks, split_text
 from llama_zh_nb.documents.stores import open_store
 from llama_zh_nb.rag import rag_eval
+from llama_zh_nb.text.questions import read_questions
 
 # documents
 
@@ -104,7 +105,7 @@ def test_docx(tmp_path):
     d.save(tmp_path / 'a.docx')
     assert (
         read_file(tmp_path / 'a.docx')[0][0].page_content
-        == '# 手册\n\n## 船票\n单程五元。\n\n| 青鱼号 | 七｜点 |\n| 两 行 |  |  |\n\n以上。'
+        == '# 手册\n\n## 船票\n\n单程五元。\n\n| 青鱼号 | 七｜点 |\n| 两 行 |  |  |\n\n以上。'
     )
     (tmp_path / 'old.docx').write_bytes(b'\xd0\xcf\x11\xe0' + bytes(600))
     (tmp_path / 'text.docx').write_text('不是 Word')

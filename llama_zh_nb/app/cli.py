@@ -358,9 +358,9 @@ def _page():
 
 @_command('evaluate', 'C-Eval and its like, LongBench, bits, side by side', several=('models',))
 def _evaluate():
-    from llama_zh_nb.evaluate import evaluate_command
+    from llama_zh_nb.evaluate import evaluate_models
 
-    return evaluate_command
+    return evaluate_models
 
 
 @_command('gguf', 'one file for llama.cpp, Ollama and others')

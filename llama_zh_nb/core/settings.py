@@ -177,7 +177,15 @@ class EvalArgs:
     "Measuring all stages' models side by side"
 
     tasks: tuple = ()  # benchmarks, as `llama-zh evaluate --tasks` takes them
-    tasks_limit: int | None = None  # questions of each subject at most
+    limit: int | None = None  # questions of each subject at most
+    shots: int = 0  # examples in front of each question
+    form: Literal['base', 'chat'] | None = None  # plain text, or the template; None: chat after SFT
+    by: Literal['letter', 'text'] = 'letter'  # likelihood of A-D, or of the options themselves
+    spelling: Literal['both', 'bare', 'space'] = 'both'  # of the letters: `A` and ` A`, or one
+    split: Literal['val', 'test', 'dev'] | None = None  # of the benchmark; None: val, else test
+    window: int | None = None  # tokens read at once for bits; None: up to 2,048
+    stride: int | None = None  # tokens counted in each later window; None: half a window
+    english: bool = True  # our English task and text too, so that forgetting shows
 
 # %% ../../nbs/core/settings.ipynb #3c147abd
 @dataclass(frozen=True)
@@ -219,8 +227,12 @@ class Setting(NamedTuple):
     how: bool  # says how, not what: changing it does not undo a finished stage
 
 
-_PREFIX = {'lora': 'lora_', 'sft': 'sft_'}
-_OTHERWISE = {('vocab', 'size'): 'vocab_size', ('data', 'chats'): 'sft'}
+_PREFIX = {'lora': 'lora_', 'sft': 'sft_', 'evaluate': 'tasks_'}
+_OTHERWISE = {
+    ('vocab', 'size'): 'vocab_size',
+    ('data', 'chats'): 'sft',
+    ('evaluate', 'tasks'): 'tasks',
+}
 
 
 def flat_name(group: str, name: str) -> str:
