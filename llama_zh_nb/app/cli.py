@@ -84,8 +84,8 @@ def _group_of(cls):
 
 
 def _option_of(group, name):
-    "The name of a setting among a command's options"
-    return flat_name(group, name).removeprefix('sft_' if group == 'sft' else '')
+    "The name of a setting among a command's options: its own stage's prefix is not needed there"
+    return flat_name(group, name).removeprefix(dict(sft='sft_', evaluate='tasks_').get(group, ''))
 
 
 def _add_settings_object(parser, parameter, cls, hide=()):
