@@ -21,17 +21,18 @@ tutorial: venv  ## run the fourteen stages, end to end, on mini -> runs/mini/rep
 test: venv style notebooks-clean notebooks-run  ## all checks: style, modules and notebooks agree, every notebook runs, tests
 	@tools/browser.sh
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests
 
 test-all: venv style notebooks-clean notebooks-run  ## the same and the tests marked slow
 	@tools/browser.sh
 	@echo "== tests, the slow ones too"
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests --slow
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=20 tests --slow
 
 style: venv
 	@echo "== ruff, over notebooks, tests, benchmarks and tools"
 	@.venv/bin/ruff format --quiet --diff nbs tests benchmarks tools || { echo 'Type: .venv/bin/ruff format nbs tests benchmarks tools'; exit 1; }
 	@.venv/bin/ruff check --quiet nbs tests benchmarks tools
+	@.venv/bin/ruff check --quiet --isolated --select F821 llama_zh_nb  # a name that only a notebook's other cells bring
 
 notebooks-clean: venv
 	@echo "== modules equal notebooks, notebooks are clean"

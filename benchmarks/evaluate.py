@@ -6,129 +6,126 @@ python benchmarks/evaluate.py MODEL --tasks C-EVAL-FOLDER --limit 20 --json benc
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
+import torch
 from _child import show
 
+from llama_zh_nb.checkpoint.folder import context_length, load
+from llama_zh_nb.core.settings import EvalArgs
+from llama_zh_nb.evals.choice import (
+    PromptEncoder,
+    build_prompts,
+    letter_ids,
+    measure_task,
+    shared_length,
+)
+from llama_zh_nb.evals.tasks import read_task
 
-def one_at_a_time(model, tok, task, shots, by, limit, max_len):
+
+def plain_forward(model, ids):
+    "Log-probabilities of every position: (positions, vocab)"
+    logits = model(input_ids=torch.tensor([ids], device=model.device)).logits
+    return logits[0].float().log_softmax(-1)
+
+
+def letter_scores(model, tok, q, ids):
+    logp = plain_forward(model, ids)[-1]
+    spellings = [logp[row] for row in letter_ids(tok, len(q.options))]
+    return torch.stack(spellings).logsumexp(0).tolist()
+
+
+def text_scores(model, q, rows):
+    start = min(shared_length(rows), min(map(len, rows)) - 1)
+    scores = []
+    for ids, option in zip(rows, q.options):
+        logp = plain_forward(model, ids)[start - 1 : -1]  # predict the tokens from `start` on
+        tokens = torch.tensor(ids[start:], device=model.device)[:, None]
+        scores.append(logp.gather(-1, tokens).sum().item() / len(option))
+    return scores
+
+
+def one_at_a_time(model, tok, task, args):
     "Scores by plain forwards: one for each question (letters), one for each option (texts)"
-    import torch
-
-    from llama_zh_nb.evals.choice import _prompts, common, letter_ids
-
-    out = {}
+    encoder, longest, scores = PromptEncoder(tok), min(context_length(model), 4096), {}
     with torch.inference_mode():
-        for qs in task.subjects.values():
-            qs = qs[:limit]
-            for q, ids in zip(
-                qs, _prompts(tok, task, qs, shots, by, 'base', None, None, max_len)[0]
-            ):
-                if by == 'letter':
-                    lp = (
-                        model(input_ids=torch.tensor([ids], device=model.device), logits_to_keep=1)
-                        .logits[0, -1]
-                        .float()
-                        .log_softmax(-1)
-                    )
-                    out[q.id] = (
-                        torch.stack([lp[r] for r in letter_ids(tok, len(q.options))])
-                        .logsumexp(0)
-                        .tolist()
-                    )
+        for questions in task.subjects.values():
+            questions = questions[: args.limit]
+            prompts = build_prompts(encoder, task, questions, args.shots, args.by, longest)
+            for q, ids in zip(questions, prompts.ids):
+                if args.by == 'letter':
+                    scores[q.id] = letter_scores(model, tok, q, ids)
                 else:
-                    start = min(common(ids), min(map(len, ids)) - 1)
-                    out[q.id] = []
-                    for x, o in zip(ids, q.options):
-                        lp = (
-                            model(input_ids=torch.tensor([x], device=model.device))
-                            .logits[0, start - 1 : -1]
-                            .float()
-                            .log_softmax(-1)
-                        )
-                        out[q.id].append(
-                            lp.gather(-1, torch.tensor(x[start:], device=model.device)[:, None])
-                            .sum()
-                            .item()
-                            / len(o)
-                        )
-    return out
+                    scores[q.id] = text_scores(model, q, ids)
+    return scores
+
+
+def ours(model, tok, task, args):
+    return {row['id']: row['scores'] for row in measure_task((model, tok), task, args).rows}
+
+
+def timed(f):
+    "(result, seconds, CPU seconds)"
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = f()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def compare(model, tok, task, args, repeat):
+    "A row of the table"
+    ways = dict(ours=ours, plain=one_at_a_time)
+    runs = {
+        way: [timed(partial(f, model, tok, task, args)) for _ in range(repeat)]
+        for way, f in ways.items()
+    }
+    (mine, wall, cpu), (theirs, plain_wall, plain_cpu) = (
+        (r[-1][0], min(x[1] for x in r), min(x[2] for x in r)) for r in runs.values()
+    )
+    gap = max(abs(x - y) for i in mine for x, y in zip(mine[i], theirs[i]))
+    same = sum(mine[i].index(max(mine[i])) == s.index(max(s)) for i, s in theirs.items())
+    return dict(
+        task=task.name,
+        by=args.by,
+        shots=args.shots,
+        questions=len(mine),
+        ours_s=round(wall, 2),
+        one_at_a_time_s=round(plain_wall, 2),
+        times=round(plain_wall / wall, 1),
+        cpu_times=round(plain_cpu / cpu, 1),
+        same_choice=f'{same}/{len(mine)}',
+        largest_difference=f'{gap:.1e}',
+    )
 
 
 def main():
-    a = argparse.ArgumentParser(
+    p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    a.add_argument('model', nargs='?', default='runs/mini/chat')
-    a.add_argument('--tasks', nargs='+', default=['world-zh'])
-    a.add_argument('--split')
-    a.add_argument('--limit', type=int, default=20)
-    a.add_argument('--device', default='auto')
-    a.add_argument('--repeat', type=int, default=2)
-    a.add_argument('--json')
-    a = a.parse_args()
-    import torch
-
-    from llama_zh_nb.checkpoint.folder import load
-    from llama_zh_nb.evals.choice import evaluate
-    from llama_zh_nb.evals.tasks import read_task
-
+    p.add_argument('model', nargs='?', default='runs/mini/chat')
+    p.add_argument('--tasks', nargs='+', default=['world-zh'])
+    p.add_argument('--split')
+    p.add_argument('--limit', type=int, default=20)
+    p.add_argument('--device', default='auto')
+    p.add_argument('--repeat', type=int, default=2)
+    p.add_argument('--json')
+    a = p.parse_args()
     model, tok = load(a.model, a.device)
-    max_len, rows, sync = (
-        min(model.config.max_position_embeddings, 4096),
-        [],
-        (lambda: torch.cuda.synchronize() if model.device.type == 'cuda' else None),
-    )
+    rows = []
     for name in a.tasks:
         task = read_task(name, a.split)
-        for by, shots in (('letter', 0), ('letter', 5), ('text', 0), ('text', 5)):
-            if shots and any(len(task.shots.get(s, [])) < shots for s in task.subjects):
-                continue
-            ways = {
-                'ours': lambda: {
-                    x['id']: x['scores']
-                    for x in evaluate((model, tok), task, shots, by=by, limit=a.limit).rows
-                },
-                'one at a time': lambda: one_at_a_time(
-                    model, tok, task, shots, by, a.limit, max_len
-                ),
-            }
-            best, got = {}, {}
-            for _ in range(a.repeat):
-                for way, f in ways.items():
-                    sync()
-                    t, c = time.perf_counter(), time.process_time()
-                    got[way] = f()
-                    sync()
-                    best[way] = min(
-                        best.get(way, (1e9, 1e9)),
-                        (time.perf_counter() - t, time.process_time() - c),
-                    )
-            gap = max(
-                abs(x - y)
-                for i in got['ours']
-                for x, y in zip(got['ours'][i], got['one at a time'][i])
-            )
-            best_of = lambda s: max(range(len(s)), key=s.__getitem__)
-            same = sum(
-                best_of(got['ours'][i]) == best_of(s) for i, s in got['one at a time'].items()
-            )
-            rows.append(
-                dict(
-                    task=task.name,
-                    by=by,
-                    shots=shots,
-                    questions=len(got['ours']),
-                    ours_s=round(best['ours'][0], 2),
-                    one_at_a_time_s=round(best['one at a time'][0], 2),
-                    times=round(best['one at a time'][0] / best['ours'][0], 1),
-                    cpu_times=round(best['one at a time'][1] / best['ours'][1], 1),
-                    same_choice=f'{same}/{len(got["ours"])}',
-                    largest_difference=f'{gap:.1e}',
-                )
-            )
+        for by in ('letter', 'text'):
+            for shots in (0, 5):
+                if all(len(task.shots.get(s, [])) >= shots for s in task.subjects):
+                    args = EvalArgs(shots=shots, by=by, limit=a.limit)
+                    rows.append(compare(model, tok, task, args, a.repeat))
     show(
-        f'Multiple choice on {Path(a.model).name}, {model.device.type}, {torch.get_num_threads()} threads, best of {a.repeat}',
+        f'Multiple choice on {Path(a.model).name}, {model.device.type}, '
+        f'{torch.get_num_threads()} threads, best of {a.repeat}',
         rows,
         a.json,
         parameters=sum(p.numel() for p in model.parameters()),

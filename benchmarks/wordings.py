@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from llama_zh_nb.evals import measure
+from llama_zh_nb.checkpoint.folder import load
+from llama_zh_nb.evals.measure import ask
 from llama_zh_nb.mini.world import Scribe, read_facts, split_facts
 
 
@@ -19,19 +20,19 @@ def main():
     p.add_argument('--json', type=Path)
     a = p.parse_args()
     facts = split_facts(read_facts())
-    s, facts = Scribe('zh', facts, split=a.split), [f for f in facts if f.split == 'asked'][::3]
-    model, tok = measure.load(a.model)
+    scribe = Scribe('zh', facts, split=a.split)
+    asked = [f for f in facts if f.split == 'asked'][::3]
+    model, tok = load(a.model)
     rows = {}
-    for form in s.forms('ask'):
-        answers = measure.ask(
-            model, tok, [s.fill(form, f) for f in facts], max_new_tokens=24, batch=64
-        )
-        rows[form] = sum(x == s.answer(f) for x, f in zip(answers, facts))
-        print(f'{rows[form]:4} of {len(facts)}  {form}', flush=True)
-    print(f'{sum(rows.values()):4} of {len(rows) * len(facts)}  all')
+    for form in scribe.forms('ask'):
+        questions = [scribe.fill(form, f) for f in asked]
+        answers = ask(model, tok, questions, max_new_tokens=24, batch=64)
+        rows[form] = sum(x == scribe.answer(f) for x, f in zip(answers, asked))
+        print(f'{rows[form]:4} of {len(asked)}  {form}', flush=True)
+    print(f'{sum(rows.values()):4} of {len(rows) * len(asked)}  all')
     if a.json:
         a.json.write_text(
-            json.dumps(dict(of=len(facts), right=rows), ensure_ascii=False, indent=1) + '\n',
+            json.dumps(dict(of=len(asked), right=rows), ensure_ascii=False, indent=1) + '\n',
             encoding='utf-8',
         )
 

@@ -8,6 +8,7 @@ __all__ = ['pretrain']
 # %% ../nbs/06_pretrain.ipynb #c257b227
 import time
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from llama_zh_nb.checkpoint.folder import (

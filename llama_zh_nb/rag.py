@@ -13,16 +13,18 @@ from pathlib import Path
 from fastcore.meta import delegates
 
 from .core.errors import LlamaZhError
+from .core.settings import RagArgs
 from .documents.assistant import Assistant
 from .documents.conversation import Conversation, DocumentTerminal
 from .documents.index import build_index, open_index
 from .documents.load import Document
-from .documents.recall import eval_retrieval, read_questions
+from .documents.recall import eval_retrieval, has_known_passage
 from .documents.retriever import ZhRetriever
 from .documents.scoring import RagEval, evaluate_answers
 from .documents.summary import Summary, central, document_text, lead, summarize
 from .evals.measure import score
 from .generation.terminal import line_reader
+from .text.questions import read_questions
 
 # %% ../nbs/10_rag.ipynb #93bd9c15
 def judge_rag(
@@ -170,19 +172,22 @@ def rag_eval(
         raise LlamaZhError(f'limit is {limit}, batch {batch}: expected 1 or more')
     if out and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
         raise LlamaZhError(f'{out} cannot be written: name a file in a folder that exists')
-    asked = read_questions(questions)
+    with_model = bool(kwargs.get('model') or kwargs.get('llm'))
+    asked = read_questions(questions, answered=with_model)
     if not Path(index).exists() and asked.paragraphs:
         build_index(
             [Document(t, metadata={'source': name}) for name, t in asked.paragraphs.items()],
             index,
             tokenizer=kwargs.get('model'),
-            chunk_tokens=chunk_tokens,
+            args=RagArgs(chunk_tokens=chunk_tokens),
         )
     bot = open_assistant(index, max_new_tokens=max_new_tokens, **kwargs)
-    n = min(limit or len(asked), len(asked))
-    some = [asked[i * len(asked) // n] for i in range(n)]
+    known = [q for q in asked if has_known_passage(q)]
+    n = min(limit or len(known), len(known))
+    some = [known[i * len(known) // n] for i in range(n)]
     result = evaluate_answers(bot, some, batch)
-    result.settings |= dict(questions=Path(questions).name, limit=limit, left_out=len(asked.bad))
+    left_out = len(asked.bad) + len(asked) - len(known)
+    result.settings |= dict(questions=Path(questions).name, limit=limit, left_out=left_out)
     if out:
         result.save(out)
     return result

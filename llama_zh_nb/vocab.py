@@ -209,7 +209,7 @@ def merge_command(
     marks: str = 'edges',  # 'edges': punctuation at the edges of pieces, a digit in front; 'punctuation': no digits; 'none': Han only
     weight: list = None,  # how much each corpus file counts
     pad: str = '<pad>',  # name of the pad piece
-    max_length: int = None,
+    max_length: int = None,  # longest input, noted in the tokenizer's config
 ) -> MergedVocab:
     "Add Chinese pieces to a base vocabulary"
     for name, value in dict(base=base, out=out).items():

@@ -12,6 +12,7 @@ from langchain_core.language_models.chat_models import SimpleChatModel
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 
 from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.settings import RagArgs
 from llama_zh_nb.documents.assistant import Assistant
 from llama_zh_nb.documents.chat_model import ask_model, ask_model_batch, ask_model_stream, load_chat
 from llama_zh_nb.documents.conversation import (
@@ -29,7 +30,6 @@ from llama_zh_nb.documents.passages import (
     check_citations,
     escape_passage,
 )
-from llama_zh_nb.documents.recall import read_questions
 from llama_zh_nb.documents.scoring import (
     answer_f1,
     answer_tokens,
@@ -40,6 +40,7 @@ from llama_zh_nb.documents.scoring import (
 from llama_zh_nb.documents.strategies import combine_until_fits, group_neighbours
 from llama_zh_nb.documents.summary import central, lead, summarize
 from llama_zh_nb.rag import open_assistant, rag_ask, rag_eval, rag_summary
+from llama_zh_nb.text.questions import read_questions
 
 DOCS = {
     '码头': '码头在镇子东头，早班船七点去县城，票价五元。',
@@ -54,7 +55,7 @@ def index(tmp_path_factory):
     build_index(
         [Document(f'{n}。{t}', metadata={'source': n}) for n, t in DOCS.items()],
         d / 'index',
-        chunk_tokens=64,
+        args=RagArgs(chunk_tokens=64),
     )
     return d / 'index'
 
@@ -193,7 +194,7 @@ def test_hostile_documents_stay_one_passage(tmp_path, evil, strategy):
     build_index(
         [Document(f'码头的票价是五元。{evil}', metadata={'source': 'evil'})],
         tmp_path / 'i',
-        chunk_tokens=512,
+        args=RagArgs(chunk_tokens=512),
     )
     llm = heard(lambda p: evil + '[2]')  # the model even repeats it
     a = Assistant(tmp_path / 'i', llm, 'cited', 2, 0.0, strategy=strategy).ask('码头的票价是多少？')
@@ -227,7 +228,7 @@ def test_shared_hostile_files(shared, tmp_path):
     ix = build_index(
         [Document(t, metadata={'source': str(i)}) for i, t in enumerate(texts)],
         tmp_path / 'i',
-        chunk_tokens=300,
+        args=RagArgs(chunk_tokens=300),
     )
     llm = heard(lambda p: '好')
     bot = Assistant(ix, llm, 'cited', 3, 0.0)
@@ -587,9 +588,13 @@ def test_segments_as_the_official_script(shared):
 
     answers = {
         a
-        for q in read_questions(shared / 'data/eval/cmrc2018/cmrc2018_trial.json')
+        for q in read_questions(shared / 'data/eval/cmrc2018/cmrc2018_trial.json', answered=True)
         for a in q['answers']
-    } | {a for q in read_questions(shared / 'data/eval/drcd/DRCD_dev.json') for a in q['answers']}
+    } | {
+        a
+        for q in read_questions(shared / 'data/eval/drcd/DRCD_dev.json', answered=True)
+        for a in q['answers']
+    }
 
     def official(text):
         return [
@@ -604,21 +609,21 @@ def test_segments_as_the_official_script(shared):
 
 
 def test_question_files(tmp_path, shared):
-    qs = read_questions(shared / 'data/eval/cmrc2018/cmrc2018_trial.json')
+    qs = read_questions(shared / 'data/eval/cmrc2018/cmrc2018_trial.json', answered=True)
     assert (len(qs), len(qs.bad), len(qs.paragraphs)) == (
         1000,
         2,
         256,
     )  # two of its questions are empty
-    assert qs[0]['source'] in qs.paragraphs and all(
-        any(a in qs.paragraphs[q['source']] for a in q['answers']) for q in qs[:200]
+    assert qs[0]['paragraph'] in qs.paragraphs and all(
+        any(a in qs.paragraphs[q['paragraph']] for a in q['answers']) for q in qs[:200]
     )
     f = tmp_path / 'q.jsonl'
     f.write_text(
         '\ufeff{"question": "甲？", "answer": "乙"}\n{broken\n\n{"question": "丙？"}\n["x"]\n{"query": "丁？", "answers": {"text": ["戊", "戊"]}}\n',
         encoding='utf-8',
     )
-    got = read_questions(f)
+    got = read_questions(f, answered=True)
     assert [(q['question'], q['answers']) for q in got] == [
         ('甲？', ['乙']),
         ('丁？', ['戊']),
@@ -636,7 +641,7 @@ def test_question_files(tmp_path, shared):
         ),
         encoding='utf-8',
     )
-    assert read_questions(tmp_path / 'c.json')[0]['source'] == 'D1'
+    assert read_questions(tmp_path / 'c.json')[0]['paragraph'] == 'D1'
     for text in ('', '{}', '[]', '{"data": 3}', '{"data": [{"paragraphs": [{}]}]}', '<html>'):
         (tmp_path / 'bad.json').write_text(text)
         with pytest.raises(LlamaZhError):

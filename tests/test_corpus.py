@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llama_zh_nb.core.errors import LlamaZhError
-from llama_zh_nb.corpus import build_corpus, held_out, mojibake, why_not
+from llama_zh_nb.corpus import build_corpus, held_out, mojibake, reason_to_drop
 from llama_zh_nb.text.files import clean, detect, find_files, read_docs, read_texts
 
 DOCS = [
@@ -90,7 +90,7 @@ def test_mojibake_of_others():
     assert all(mojibake(d.encode().decode('gb18030', 'ignore')) for d in DOCS) and not any(
         map(mojibake, DOCS)
     )
-    assert why_not('好' * 20 + '\ufffd') == 'mojibake'
+    assert reason_to_drop('好' * 20 + '\ufffd') == 'mojibake'
 
 
 # --- kinds of files

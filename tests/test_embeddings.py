@@ -12,8 +12,9 @@ import torch
 
 from llama_zh_nb.checkpoint.meta import EMBED, HEAD, llama_shapes
 from llama_zh_nb.checkpoint.tensors import open_weights, write_shards
+from llama_zh_nb.checkpoint.translations import translations
 from llama_zh_nb.core.errors import LlamaZhError, read_json, write_json
-from llama_zh_nb.embeddings import INITS, Spelling, dictionary, mixtures, plain_sp, resize
+from llama_zh_nb.embeddings import INITS, Spelling, mixtures, plain_sp, resize
 from llama_zh_nb.tokenizer.exact import load_sp, read_model, save_tokenizer
 from llama_zh_nb.weights import verify
 
@@ -258,12 +259,12 @@ def test_spelling_has_no_dummy_prefix(toks):
 
 def test_dictionary_finds_translations(toks):
     base, big = toks
-    d, sp = dictionary(TOY, base, big), load_sp(big)
+    d, sp = translations(TOY, base, big), load_sp(big)
     best = lambda z: sp.id_to_piece(max(d[sp.piece_to_id(z)].items(), key=lambda x: x[1])[0])
     assert 'Suzhou'.startswith(best('苏州').strip('▁')) and set(d) <= set(
         range(len(load_sp(base)), len(sp))
     )
-    assert dictionary(['no Chinese here'], base, big) == {}
+    assert translations(['no Chinese here'], base, big) == {}
 
 
 def _refused(tmp_path, words, *args, **kw):
@@ -301,9 +302,9 @@ def test_refusals(tmp_path, toks):
 def test_killed_half_way(tmp_path, toks):
     src, w = make(tmp_path / 'm', toks[0], shard_bytes=60_000)
     code = f"""import time, llama_zh_nb.embeddings as e
-keep = e.new_rows
+keep = e.initial_rows
 def slow(*a, **k): print('now', flush=True); time.sleep(60); yield from keep(*a, **k)
-e.new_rows = slow
+e.initial_rows = slow
 e.resize({str(src)!r}, {str(toks[1])!r}, {str(tmp_path / 'out')!r})"""
     p = subprocess.Popen(
         [sys.executable, '-c', code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent

@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'measure_model', 'fetch_base', 'clean_texts', 'extend_vocab', 'measure_vocab', 'add_rows', 'measure_rows',
            'pretrain_model', 'pretrain_control', 'measure_pretrained', 'measure_control', 'plain_texts',
            'finetune_model', 'measure_chat', 'quantize_model', 'measure_quantized', 'last_model', 'index_documents',
-           'measure_answers', 'evaluate_models', 'why_left_out']
+           'measure_answers', 'evaluate_stages', 'why_left_out']
 
 # %% ../../nbs/app/pipeline.ipynb #1133fdd1
 import gc
@@ -25,7 +25,7 @@ from ..documents.index import build_index, open_index
 from ..documents.recall import pick_threshold
 from ..embeddings import resize
 from ..evals.measure import ask, heldout_bits, score
-from ..evaluate import evaluate_command
+from ..evaluate import evaluate_models
 from ..pretrain import pretrain
 from ..quantize import check_layers, quantize
 from ..rag import judge_rag
@@ -314,10 +314,8 @@ def index_documents(run):
     build_index(
         run.files('docs'),
         run / 'index',
+        args,
         tokenizer=run / 'tokenizer',
-        embedding=args.embedding,
-        chunk_tokens=args.chunk_tokens,
-        chunk_overlap=args.chunk_overlap,
         workers=recipe.compute.workers,
         device=recipe.compute.device,
     )
@@ -349,17 +347,16 @@ def measure_answers(run):
     return metrics
 
 # %% ../../nbs/app/pipeline.ipynb #e4cd83d7
-def evaluate_models(run):
+def evaluate_stages(run):
     "Every stage's model on the recipe's benchmarks, English beside them, in one form of prompt"
     recipe, args = run.recipe, run.recipe.evaluate
+    args = replace(args, form=args.form or ('chat' if recipe.data.chats else 'base'))
     made = [s for s in STAGES.values() if not why_left_out(run, s)]
     folders = [run / s.out for s in made if s.out in ('base', 'pretrained', 'chat', 'gptq')]
-    comparison = evaluate_command(
+    comparison = evaluate_models(
         folders,
-        args.tasks,
+        args,
         out=run / 'evaluation',
-        limit=args.tasks_limit,
-        form='chat' if recipe.data.chats else 'base',
         template=recipe.chat.template,
         system=recipe.chat.system,
         device=recipe.compute.device,
@@ -467,7 +464,7 @@ _ALL_STAGES = [
     Stage(
         'evaluate',
         'evaluation',
-        evaluate_models,
+        evaluate_stages,
         settings=('evaluate', 'chat'),
         reads=('base', 'pretrained', 'chat', 'gptq'),
         why_not=_no_tasks,

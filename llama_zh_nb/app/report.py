@@ -27,8 +27,8 @@ from llama_zh_nb.core.show import (
     show_seconds,
     tokens,
 )
+from ..evals.compare import comparison_part
 from ..evals.measure import same_answer
-from ..evaluate import compare_part
 from ..training.trainer import History
 
 # %% ../../nbs/app/report.ipynb #7da49a03
@@ -531,7 +531,7 @@ def failures_part(s):
 
 def tasks_part(s):
     "Models and tasks, as the evaluation compared them"
-    part = compare_part(s)  # models in columns, as `evaluate` compared them
+    part = comparison_part(s)  # models in columns, as `evaluate` compared them
     if not part:
         return None
     title, table = part

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Engine', 'Train', 'DataArgs', 'ComputeArgs', 'VocabArgs', 'EmbeddingArgs', 'LoraArgs', 'TrainArgs', 'SftArgs',
            'ChatArgs', 'QuantArgs', 'RagArgs', 'EvalArgs', 'Recipe', 'Setting', 'flat_name', 'groups', 'settings',
-           'explain', 'unpack_type', 'coerce', 'flatten', 'make_recipe', 'to_yaml']
+           'explain', 'unpack_type', 'coerce', 'coerce_as', 'flatten', 'make_recipe', 'to_yaml']
 
 # %% ../../nbs/core/settings.ipynb #cab51d5d
 import json
@@ -177,7 +177,15 @@ class EvalArgs:
     "Measuring all stages' models side by side"
 
     tasks: tuple = ()  # benchmarks, as `llama-zh evaluate --tasks` takes them
-    tasks_limit: int | None = None  # questions of each subject at most
+    limit: int | None = None  # questions of each subject at most
+    shots: int = 0  # examples in front of each question
+    form: Literal['base', 'chat'] | None = None  # plain text, or the template; None: chat after SFT
+    by: Literal['letter', 'text'] = 'letter'  # likelihood of A-D, or of the options themselves
+    spelling: Literal['both', 'bare', 'space'] = 'both'  # of the letters: `A` and ` A`, or one
+    split: Literal['val', 'test', 'dev'] | None = None  # of the benchmark; None: val, else test
+    window: int | None = None  # tokens read at once for bits; None: up to 2,048
+    stride: int | None = None  # tokens counted in each later window; None: half a window
+    english: bool = True  # our English task and text too, so that forgetting shows
 
 # %% ../../nbs/core/settings.ipynb #3c147abd
 @dataclass(frozen=True)
@@ -219,8 +227,12 @@ class Setting(NamedTuple):
     how: bool  # says how, not what: changing it does not undo a finished stage
 
 
-_PREFIX = {'lora': 'lora_', 'sft': 'sft_'}
-_OTHERWISE = {('vocab', 'size'): 'vocab_size', ('data', 'chats'): 'sft'}
+_PREFIX = {'lora': 'lora_', 'sft': 'sft_', 'evaluate': 'tasks_'}
+_OTHERWISE = {
+    ('vocab', 'size'): 'vocab_size',
+    ('data', 'chats'): 'sft',
+    ('evaluate', 'tasks'): 'tasks',
+}
 
 
 def flat_name(group: str, name: str) -> str:
@@ -296,21 +308,28 @@ def coerce(
     v,  # as it came from a file or a command line
 ):
     "`v` as the type of the setting, or an error that names both"
-    t, choices, optional = unpack_type(settings()[name].type)
+    return coerce_as(settings()[name], v, f'recipe field {name!r}')
+
+
+def coerce_as(
+    setting: Setting,
+    v,
+    said: str,  # what the user calls it
+):
+    "As `coerce`, for a setting that goes by another name"
+    t, choices, optional = unpack_type(setting.type)
     nothing = v is None or (isinstance(v, str) and v.lower() in ('none', 'null', ''))
     if nothing and optional:
         return None
     if v is None:
-        raise LlamaZhError(f'recipe field {name!r} cannot be empty')
+        raise LlamaZhError(f'{said} cannot be empty')
     try:
         v = _to_type(t, v)
     except (ValueError, TypeError, KeyError):
-        raise LlamaZhError(
-            f'recipe field {name!r} is {v!r}, but {_CALLED[t]} was expected'
-        ) from None
+        raise LlamaZhError(f'{said} is {v!r}, but {_CALLED[t]} was expected') from None
     if choices and v not in choices:
         known = ', '.join(map(str, choices))
-        raise LlamaZhError(f'recipe field {name!r} is {v!r}: use one of {known}')
+        raise LlamaZhError(f'{said} is {v!r}: use one of {known}')
     return v
 
 # %% ../../nbs/core/settings.ipynb #84348d97

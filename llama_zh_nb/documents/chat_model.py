@@ -89,7 +89,7 @@ def _joined(chunks):
 @contextmanager
 def _known(answers):
     "Within this block `ChatLlama` looks these answers up"
-    mark = _KNOWN_ANSWERS.set({**_KNOWN_ANSWERS.get(), **answers})
+    mark = _KNOWN_ANSWERS.set({**(_KNOWN_ANSWERS.get() or {}), **answers})
     try:
         yield
     finally:
@@ -104,7 +104,7 @@ def _batch_size(config):
 
 # %% ../../nbs/documents/chat_model.ipynb #5a92c388
 # (ids of a prompt, max_new_tokens) -> ids of its answer, where it was already computed; see `ChatLlama.batch`
-_KNOWN_ANSWERS = contextvars.ContextVar('known answers', default={})
+_KNOWN_ANSWERS = contextvars.ContextVar('known answers', default=None)
 _TOLD_APART_BY = ('system', 'max_new_tokens', 'temperature', 'top_k', 'top_p', 'repetition_penalty')
 
 
@@ -219,7 +219,7 @@ class ChatLlama(BaseChatModel):
 
     def _answer_ids(self, ids, config):
         "Ids of the answer, one by one, EOS among them"
-        known = _KNOWN_ANSWERS.get().get((tuple(ids), config.max_new_tokens))
+        known = (_KNOWN_ANSWERS.get() or {}).get((tuple(ids), config.max_new_tokens))
         if known is None:
             return token_stream(self.model, ids, config)
         ended = [*known, self.tokenizer.eos_token_id]

@@ -7,26 +7,24 @@ __all__ = ['MAX_TEXT', 'MAX_UNPACKED', 'READERS', 'MAX_MIB', 'find_documents', '
            'load_documents']
 
 # %% ../../nbs/documents/load.ipynb #9d6ea7e0
-import csv
 import glob
-import io
 import json
 import logging
 import re
 import zipfile
-from html.parser import HTMLParser
 from pathlib import Path
 
-from ..core.errors import LlamaZhError, need, what_is
-from .split import sentences
-from ..text.files import BAD, detect, unwrap, wrap_width
-
-# %% ../../nbs/documents/load.ipynb #302a9a88
+from bs4 import BeautifulSoup
+from bs4.element import PreformattedString
 from langchain_core.document_loaders import BaseLoader
 from langchain_core.documents import Document
 
+from ..core.errors import LlamaZhError, need, what_is
+from .split import sentences
+from ..text.files import BAD, detect, read_rows, unwrap, wrap_width
+
 # %% ../../nbs/documents/load.ipynb #9a0758c7
-_BINARY = (
+_NOT_TEXT = (  # what `what_is` says of files that hold no text
     'git-LFS',
     'zip',
     'GGUF',
@@ -42,111 +40,112 @@ _BINARY = (
     'zero bytes',
     'empty',
 )
+_CONTROL = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f]')
+
+
+def _tidy(text):
+    "`text` without control characters; what did not decode becomes �, every line end a \\n"
+    text = BAD.sub('\ufffd', text).replace('\r\n', '\n').replace('\r', '\n')
+    return _CONTROL.sub('', text)
 
 
 def _decode(path, encoding, notes):
-    "The text of `path`, line ends and control characters tidied"
-    what = what_is(path)
-    if any(k in what for k in _BINARY):
-        raise LlamaZhError(f'{path} is {what}, text was expected')
-    enc, found = detect(path, encoding)
-    notes += found
-    text = Path(path).read_bytes().decode(enc, 'surrogateescape').removeprefix('\ufeff')
-    text = BAD.sub('\ufffd', text).replace('\r\n', '\n').replace('\r', '\n')
-    return re.sub('[\x00-\x08\x0b\x0c\x0e-\x1f]', '', text)
+    "The text of a file"
+    found = what_is(path)
+    if any(kind in found for kind in _NOT_TEXT):
+        raise LlamaZhError(f'{path} is {found}, text was expected')
+    encoding, more = detect(path, encoding)
+    notes += more
+    return _tidy(Path(path).read_bytes().decode(encoding, 'surrogateescape').removeprefix('\ufeff'))
 
 # %% ../../nbs/documents/load.ipynb #9b729848
-def _joined(text, notes):
+def _join_lines(text, notes):
     "`text`, its lines joined where they were broken at a fixed width"
-    lines = text.split('\n')
-    if not (width := wrap_width(lines)):
+    width = wrap_width(text.split('\n'))
+    if not width:
         return text
     notes.append(f'lines joined that were broken at {width} characters')
-    return '\n\n'.join(unwrap(b.split('\n'), width) for b in re.split(r'\n[ \t\u3000]*\n', text))
+    paragraphs = re.split(r'\n[ \t\u3000]*\n', text)
+    return '\n\n'.join(unwrap(p.split('\n'), width) for p in paragraphs)
+
+
+_SETTINGS = re.compile(  # YAML, which a mere rule at the beginning is not
+    r'\A---\n(?:[\w-]+ *:.*\n|[ \t-].*\n|\n)*---\n'
+)
+_PICTURES = re.compile(r'!\[([^\]]*)\]\(data:[^)]*\)')  # pictures within the text, in base64
 
 
 def _read_txt(path, encoding, notes):
-    return [(_joined(_decode(path, encoding, notes), notes), {})]
+    return [(_join_lines(_decode(path, encoding, notes), notes), {})]
 
 
 def _read_md(path, encoding, notes):
-    return [(re.sub(r'\A---\n.*?\n---\n', '', _decode(path, encoding, notes), flags=re.S), {})]
+    text = _SETTINGS.sub('', _decode(path, encoding, notes))
+    return [(_PICTURES.sub(r'\1', text), {})]
 
 # %% ../../nbs/documents/load.ipynb #c727921a
-class _Visible(HTMLParser):
-    "Collects visible text; headings as `#` lines, table cells between bars"
+_HIDDEN = ['script', 'style', 'title', 'nav', 'footer', 'noscript', 'template', 'svg']
+_BLOCKS = 'p div br li ul ol tr table section article blockquote pre dt dd main header'.split() + [
+    f'h{level}' for level in range(1, 7)
+]
+_HELD = '\0'  # stands for a space that is kept
 
-    _hidden, _block = (
-        {'script', 'style', 'head', 'nav', 'footer', 'noscript', 'template', 'svg'},
-        {
-            'p',
-            'div',
-            'br',
-            'li',
-            'ul',
-            'ol',
-            'tr',
-            'table',
-            'section',
-            'article',
-            'blockquote',
-            'pre',
-            'dt',
-            'dd',
-            'main',
-            'header',
-        },
-    )
 
-    def __init__(self, text):
-        super().__init__()
-        self.out, self.deep, self.title, self.in_title = [], 0, '', False
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        if tag in self._hidden:
-            self.deep += 1
-        elif tag == 'body':
-            self.deep = 0  # a head that nobody closed
-        elif tag in self._block:
-            self.out.append('\n')
-        elif re.fullmatch('h[1-6]', tag):
-            self.out.append('\n\n' + '#' * int(tag[1]) + ' ')
-        elif tag in ('td', 'th'):
-            self.out.append('| ')
-        self.in_title = tag == 'title'
-
-    def handle_endtag(self, tag):
-        if tag in self._hidden:
-            self.deep = max(0, self.deep - 1)
-        elif tag in self._block or re.fullmatch('h[1-6]', tag):
-            self.out.append('\n')
-        elif tag in ('td', 'th'):
-            self.out.append(' ')
-        if tag == 'title':
-            self.in_title = False
-
-    def handle_data(self, data):
-        if self.in_title:
-            self.title += data.strip()
-        elif not self.deep:
-            self.out.append(re.sub(r'\s+', ' ', data))
+def _html_text(
+    markup: str,  # HTML
+) -> tuple:  # (text, title)
+    "What a reader sees: headings as `#` lines, rows between bars, numbered items, code between fences"
+    soup = BeautifulSoup(markup, 'html.parser')
+    title = ' '.join(soup.title.get_text().split()) if soup.title else ''
+    for tag in soup(_HIDDEN):
+        tag.decompose()
+    for string in soup.find_all(string=True):
+        if isinstance(string, PreformattedString):  # a comment, a declaration
+            string.extract()
+        elif string.find_parent('pre'):
+            string.replace_with(string.replace(' ', _HELD))
+        else:
+            string.replace_with(re.sub(r'\s+', ' ', string))
+    for tag in soup('pre'):
+        tag.insert(0, '```\n')
+        tag.append('\n```')
+    for tag in soup('ol'):
+        first = tag.get('start', '')
+        items = tag.find_all('li', recursive=False)
+        for number, item in enumerate(items, int(first) if first.isdigit() else 1):
+            item.insert(0, f'{number}. ')
+    for cell in reversed(soup(['td', 'th'])):  # a table in a cell comes before the cell
+        if not cell.find(['table', 'ul', 'ol', 'pre', *_BLOCKS[-6:]]):
+            cell.string = ' '.join(cell.get_text(' ').split()).replace('|', '｜')
+        cell.insert(0, '| ')
+        cell.append(' ')
+    for row in soup('tr'):
+        row.append('|')
+    for tag in soup(_BLOCKS):
+        heading = re.fullmatch('h([1-6])', tag.name)
+        tag.insert_before('\n\n' if heading else '\n')
+        if tag.name not in ('tr', 'li', 'br'):  # no empty line between these
+            tag.insert_after('\n')
+        if heading:
+            tag.insert(0, '#' * int(heading[1]) + ' ')
+    lines = (line.strip() for line in soup.get_text().split('\n'))
+    text = re.sub(r'\n{3,}', '\n\n', '\n'.join(lines)).strip()
+    return text.replace(_HELD, ' '), title
 
 
 def _read_html(path, encoding, notes):
-    page = _Visible(_decode(path, encoding, notes))
-    lines = [l.strip() for l in ''.join(page.out).split('\n')]
-    text = re.sub(r'\n{3,}', '\n\n', '\n'.join(lines)).strip()
-    return [(text, {'title': page.title} if page.title else {})]
+    text, title = _html_text(_decode(path, encoding, notes))
+    return [(text, {'title': title} if title else {})]
 
 # %% ../../nbs/documents/load.ipynb #d0c00005
 MAX_TEXT = 50_000_000  # characters of one PDF
-MAX_UNPACKED = 300 * 2**20  # bytes that a Word file may unpack to
-_FOLIO = re.compile(r'[\s\-–—·.]*\d{1,4}[\s\-–—·./]*(?:\d{1,4})?[\s\-–—·]*|第\s*\d+\s*页.{0,12}')
+_FOLIO = re.compile(  # 12, - 12 -, 3/9, 第 3 页 共 9 页
+    r'[\s\-–—·.]*\d{1,4}[\s\-–—·./]*(?:\d{1,4})?[\s\-–—·]*|第\s*\d+\s*页.{0,12}'
+)
+_SENTENCE_ENDS = '。！？…!?”’」』.：:'
 
 
-def _no_folio(text):
+def _without_folio(text):
     "The text of a page without a page number at its top or bottom"
     lines = text.strip().split('\n')
     for at in (0, -1):
@@ -155,13 +154,16 @@ def _no_folio(text):
     return '\n'.join(lines)
 
 
-def _across(pages):
+def _across_pages(pages):
     "A sentence that runs over a page's end is moved to the page where it begins"
     for i in range(len(pages) - 1):
-        last, first = pages[i].rstrip(), sentences(pages[i + 1])
-        if last and first and last[-1] not in '。！？…!?”’」』.：:' and len(first[0]) < 400:
-            glue = ' ' if last[-1].isascii() and first[0][:1].isascii() else ''
-            pages[i], pages[i + 1] = last + glue + first[0].strip(), ''.join(first[1:])
+        page, following = pages[i].rstrip(), sentences(pages[i + 1])
+        if not page or not following or page[-1] in _SENTENCE_ENDS:
+            continue
+        if len(following[0]) < 400:  # longer: no sentence, but a table or a list
+            glue = ' ' if page[-1].isascii() and following[0][:1].isascii() else ''
+            pages[i] = page + glue + following[0].strip()
+            pages[i + 1] = ''.join(following[1:])
     return pages
 
 # %% ../../nbs/documents/load.ipynb #d0c00008
@@ -174,8 +176,8 @@ def _pdf_pages(path):
         if pdf.is_encrypted and not pdf.decrypt(''):
             raise LlamaZhError(f'{path} is protected by a password: save it without one')
         pages, n = [], 0
-        for p in pdf.pages:
-            pages.append(p.extract_text())
+        for page in pdf.pages:
+            pages.append(page.extract_text())
             n += len(pages[-1])
             if n > MAX_TEXT:
                 raise LlamaZhError(
@@ -186,7 +188,8 @@ def _pdf_pages(path):
         raise
     except Exception as e:
         raise LlamaZhError(
-            f'{path} is {what_is(path)} that cannot be read ({type(e).__name__}: {str(e)[:80]}): save it anew'
+            f'{path} is {what_is(path)} that cannot be read '
+            f'({type(e).__name__}: {str(e)[:80]}): save it anew'
         ) from None
 
 
@@ -194,135 +197,103 @@ def _read_pdf(path, encoding, notes):
     pages = _pdf_pages(path)
     if pages and not ''.join(pages).strip():
         raise LlamaZhError(
-            f'{path} has {len(pages)} page(s) and no text: they are pictures, run text recognition (OCR) over them first'
+            f'{path} has {len(pages)} page(s) and no text: they are pictures, '
+            'run text recognition (OCR) over them first'
         )
-    texts = _across([_joined(_no_folio(BAD.sub('\ufffd', t)), notes) for t in pages])
-    return [(t, {'page': n}) for n, t in enumerate(texts, 1)]
+    pages = [BAD.sub('\ufffd', page) for page in pages]
+    pages = _across_pages([_join_lines(_without_folio(page), notes) for page in pages])
+    return [(page, {'page': n}) for n, page in enumerate(pages, 1)]
 
 # %% ../../nbs/documents/load.ipynb #d0c00012
+MAX_UNPACKED = 300 * 2**20  # bytes that a Word file may unpack to
+_WORD_HEADINGS = '\n'.join(  # the Chinese names of Word's styles, for mammoth
+    ["p[style-name='标题'] => h1:fresh", "p[style-name='Title'] => h1:fresh"]
+    + [f"p[style-name='标题 {level}'] => h{level}:fresh" for level in range(1, 7)]
+)
+
+
 def _check_zip(path):
     "Refuse what is no zip, or unpacks to too much"
     try:
-        sizes = [i.file_size for i in zipfile.ZipFile(path).infolist()]
+        with zipfile.ZipFile(path) as z:
+            size = sum(member.file_size for member in z.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         raise LlamaZhError(
-            f'{path} is {what_is(path)}, a Word file (.docx) was expected: open it in a word processor and save it as .docx'
+            f'{path} is {what_is(path)}, a Word file (.docx) was expected: '
+            'open it in a word processor and save it as .docx'
         ) from None
-    if sum(sizes) > MAX_UNPACKED:
+    if size > MAX_UNPACKED:
         raise LlamaZhError(
-            f'{path} would unpack to {sum(sizes) / 2**20:,.0f} MiB, more than {MAX_UNPACKED >> 20:,}: not read'
+            f'{path} would unpack to {size / 2**20:,.0f} MiB, '
+            f'more than {MAX_UNPACKED >> 20:,}: not read'
         )
-
-
-def _level(p):
-    "Heading level of a Word paragraph, else 0"
-    style = p.style
-    while style is not None:
-        m = re.fullmatch(
-            r'(?:heading|标题)\s*([1-6])|(title|标题)', (style.name or '').strip(), re.I
-        )
-        if m:
-            return int(m[1] or 1)
-        style = style.base_style
-    return 0
-
-
-def _rows(table):
-    "The rows of a Word table; a cell that spans several columns is named once"
-    for row in table.rows:
-        cells = list({id(c._tc): c for c in row.cells}.values())
-        yield (
-            '| '
-            + ' | '.join(re.sub(r'\s+', ' ', c.text).strip().replace('|', '｜') for c in cells)
-            + ' |'
-        )
-
-
-def _docx_lines(doc):
-    for item in doc.iter_inner_content():
-        if hasattr(item, 'rows'):
-            yield '\n'.join(['', *_rows(item), ''])
-        elif item.text.strip():
-            yield ('\n' + '#' * _level(item) + ' ' if _level(item) else '') + item.text.strip()
 
 
 def _read_docx(path, encoding, notes):
     _check_zip(path)
-    docx = need('docx', 'rag')
+    mammoth = need('mammoth', 'rag')
     try:
-        text = '\n'.join(_docx_lines(docx.Document(path)))
-    except (LlamaZhError, OSError):
+        with Path(path).open('rb') as f:
+            without_pictures = mammoth.images.img_element(lambda image: {})
+            html = mammoth.convert_to_html(
+                f, style_map=_WORD_HEADINGS, convert_image=without_pictures
+            ).value
+    except OSError:
         raise
     except Exception as e:
         raise LlamaZhError(
-            f'{path} is {what_is(path)}, but no readable Word file ({type(e).__name__}: {str(e)[:80]})'
+            f'{path} is {what_is(path)}, but no readable Word file '
+            f'({type(e).__name__}: {str(e)[:80]})'
         ) from None
-    return [(text.strip(), {})]
+    return [(_html_text(html)[0], {})]
 
 # %% ../../nbs/documents/load.ipynb #813dae47
+# names of columns and keys, the first that is there counts
 _TEXT = ('text', 'content', 'page_content', '正文', '内容', 'body', 'passage', 'context', 'article')
 _TITLE, _ID = ('title', '标题', '题目', 'name'), ('id', '_id', 'doc_id', '编号')
 
 
-def _row(row):
+def _row_text(row):
     "(text, metadata) of a JSON value or table row; empty text where there is none"
     if isinstance(row, str):
         return row, {}
     if not isinstance(row, dict):
         return '', {}
-    first = lambda keys: next(
-        (str(row[k]) for k in keys if isinstance(row.get(k), (str, int)) and str(row[k]).strip()),
-        '',
-    )
+
+    def first(keys):
+        values = (row.get(k) for k in keys)
+        return next((str(v) for v in values if isinstance(v, str | int) and str(v).strip()), '')
+
     meta = {k: v for k, v in dict(id=first(_ID), title=first(_TITLE)).items() if v}
     if text := first(_TEXT):
         return (f'# {meta["title"]}\n{text}' if 'title' in meta else text), meta
-    show = lambda v: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False)
-    return '\n'.join(
-        f'{k}：{show(v)}' for k, v in row.items() if k and v not in (None, '', [], {})
-    ), meta
+    lines = []
+    for key, value in row.items():
+        if key and value not in (None, '', [], {}):
+            if not isinstance(value, str):
+                value = json.dumps(value, ensure_ascii=False, default=str)
+            lines.append(f'{key}：{value}')
+    return '\n'.join(lines), meta
 
 
-def _read_csv(path, encoding, notes):
-    text = _decode(path, encoding, notes)
-    csv.field_size_limit(1 << 30)
-    rows = csv.DictReader(
-        io.StringIO(text), delimiter='\t' if '\t' in text.split('\n', 1)[0] else ','
-    )
-    try:
-        return [(t, {**m, 'row': n}) for n, (t, m) in enumerate(map(_row, rows), 1)]
-    except csv.Error as e:
-        raise LlamaZhError(f'{path}, line {rows.line_num}: not a readable table ({e})') from None
-
-
-def _read_json(path, encoding, notes):
-    "JSON lines, or one JSON value; broken lines are counted"
-    text, out, bad = _decode(path, encoding, notes), [], []
-    try:
-        whole = json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        whole = None
-    if isinstance(whole, (list, dict)):
-        return [
-            (t, {**m, 'row': n})
-            for n, (t, m) in enumerate(map(_row, whole if isinstance(whole, list) else [whole]), 1)
-        ]
-    for n, line in enumerate(text.split('\n'), 1):
-        if not line.strip():
-            continue
-        try:
-            t, m = _row(json.loads(line))
-        except (json.JSONDecodeError, RecursionError):
-            bad.append(n)
-            continue
-        if t.strip():
-            out.append((t, {**m, 'row': n}))
+def _read_rows(path, encoding, notes):
+    "Rows of JSON, JSON lines, CSV, TSV or Parquet; what cannot be read is counted"
+    found = []
+    rows = list(read_rows(path, encoding, found, what='documents'))
+    notes += [note for note in found if not note.startswith('encoding: ')]
+    # in JSON lines the number of the line, elsewhere of the row
+    by_line = path.suffix.lower() == '.jsonl'
+    out, bad = [], []
+    for n, row in enumerate(rows, 1):
+        number = row.line if by_line else n
+        text, meta = ('', {}) if row.problem else _row_text(row.value)
+        if text.strip():
+            out.append((_tidy(text), {**meta, 'row': number}))
         else:
-            bad.append(n)
+            bad.append(number)
     if bad:
-        notes.append(
-            f'{len(bad)} line(s) without a readable row left out: {", ".join(map(str, bad[:5]))}{" ..." if len(bad) > 5 else ""}'
-        )
+        some = ', '.join(map(str, bad[:5])) + (' ...' if len(bad) > 5 else '')
+        notes.append(f'{len(bad)} line(s) without a readable row left out: {some}')
     return out
 
 # %% ../../nbs/documents/load.ipynb #76a72119
@@ -334,70 +305,75 @@ READERS = {
     '.htm': _read_html,
     '.pdf': _read_pdf,
     '.docx': _read_docx,
-    '.csv': _read_csv,
-    '.tsv': _read_csv,
-    '.json': _read_json,
-    '.jsonl': _read_json,
+    '.csv': _read_rows,
+    '.tsv': _read_rows,
+    '.json': _read_rows,
+    '.jsonl': _read_rows,
+    '.parquet': _read_rows,
 }
-_ODD = re.compile(
+_UNSEEN = re.compile(  # control, direction and half characters
     '[\x00-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]'
-)  # control, direction and half characters
+)
 
 
-def _shown(name):
+def _printable_name(name):
     "`name` with every character spelled out that cannot be seen or written"
-    return _ODD.sub(
-        lambda m: m[0].encode('unicode_escape', 'surrogatepass').decode(),
-        name.replace('\\', '\\\\') if _ODD.search(name) else name,
-    )
+    if not _UNSEEN.search(name):
+        return name
+
+    def spelled(match):
+        return match[0].encode('unicode_escape', 'surrogatepass').decode()
+
+    return _UNSEEN.sub(spelled, name.replace('\\', '\\\\'))
 
 
-def _inside(folder):
-    "[(path, name, why it is not read or None)] of a folder's files; hidden ones are passed over"
+def _files_in(folder):
+    "Yield (path, name, why it is not read or None) of a folder's files; hidden ones are passed over"
     root = folder.resolve()
-    for f in sorted(folder.rglob('*')):
-        name = f.relative_to(folder).as_posix()
-        if any(part.startswith('.') for part in Path(name).parts) or f.is_dir():
+    for path in sorted(folder.rglob('*')):
+        name = path.relative_to(folder)
+        if any(part.startswith('.') for part in name.parts) or path.is_dir():
             continue
-        if f.is_symlink() and not f.resolve().is_relative_to(root):
-            yield f, name, 'a link that leads out of the folder'
-        elif f.is_file():
-            yield f, name, None
-        else:
-            yield f, name, 'no plain file' if not f.is_symlink() else 'a link that leads nowhere'
+        why = None
+        if path.is_symlink() and not path.resolve().is_relative_to(root):
+            why = 'a link that leads out of the folder'
+        elif not path.is_file():
+            why = 'a link that leads nowhere' if path.is_symlink() else 'no plain file'
+        yield path, name.as_posix(), why
 
 # %% ../../nbs/documents/load.ipynb #d0c00021
+def _files_meant(source):
+    "[(path, name, why it is not read or None)] of a file, folder or pattern"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return list(_files_in(path))
+    if path.is_file():
+        return [(path, path.name, None)]
+    matching = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207 - an absolute pattern
+    return [(p, p.name, None) for p in matching if p.is_file() and p.name[0] != '.']
+
+
 def find_documents(
     sources,  # a file, folder or pattern, or a list of them
 ) -> list:  # of (path, name, why it is not read or None)
-    "The files that `sources` mean, each with a name of its own; a source that means nothing is an error"
+    "The files that `sources` mean, each with a name of its own; a source without any is an error"
     found, names = {}, set()
-    for s in [sources] if isinstance(sources, (str, Path)) else sources:
-        p = Path(s).expanduser()
-        got = (
-            list(_inside(p))
-            if p.is_dir()
-            else [
-                (f, f.name, None)
-                for f in (
-                    [p] if p.is_file() else map(Path, sorted(glob.glob(str(p), recursive=True)))
-                )
-                if f.is_file() and (p.is_file() or f.name[0] != '.')
-            ]
-        )
-        if not got:
-            raise LlamaZhError(
-                f'{s}: {"this folder holds no file" if p.is_dir() else "no such file or folder, and no file matches it as a pattern"}'
-            )
-        for f, name, why in got:
-            key = f.absolute() if why else f.resolve()
+    for source in [sources] if isinstance(sources, str | Path) else sources:
+        files = _files_meant(source)
+        if not files:
+            why = 'no such file or folder, and no file matches it as a pattern'
+            if Path(source).expanduser().is_dir():
+                why = 'this folder holds no file'
+            raise LlamaZhError(f'{source}: {why}')
+        for path, name, why in files:
+            key = path.absolute() if why else path.resolve()
             if key in found:
                 continue
-            name, up = _shown(name), f.absolute().parent
-            while name in names and up.name:
-                name, up = f'{_shown(up.name)}/{name}', up.parent  # two files of one name
+            name, above = _printable_name(name), path.absolute().parent
+            while name in names and above.name:  # two files of one name
+                name, above = f'{_printable_name(above.name)}/{name}', above.parent
             names.add(name)
-            found[key] = (f, name, why)
+            found[key] = (path, name, why)
     return list(found.values())
 
 # %% ../../nbs/documents/load.ipynb #d0c00025
@@ -412,42 +388,41 @@ def read_file(
 ) -> tuple:  # (list of `Document`, list of notes)
     "The documents in one file: pages, rows, or one"
     path, notes = Path(path), []
-    if (mib := path.stat().st_size / 2**20) > max_mib:
+    mib = path.stat().st_size / 2**20
+    if mib > max_mib:
         raise LlamaZhError(
             f'{path} has {mib:,.0f} MiB, more than {max_mib}: split it, or raise max_mib'
         )
-    rows = READERS.get(path.suffix.lower(), _unknown)(path, encoding, notes)
-    clean = lambda t: t.encode('utf-8', 'replace').decode()  # JSON can spell halves of a character
-    docs = [
-        Document(clean(t), metadata={'source': name or path.name, **m})
-        for t, m in rows
-        if t.strip()
-    ]
+    read = READERS.get(path.suffix.lower())
+    if read is None:
+        found = path.suffix or 'a name without suffix'
+        raise LlamaZhError(f'no reader for {found}: convert it to one of {", ".join(READERS)}')
+    docs = []
+    for text, meta in read(path, encoding, notes):
+        text = text.encode('utf-8', 'replace').decode()  # JSON can spell halves of a character
+        if text.strip():
+            docs.append(Document(text, metadata={'source': name or path.name, **meta}))
     if not docs:
         raise LlamaZhError('holds no text')
     return docs, notes
 
-
-def _unknown(path, encoding, notes):
-    raise LlamaZhError(
-        f'no reader for {path.suffix or "a name without suffix"}: convert it to one of {", ".join(READERS)}'
-    )
-
 # %% ../../nbs/documents/load.ipynb #233c27a0
 class DocumentLoader(BaseLoader):
-    "Documents of files, folders and patterns; afterwards `skipped` and `notes` say what was not read, and what was odd"
+    "Documents of files, folders and patterns; `skipped` and `notes` say what was odd, afterwards"
 
     def __init__(
         self,
         sources,  # a path or pattern, or a list of them
         encoding: str = None,  # known encoding of text files, else found out
-        max_mib: int = MAX_MIB,
-    ):  # largest file that is read
+        max_mib: int = MAX_MIB,  # largest file that is read
+    ):
         self.sources, self.encoding, self.max_mib = sources, encoding, max_mib
 
     def lazy_load(self):
         "Yield one `Document` after another"
-        self.files, self.skipped, self.notes = 0, [], []
+        self.files = 0  # that were read
+        self.skipped = []  # (file, why it was not read)
+        self.notes = []  # (file, what was odd in it)
         for path, name, why in find_documents(self.sources):
             if why:
                 self.skipped.append((name, why))
@@ -455,29 +430,36 @@ class DocumentLoader(BaseLoader):
             try:
                 docs, notes = read_file(path, name, self.encoding, self.max_mib)
             except (LlamaZhError, OSError, UnicodeError, ValueError, MemoryError) as e:
-                self.skipped.append(
-                    (name, (str(e) or type(e).__name__).replace(str(path), name, 1))
-                )
+                why = (str(e) or type(e).__name__).replace(str(path), name, 1)
+                self.skipped.append((name, why))
                 continue
             self.files += 1
-            self.notes += [(name, n) for n in notes]
+            self.notes += [(name, note) for note in notes]
             yield from docs
 
 # %% ../../nbs/documents/load.ipynb #d5a2992c
 class Documents(list):
     "A list of LangChain documents that remembers what was not read"
 
-    def __init__(self, docs=(), files=0, skipped=(), notes=()):
+    def __init__(
+        self,
+        docs=(),
+        files=0,  # that were read
+        skipped=(),  # (file, why it was not read)
+        notes=(),  # (file, what was odd in it)
+    ):
         super().__init__(docs)
         self.files, self.skipped, self.notes = files, list(skipped), list(notes)
 
     def __repr__(self):
-        out = f'{len(self):,} documents from {self.files:,} files, {sum(len(d.page_content) for d in self):,} characters; {len(self.skipped):,} files skipped'
-        return '\n'.join(
-            [out]
-            + [f'  skipped {n}: {why}' for n, why in self.skipped[:20]]
-            + [f'  note on {n}: {x}' for n, x in self.notes[:20]]
+        chars = sum(len(d.page_content) for d in self)
+        head = (
+            f'{len(self):,} documents from {self.files:,} files, {chars:,} characters; '
+            f'{len(self.skipped):,} files skipped'
         )
+        skipped = [f'  skipped {name}: {why}' for name, why in self.skipped[:20]]
+        notes = [f'  note on {name}: {note}' for name, note in self.notes[:20]]
+        return '\n'.join([head, *skipped, *notes])
 
 
 def load_documents(
@@ -485,11 +467,10 @@ def load_documents(
     encoding: str = None,  # known encoding of text files, else found out
     max_mib: int = MAX_MIB,  # largest file that is read
 ) -> Documents:  # a list of LangChain `Document`; `.skipped` holds (file, reason)
-    "Read `sources`; files that cannot be read are skipped and counted, nothing readable at all is an error"
+    "Read `sources`; what cannot be read is skipped and named, nothing readable at all is an error"
     loader = DocumentLoader(sources, encoding, max_mib)
     docs = Documents(loader.load(), loader.files, loader.skipped, loader.notes)
     if not docs:
-        raise LlamaZhError(
-            'no document could be read: ' + '; '.join(f'{n}: {why}' for n, why in docs.skipped[:5])
-        )
+        why = '; '.join(f'{name}: {why}' for name, why in docs.skipped[:5])
+        raise LlamaZhError(f'no document could be read: {why}')
     return docs

@@ -14,6 +14,7 @@ from ..core.errors import LlamaZhError, write_json
 from .assistant import Assistant
 from .recall import eval_retrieval, known_passage
 from ..evals.measure import has_value, wilson
+from ..text.questions import answers_of
 
 # %% ../../nbs/documents/scoring.ipynb #3de8716b
 # the official script's list: no comma, no …, no Latin full stop
@@ -170,9 +171,11 @@ def evaluate_answers(
     "Retrieval and answers on the same questions"
     if not questions:
         raise LlamaZhError('no questions were given')
-    rows = [{k: v for k, v in q.items() if k != 'context'} for q in questions]  # it is long
+    rows = [dict(q, answers=answers_of(q)) for q in questions]
+    for row in rows:
+        row.pop('context', None)  # it is long, and in the file of questions
     if bot.llm:
-        unanswered = [q['question'] for q in questions if not q.get('answers')]
+        unanswered = [q['question'] for q in questions if not answers_of(q)]
         if unanswered:
             raise LlamaZhError(
                 f'{len(unanswered)} questions have no answer to compare with, such as '

@@ -13,19 +13,18 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from langchain_core.embeddings import Embeddings
+
 from ..core.errors import LlamaZhError, need
 from ..core.machine import pick_device, quiet
 from .lexicon import HashedEmbeddings
 
-# %% ../../nbs/documents/stores.ipynb #570e0006
-from langchain_core.embeddings import Embeddings
-
 # %% ../../nbs/documents/stores.ipynb #570e0013
 def get_embeddings(
-    name='lexical',  # 'lexical', a sentence-transformers model (folder or Hub id), or LangChain embeddings, which are given back
+    name='lexical',  # 'lexical', a sentence-transformers model (folder or Hub id), or LangChain embeddings
     device: str = 'auto',  # for a model
     words=True,  # for 'lexical': also words found by jieba
-) -> Embeddings:
+) -> Embeddings:  # what was given, where it is one already
     "The embeddings called `name`"
     if hasattr(name, 'embed_query'):
         return name
@@ -33,20 +32,22 @@ def get_embeddings(
         return HashedEmbeddings(words)
     if str(name).startswith(('/', './', '../', '~')) and not Path(name).expanduser().is_dir():
         raise LlamaZhError(f'the embedding model {str(name)!r} was not found: no such folder')
-    pick, hf = pick_device, need('langchain_huggingface', 'rag')
+    langchain_huggingface = need('langchain_huggingface', 'rag')
     try:
-        return hf.HuggingFaceEmbeddings(
+        return langchain_huggingface.HuggingFaceEmbeddings(
             model_name=str(name),
-            model_kwargs={'device': pick(device)},
+            model_kwargs={'device': pick_device(device)},
             encode_kwargs={'normalize_embeddings': True},
         )
     except ImportError:
         raise LlamaZhError(
-            f"embedding={str(name)!r} needs the package 'sentence-transformers': run  pip install sentence-transformers"
+            f"embedding={str(name)!r} needs the package 'sentence-transformers': "
+            'run  pip install sentence-transformers'
         ) from None
     except Exception as e:
         raise LlamaZhError(
-            f"the embedding model {str(name)!r} was not found here nor fetched from the Hub ({str(e)[:100]}): check the name and the network, or use 'lexical'"
+            f'the embedding model {str(name)!r} was not found here nor fetched from the Hub '
+            f"({str(e)[:100]}): check the name and the network, or use 'lexical'"
         ) from None
 
 
@@ -54,63 +55,83 @@ def embedding_name(embedding):
     "How an embedding is named in index.json"
     if hasattr(embedding, 'embed_query'):
         return f'object:{type(embedding).__name__}'  # must be given again
-    return (
-        str(Path(embedding).expanduser().absolute())
-        if Path(embedding).expanduser().is_dir()
-        else str(embedding)
-    )
+    folder = Path(embedding).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else str(embedding)
 
 # %% ../../nbs/documents/stores.ipynb #570e0021
 class Vectors:
-    "Texts with vectors in a LangChain vector store"
+    "Texts with vectors in a LangChain vector store; a kind of store says how to put, drop, count, ..."
 
-    batch = 500
+    batch = 500  # texts that are added at a time
 
-    def __init__(self, lc, client, embeddings, where):
+    def __init__(
+        self,
+        lc,  # LangChain's vector store
+        client,  # what it speaks through
+        embeddings,  # LangChain's
+        where,  # its address, for messages
+    ):
         self.lc, self.client, self.embeddings, self.where = lc, client, embeddings, where
 
-    def add(self, ids, texts, metas, vectors=None):
-        "Add or replace texts; their `vectors` are computed where not given"
+    def add(
+        self,
+        ids,  # of str
+        texts,  # of str
+        metas,  # of dict
+        vectors=None,  # (texts, dim); None: computed here
+    ):
+        "Add or replace texts"
         for i in range(0, len(ids), self.batch):
-            s = slice(i, i + self.batch)
-            v = self.embeddings.embed_documents(texts[s]) if vectors is None else vectors[s]
-            self._try(
-                self._put,
-                ids[s],
-                texts[s],
-                [
-                    {k: x for k, x in m.items() if isinstance(x, (str, int, float, bool))}
-                    for m in metas[s]
-                ],
-                v,
-            )
+            some = slice(i, i + self.batch)
+            if vectors is None:
+                near = self.embeddings.embed_documents(texts[some])
+            else:
+                near = vectors[some]
+            plain = [_plain_values(meta) for meta in metas[some]]
+            self._try(self._put, ids[some], texts[some], plain, near)
 
     def delete(self, ids):
         "Delete by id; what is not there is no fault"
-        for i in range(0, len(ids), 5000):
+        for i in range(0, len(ids), 5000):  # more than this is refused by some servers
             self._try(self._drop, ids[i : i + 5000])
 
-    def search(self, question, k=4, where=None):
-        "[(Document, similarity)], the nearest first; `where` names metadata: {'source': 'a.md'}, or a list of allowed values"
-        if not k or where and any(v == [] for v in where.values()):
+    def have(self, ids) -> set:
+        "Those of `ids` that are there"
+        return self._try(self._have, list(ids)) if ids else set()
+
+    def search(
+        self,
+        question: str,
+        k: int = 4,
+        where: dict = None,  # metadata: {'source': 'a.md'}, or a list of allowed values
+    ) -> list:  # of (Document, similarity from 0 to 1), the nearest first
+        "The nearest texts"
+        if not k or (where and any(v == [] for v in where.values())):
             return []
-        got = self._try(self._near, self.embeddings.embed_query(question), k, where or {})
-        return sorted(((d, min(max(float(s), 0.0), 1.0)) for d, s in got), key=lambda p: -p[1])
+        found = self._try(self._near, self.embeddings.embed_query(question), k, where or {})
+        found = [(doc, min(max(float(s), 0.0), 1.0)) for doc, s in found]
+        return sorted(found, key=lambda pair: -pair[1])
 
     def _try(self, f, *args):
+        "What a store's client throws, said in one message"
         try:
             return f(*args)
         except LlamaZhError:
             raise
         except Exception as e:
-            say = ' '.join(str(e).split())[:200]
-            if 'dimension' in say.lower():
+            why = ' '.join(str(e).split())[:200]
+            if 'dimension' in why.lower():
                 raise LlamaZhError(
-                    f'the store {self.where} holds vectors of another embedding ({say}): name another collection, or build the index again'
+                    f'the store {self.where} holds vectors of another embedding ({why}): '
+                    'name another collection, or build the index again'
                 ) from None
             raise LlamaZhError(
-                f'the store {self.where} failed ({type(e).__name__}: {say}): is it running, and is the address right?'
+                f'the store {self.where} failed ({type(e).__name__}: {why}): '
+                'is it running, and is the address right?'
             ) from None
+
+    def close(self):
+        self.client.close()
 
     @contextlib.contextmanager
     def closing(self):
@@ -126,8 +147,13 @@ class Vectors:
     def __repr__(self):
         return f'{type(self).__name__}({self.where}: {len(self):,} texts)'
 
+
+def _plain_values(meta):
+    "Metadata without what a store could not hold, such as lists"
+    return {k: v for k, v in meta.items() if isinstance(v, str | int | float | bool)}
+
 # %% ../../nbs/documents/stores.ipynb #570e0023
-def _quiet(module, extra='rag'):
+def _need_quietly(module, extra='rag'):
     "`need`, without the warnings that some packages give while they are imported"
     with quiet():
         return need(module, extra)
@@ -137,12 +163,9 @@ class ChromaVectors(Vectors):
     "Vectors in Chroma"
 
     def _put(self, ids, texts, metas, vectors):
-        self.lc._collection.upsert(
-            ids,
-            [list(map(float, v)) for v in vectors] if isinstance(vectors, list) else vectors,
-            metas,
-            texts,
-        )
+        if isinstance(vectors, list):
+            vectors = [list(map(float, v)) for v in vectors]
+        self.lc._collection.upsert(ids, vectors, metas, texts)
 
     def _drop(self, ids):
         self.lc._collection.delete(ids)
@@ -150,54 +173,60 @@ class ChromaVectors(Vectors):
     def _count(self):
         return self.lc._collection.count()
 
-    def have(self, ids):
-        return (
-            set(self._try(lambda: self.lc._collection.get(ids=list(ids), include=[])['ids']))
-            if ids
-            else set()
-        )
+    def _have(self, ids):
+        return set(self.lc._collection.get(ids=ids, include=[])['ids'])
 
     def _near(self, vector, k, where):
-        tests = [
-            {a: {'$in': list(b)} if isinstance(b, (list, tuple, set)) else b}
-            for a, b in where.items()
-        ]
+        tests = []
+        for key, wanted in where.items():
+            many = isinstance(wanted, list | tuple | set)
+            tests.append({key: {'$in': list(wanted)} if many else wanted})
         found = self.lc.similarity_search_by_vector_with_relevance_scores(
             vector,
-            k=min(k, max(self._count(), 1)),
-            filter=({'$and': tests} if len(tests) > 1 else tests[0]) if tests else None,
+            k=min(k, max(self._count(), 1)),  # Chroma complains where it is asked for more
+            filter={'$and': tests} if len(tests) > 1 else (tests or [None])[0],
         )
-        return [(d, 1 - x) for d, x in found]
-
-    def close(self):
-        self.client.close()
+        return [(doc, 1 - distance) for doc, distance in found]
 
 
-def _chroma(where, embeddings, name):
-    chromadb, lc = _quiet('chromadb'), _quiet('langchain_chroma')
-    settings, url = chromadb.Settings(anonymized_telemetry=False), urlsplit(str(where))
+def _store_token():
+    return os.environ.get('LLAMA_ZH_STORE_TOKEN')
+
+
+def _chroma_client(where):
+    "A client of a folder or of a server"
+    chromadb, url = _need_quietly('chromadb'), urlsplit(str(where))
+    settings = chromadb.Settings(anonymized_telemetry=False)
+    if url.scheme not in ('http', 'https'):
+        return chromadb.PersistentClient(str(where), settings=settings)
+    secure, token = url.scheme == 'https', _store_token()
+    return chromadb.HttpClient(
+        url.hostname,
+        url.port or (443 if secure else 8000),
+        ssl=secure,
+        headers={'Authorization': f'Bearer {token}'} if token else None,
+        settings=settings,
+    )
+
+
+def _open_chroma(where, embeddings, name):
+    langchain_chroma, url = _need_quietly('langchain_chroma'), urlsplit(str(where))
     try:
-        if url.scheme not in ('http', 'https'):
-            client = chromadb.PersistentClient(str(where), settings=settings)
-        else:
-            token = os.environ.get('LLAMA_ZH_STORE_TOKEN')
-            client = chromadb.HttpClient(
-                url.hostname,
-                url.port or (443 if url.scheme == 'https' else 8000),
-                ssl=url.scheme == 'https',
-                headers={'Authorization': f'Bearer {token}'} if token else None,
-                settings=settings,
-            )
-        store = lc.Chroma(
+        client = _chroma_client(where)
+        store = langchain_chroma.Chroma(
             name,
             embedding_function=embeddings,
             client=client,
             collection_configuration={'hnsw': {'space': 'cosine'}},
         )
+    except LlamaZhError:
+        raise
     except Exception as e:
         if url.scheme in ('http', 'https'):
+            run = f'chroma run --host {url.hostname} --port {url.port or 8000} --path FOLDER'
             raise LlamaZhError(
-                f'no Chroma server answers at {where} ({str(e)[:100]}): start one with  chroma run --host {url.hostname} --port {url.port or 8000} --path FOLDER  or leave store out'
+                f'no Chroma server answers at {where} ({str(e)[:100]}): '
+                f'start one with  {run}  or leave store out'
             ) from None
         raise LlamaZhError(
             f'{where} is no readable Chroma folder ({str(e)[:100]}): build the index again'
@@ -206,13 +235,13 @@ def _chroma(where, embeddings, name):
 
 # %% ../../nbs/documents/stores.ipynb #570e0031
 class MilvusVectors(Vectors):
-    "Vectors in Milvus"
+    "Vectors in Milvus, whose collection is made with the first text"
 
     @property
     def _name(self):
         return self.lc.collection_name
 
-    def _there(self):
+    def _exists(self):
         return self.client.has_collection(self._name)
 
     def _put(self, ids, texts, metas, vectors):
@@ -220,98 +249,90 @@ class MilvusVectors(Vectors):
         self.lc.add_embeddings(texts, [list(map(float, v)) for v in vectors], metas, ids=ids)
 
     def _drop(self, ids):
-        ids and self._there() and self.client.delete(self._name, ids=list(ids))
+        if ids and self._exists():
+            self.client.delete(self._name, ids=list(ids))
 
     def _count(self):
-        return (
-            self.client.query(self._name, filter='', output_fields=['count(*)'])[0]['count(*)']
-            if self._there()
-            else 0
-        )
+        if not self._exists():
+            return 0
+        rows = self.client.query(self._name, filter='', output_fields=['count(*)'])
+        return rows[0]['count(*)']
 
-    def have(self, ids):
-        return (
-            {
-                x['pk']
-                for x in self._try(
-                    lambda: self.client.get(self._name, ids=list(ids), output_fields=['pk'])
-                )
-            }
-            if ids and self._there()
-            else set()
-        )
+    def _have(self, ids):
+        if not self._exists():
+            return set()
+        return {row['pk'] for row in self.client.get(self._name, ids=ids, output_fields=['pk'])}
 
     def _near(self, vector, k, where):
-        if not self._there():
+        if not self._exists():
             return []
-        tests = [
-            f'{a} in {json.dumps(list(b), ensure_ascii=False)}'
-            if isinstance(b, (list, tuple, set))
-            else f'{a} == {json.dumps(b, ensure_ascii=False)}'
-            for a, b in where.items()
-        ]
-        if bad := [a for a in where if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', a)]:
-            raise LlamaZhError(f'{bad[0]!r} is no name of metadata that Milvus can filter by')
-        return self.lc.similarity_search_with_score_by_vector(vector, k=k, expr=' and '.join(tests))
-
-    def close(self):
-        self.client.close()
+        tests = []
+        for key, wanted in where.items():
+            if not re.fullmatch('[A-Za-z_][A-Za-z0-9_]*', key):
+                raise LlamaZhError(f'{key!r} is no name of metadata that Milvus can filter by')
+            many = isinstance(wanted, list | tuple | set)
+            value = json.dumps(list(wanted) if many else wanted, ensure_ascii=False)
+            tests.append(f'{key} {"in" if many else "=="} {value}')
+        tests = ' and '.join(tests)
+        return self.lc.similarity_search_with_score_by_vector(vector, k=k, expr=tests)
 
 
-def _milvus(where, embeddings, name):
-    lc, url = _quiet('langchain_milvus', 'milvus'), urlsplit(str(where))
-    uri = f'http://{url.netloc}' if url.netloc else url.path
-    if not url.netloc:
-        _quiet('milvus_lite', 'milvus')
-        Path(uri).parent.mkdir(parents=True, exist_ok=True)
-    args = dict(uri=uri) | (
-        {'token': os.environ['LLAMA_ZH_STORE_TOKEN']}
-        if os.environ.get('LLAMA_ZH_STORE_TOKEN')
-        else {}
-    )
-    index = dict(metric_type='COSINE', index_type='AUTOINDEX' if url.netloc else 'FLAT')
+def _open_milvus(where, embeddings, name):
+    langchain_milvus, url = _need_quietly('langchain_milvus', 'milvus'), urlsplit(str(where))
+    if url.netloc:
+        connection, kind = dict(uri=f'http://{url.netloc}'), 'AUTOINDEX'
+    else:  # milvus-lite, in a file
+        _need_quietly('milvus_lite', 'milvus')
+        Path(url.path).parent.mkdir(parents=True, exist_ok=True)
+        connection, kind = dict(uri=url.path), 'FLAT'
+    if _store_token():
+        connection['token'] = _store_token()
     try:
-        store = lc.Milvus(
+        store = langchain_milvus.Milvus(
             embeddings,
             collection_name=re.sub('[^A-Za-z0-9_]', '_', name),
-            connection_args=args,
-            index_params=index,
+            connection_args=connection,
+            index_params=dict(metric_type='COSINE', index_type=kind),
             auto_id=False,
             enable_dynamic_field=True,
             consistency_level='Strong',
         )
     except Exception as e:
+        why = ' '.join(str(e).split())[:100]
         raise LlamaZhError(
-            f'no Milvus answers at {where} ({" ".join(str(e).split())[:100]}): is it running, and is the address right?'
+            f'no Milvus answers at {where} ({why}): is it running, and is the address right?'
         ) from None
     return MilvusVectors(store, store.client, embeddings, where)
 
 # %% ../../nbs/documents/stores.ipynb #570e0033
-def parse_store_address(where):
-    "(address of the store, collection or None): 'http://host:port/name' -> ('http://host:port', 'name')"
-    url, s = urlsplit(str(where)), str(where)
-    if url.scheme in ('http', 'https') or url.scheme == 'milvus' and url.netloc:
+def parse_store_address(
+    where,  # folder, 'http://host:port/name', 'milvus://host:port/name', 'milvus:///file.db'
+) -> tuple:  # (address, collection or None): ('http://host:port', 'name')
+    "The address of a store and the collection that it names"
+    text, url = str(where), urlsplit(str(where))
+    error = LlamaZhError(
+        f'{where!r} is no address of a store: '
+        'http://host:port, milvus://host:port or milvus:///file.db'
+    )
+    if url.scheme in ('http', 'https') or (url.scheme == 'milvus' and url.netloc):
         try:
-            ok = bool(url.hostname) and (url.port or True)
+            _ = url.port  # a port that is no number is found when it is asked for
         except ValueError:
-            ok = False
-        if not ok:
-            raise LlamaZhError(
-                f'{where!r} is no address of a store: http://host:port, milvus://host:port or milvus:///file.db'
-            )
+            raise error from None
+        if not url.hostname:
+            raise error
         name = url.path.strip('/')
         if name and not re.fullmatch('[A-Za-z0-9][A-Za-z0-9._-]{1,60}[A-Za-z0-9]', name):
             raise LlamaZhError(
-                f'{name!r} is no name for a collection: 3 to 62 Latin letters, digits, points and dashes'
+                f'{name!r} is no name for a collection: '
+                '3 to 62 Latin letters, digits, points and dashes'
             )
         return f'{url.scheme}://{url.netloc}', name or None
     if url.scheme == 'milvus' and url.path.strip('/'):
-        return s, None
-    if '://' in s or url.scheme == 'milvus':
-        raise LlamaZhError(
-            f'{where!r} is no address of a store: http://host:port, milvus://host:port or milvus:///file.db'
-        )
-    return s, None
+        return text, None
+    if '://' in text or url.scheme == 'milvus':
+        raise error
+    return text, None
 
 
 def open_store(
@@ -321,6 +342,5 @@ def open_store(
 ) -> Vectors:
     "Open a store, or make it"
     address, given = parse_store_address(where)
-    return (_milvus if address.startswith('milvus:') else _chroma)(
-        address, get_embeddings(embedding), given or name
-    )
+    open_kind = _open_milvus if address.startswith('milvus:') else _open_chroma
+    return open_kind(address, get_embeddings(embedding), given or name)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'file_type', 'Vocab', 'gguf_vocab', 'gguf_rope', 'GGUF', 'read_gguf', 'gguf_name', 'gguf_tensors',
-           'convert_tensor', 'quantize_gguf', 'to_gguf']
+           'convert_tensor', 'llama_cpp', 'quantize_gguf', 'to_gguf']
 
 # %% ../../nbs/export/gguf.ipynb #e6442626
 import contextlib
-import html
+import ctypes
 import math
 import re
 from pathlib import Path
@@ -20,47 +20,50 @@ from ..checkpoint.meta import EMBED, HEAD, llama_shapes, not_over, unpermute
 from ..checkpoint.tensors import open_weights
 from ..core.errors import LlamaZhError, need, read_json, what_is, writing
 from ..core.machine import progress
-from ..tokenizer.exact import read_model
+from ..core.show import ShownAsTable, Table
+from ..tokenizer.exact import BYTE, CONTROL, USER_DEFINED, read_model
 
 # %% ../../nbs/export/gguf.ipynb #10de3b6b
 TYPES = dict(f32='F32', f16='F16', q8_0='Q8_0', q4_0='Q4_0')  # written here, with numpy
-_BLOCK = 32  # weights that share a scale in q8_0 and q4_0
+_BLOCK = 32  # weights that share a scale in q8_0 and q4_0 (QK8_0 and QK4_0 in ggml-common.h)
+_FLOAT16_MAX = 65504  # scales are float16
 
 
 def file_type(
     type: str,  # 'f16', 'q4_K_M', ... in any case
 ) -> tuple:  # (name, llama.cpp's number)
     "A type by the name that llama.cpp gives it"
-    kinds = {
-        k.name.removeprefix('MOSTLY_').removeprefix('ALL_').lower(): k
-        for k in need('gguf', 'deploy').LlamaFileType
-        if not k.name.startswith('GUESSED')
-    }
-    if (key := str(type).strip().lower().replace('-', '_')) not in kinds:
+
+    def short(kind):
+        return kind.name.removeprefix('MOSTLY_').removeprefix('ALL_')
+
+    known = need('gguf', 'deploy').LlamaFileType
+    kinds = {short(k).lower(): k for k in known if not k.name.startswith('GUESSED')}
+    wanted = str(type).strip().lower().replace('-', '_')
+    if wanted not in kinds:
         raise LlamaZhError(
             f'unknown GGUF type {type!r}: use {", ".join(TYPES)}, or with llama-cpp-python q4_K_M, q5_K_M, q6_K, ...'
         )
-    k = kinds[key]
-    name = k.name.removeprefix('MOSTLY_').removeprefix('ALL_')
-    return name[0].lower() + name[1:], int(k)
+    name = short(kinds[wanted])
+    return name[0].lower() + name[1:], int(kinds[wanted])
 
 # %% ../../nbs/export/gguf.ipynb #ff07f965
 class Vocab(NamedTuple):
     "What a GGUF file holds of a tokenizer."
 
     tokens: list  # pieces, as strings
-    scores: list
-    types: list  # 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte: SentencePiece's numbers are llama.cpp's
+    scores: list  # as SentencePiece has them
+    types: list  # 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte, as in SentencePiece
     ids: dict  # {'bos': id, 'eos': id, 'unk': id, 'pad': id}
     space: bool  # a space before the first word
 
 
 def _cannot(m):
     "Why llama.cpp cannot follow a SentencePiece model"
-    n, bytes_ = m.normalizer_spec, {p.piece for p in m.pieces if p.type == 6}
-    if n.precompiled_charsmap:
-        return f'its normaliser {n.name!r} rewrites characters, which llama.cpp does not do for such vocabularies'
-    if n.remove_extra_whitespaces:
+    normalizer, bytes_ = m.normalizer_spec, {p.piece for p in m.pieces if p.type == BYTE}
+    if normalizer.precompiled_charsmap:
+        return f'its normaliser {normalizer.name!r} rewrites characters, which llama.cpp does not do for such vocabularies'
+    if normalizer.remove_extra_whitespaces:
         return 'it throws surplus spaces away, which llama.cpp does not'
     if len(bytes_) != 256:
         return f'it has {len(bytes_)} of the 256 single bytes that llama.cpp writes unknown characters with'
@@ -69,51 +72,54 @@ def _cannot(m):
     return None
 
 # %% ../../nbs/export/gguf.ipynb #063539c4
+def _read_if_there(path):
+    return read_json(path) if path.exists() else {}
+
+
+def _added_tokens(folder, first):
+    "Tokens beyond SentencePiece's, in the order of their ids, which must follow each other"
+    added = _read_if_there(folder / 'tokenizer.json').get('added_tokens', [])
+    added = sorted((t for t in added if t['id'] >= first), key=lambda t: t['id'])
+    for expected, token in enumerate(added, first):
+        if token['id'] != expected:
+            raise LlamaZhError(
+                f'{folder}/tokenizer.json: the added token {token["content"]!r} has id {token["id"]:,}, expected {expected:,}: ids must follow each other'
+            )
+    return added
+
+
+def _special_ids(folder, m, tokens):
+    "Ids of BOS, EOS, unknown and pad: what tokenizer_config.json names, else what SentencePiece has"
+    config = _read_if_there(folder / 'tokenizer_config.json')
+    spec, ids = m.trainer_spec, {}
+    for kind in ('bos', 'eos', 'unk', 'pad'):
+        name = config.get(f'{kind}_token')
+        name = name.get('content') if isinstance(name, dict) else name
+        i = tokens.index(name) if name in tokens else getattr(spec, f'{kind}_id')
+        if 0 <= i < len(tokens):
+            ids[kind] = i
+    if lost := {'bos', 'eos'} - set(ids):
+        raise LlamaZhError(f'{folder}: the tokenizer has no {" and no ".join(sorted(lost))} token')
+    return ids
+
+
 def gguf_vocab(
     model_dir,  # folder with tokenizer.model
 ) -> Vocab:
-    "Pieces, scores and kinds; tokens that were added outside SentencePiece follow by their ids"
+    """Pieces, scores and kinds; tokens that were added outside SentencePiece follow by their ids
+
+    Raises `LlamaZhError` where llama.cpp could not cut texts as this tokenizer does.
+    """
     folder = Path(model_dir)
     m = read_model(folder, bpe=True)
     if why := _cannot(m):
         raise LlamaZhError(f'{folder}: this vocabulary cannot go into a GGUF file: {why}')
-    tokens, scores, types = (
-        [p.piece for p in m.pieces],
-        [p.score for p in m.pieces],
-        [p.type for p in m.pieces],
-    )
-    added = (
-        read_json(folder / 'tokenizer.json').get('added_tokens', [])
-        if (folder / 'tokenizer.json').exists()
-        else []
-    )
-    for t in sorted((t for t in added if t['id'] >= len(m.pieces)), key=lambda t: t['id']):
-        if t['id'] != len(tokens):
-            raise LlamaZhError(
-                f'{folder}/tokenizer.json: the added token {t["content"]!r} has id {t["id"]:,}, expected {len(tokens):,}: ids must follow each other'
-            )
-        tokens.append(t['content'])
-        scores.append(0.0)
-        types.append(3 if t.get('special') else 4)
-    conf = (
-        read_json(folder / 'tokenizer_config.json')
-        if (folder / 'tokenizer_config.json').exists()
-        else {}
-    )
-    ids = {}
-    for k, old in dict(
-        bos=m.trainer_spec.bos_id,
-        eos=m.trainer_spec.eos_id,
-        unk=m.trainer_spec.unk_id,
-        pad=m.trainer_spec.pad_id,
-    ).items():
-        name = conf.get(f'{k}_token')
-        name = name.get('content') if isinstance(name, dict) else name
-        i = tokens.index(name) if name in tokens else old
-        if 0 <= i < len(tokens):
-            ids[k] = i
-    if lost := {'bos', 'eos'} - set(ids):
-        raise LlamaZhError(f'{folder}: the tokenizer has no {" and no ".join(sorted(lost))} token')
+    added = _added_tokens(folder, len(m.pieces))
+    tokens = [p.piece for p in m.pieces] + [t['content'] for t in added]
+    scores = [p.score for p in m.pieces] + [0.0] * len(added)
+    types = [p.type for p in m.pieces]
+    types += [CONTROL if t.get('special') else USER_DEFINED for t in added]
+    ids = _special_ids(folder, m, tokens)
     return Vocab(tokens, scores, types, ids, m.normalizer_spec.add_dummy_prefix)
 
 # %% ../../nbs/export/gguf.ipynb #b639074c
@@ -123,150 +129,127 @@ def gguf_rope(
 ) -> dict:  # settings, named as in the file
     "How the file says where a token stands"
     rope = config.get('rope_parameters') or config.get('rope_scaling') or {}
-    kind, factor = (
-        rope.get('rope_type') or rope.get('type') or 'default',
-        float(rope.get('factor') or 1),
-    )
-    base, far = (
-        float(rope.get('rope_theta') or config.get('rope_theta') or 10000),
-        config['max_position_embeddings'],
-    )
+    kind = rope.get('rope_type') or rope.get('type') or 'default'
+    factor = float(rope.get('factor') or 1)
+    base = float(rope.get('rope_theta') or config.get('rope_theta') or 10000)
+    trained = config['max_position_embeddings']
     if length is not None and (kind != 'dynamic' or length < 1):
         raise LlamaZhError(
             f'length={length} is for dynamic scaling and above 0; this model has {kind!r}'
         )
+    settings = {'freq_base': base, 'context': trained}
     if kind == 'default':
-        return {'freq_base': base, 'context': far}
+        return settings
     if kind == 'linear':
-        return {'freq_base': base, 'context': far, 'type': 'linear', 'factor': factor}
+        return settings | {'type': 'linear', 'factor': factor}
     if kind == 'yarn':
-        return {'freq_base': base, 'context': far, **_yarn(rope, factor, far)}
+        return settings | _yarn(rope, factor, trained)
     if kind != 'dynamic':
         raise LlamaZhError(
             f'positions are scaled by {kind!r}, which is not written here: linear, yarn, and dynamic at one length are'
         )
     if length is None:
         raise LlamaZhError(
-            f'dynamic NTK has another base for every length, and llama.cpp has one for all: choose a length (length={int(far * factor)} for the whole reach), or scale by yarn or linear (llama-zh rope)'
+            f'dynamic NTK has another base for every length, and llama.cpp has one for all: choose a length (length={int(trained * factor)} for the whole reach), or scale by yarn or linear (llama-zh rope)'
         )
+    # as transformers' _compute_dynamic_ntk_parameters
     dim = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
-    grow = factor * length / far - (factor - 1)
-    return {'freq_base': base * max(grow, 1) ** (dim / (dim - 2)), 'context': int(length)}
+    grow = max(factor * length / trained - (factor - 1), 1)
+    return {'freq_base': base * grow ** (dim / (dim - 2)), 'context': int(length)}
 
 
-def _yarn(rope, factor, far):
-    "YaRN's settings; its two betas are llama.cpp's own defaults and cannot be changed by the file"
-    odd = {
-        k: rope[k]
-        for k, v in dict(
-            beta_fast=32, beta_slow=1, mscale=None, mscale_all_dim=None, truncate=True
-        ).items()
-        if rope.get(k) not in (None, v)
-    }
+# llama.cpp's own values, which the file of a Llama cannot change
+_YARN = dict(beta_fast=32, beta_slow=1, mscale=None, mscale_all_dim=None, truncate=True)
+
+
+def _yarn(rope, factor, trained):
+    "YaRN's settings (arXiv 2309.00071)"
+    odd = {k: rope[k] for k, v in _YARN.items() if rope.get(k) not in (None, v)}
     if odd:
         raise LlamaZhError(
             f'this YaRN scaling sets {odd}, which a Llama file for llama.cpp cannot carry'
         )
-    d = dict(
-        type='yarn',
-        factor=factor,
-        original=int(rope.get('original_max_position_embeddings') or far),
-    )
-    if rope.get('attention_factor'):
-        d['attention'] = float(rope['attention_factor']) / (
-            0.1 * math.log(factor) + 1
-        )  # llama.cpp multiplies its own with this
-    return d
+    original = int(rope.get('original_max_position_embeddings') or trained)
+    settings = dict(type='yarn', factor=factor, original=original)
+    if rope.get('attention_factor'):  # llama.cpp multiplies its own, 0.1 ln(factor) + 1, with this
+        settings['attention'] = float(rope['attention_factor']) / (0.1 * math.log(factor) + 1)
+    return settings
 
 # %% ../../nbs/export/gguf.ipynb #6ebd6241
-class GGUF:
+class GGUF(ShownAsTable):
     "A GGUF file: `.meta` {key: value}, `.tensors` {name: (type, shape)}, `.get(name)`, `.notes` of the writer"
 
     def __init__(self, path):
-        self.path, self.notes, g = Path(path), [], need('gguf', 'deploy')
+        self.path, self.notes = Path(path), []
         if (kind := what_is(path)) != 'a GGUF file':
             raise LlamaZhError(f'{path} is {kind}, a GGUF file was expected')
         try:
-            rd = g.GGUFReader(self.path)
+            reader = need('gguf', 'deploy').GGUFReader(self.path)
         except Exception as e:
+            more = f' ({e})' if 'version' in str(e) else ''
             raise LlamaZhError(
-                f'{path}: {self.path.stat().st_size:,} bytes that begin like a GGUF file and then break off or are damaged; get or make it again'
-                + (f' ({e})' if 'version' in str(e) else '')
+                f'{path}: {self.path.stat().st_size:,} bytes that begin like a GGUF file and then break off or are damaged; get or make it again{more}'
             ) from None
-        self.meta = {k: f.contents() for k, f in rd.fields.items() if not k.startswith('GGUF.')}
-        self._t = {t.name: t for t in rd.tensors}
+        fields = reader.fields.items()
+        self.meta = {k: f.contents() for k, f in fields if not k.startswith('GGUF.')}
+        self._read = {t.name: t for t in reader.tensors}
+        # the file counts dimensions from the fastest one on, numpy and torch from the slowest
         self.tensors = {
-            n: (t.tensor_type.name, tuple(int(i) for i in t.shape[::-1]))
-            for n, t in self._t.items()
+            name: (t.tensor_type.name, tuple(int(i) for i in t.shape[::-1]))
+            for name, t in self._read.items()
         }
 
     def __fspath__(self):
         return str(self.path)
 
-    def get(self, name):
-        return np.array(
-            need('gguf', 'deploy').quants.dequantize(self._t[name].data, self._t[name].tensor_type)
-        ).reshape(self.tensors[name][1])
+    def get(self, name) -> np.ndarray:
+        "A tensor as float32, unpacked"
+        t = self._read[name]
+        values = need('gguf', 'deploy').quants.dequantize(t.data, t.tensor_type)
+        return np.array(values).reshape(self.tensors[name][1])
 
-    def raw(self, name):
-        return self._t[name].data
+    def raw(self, name) -> np.ndarray:
+        "A tensor as it lies in the file"
+        return self._read[name].data
 
     @property
-    def bytes(self):
+    def bytes(self) -> int:
         return self.path.stat().st_size
 
     @property
-    def params(self):
-        return sum(math.prod(s) for _, s in self.tensors.values())
+    def params(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
 
     @property
-    def bits(self):
-        return 8 * sum(int(t.n_bytes) for t in self._t.values()) / self.params  # of a weight
+    def bits(self) -> float:
+        "Bits of a weight, scales included"
+        return 8 * sum(int(t.n_bytes) for t in self._read.values()) / self.params
 
-    def kinds(self):
+    def kinds(self) -> dict:
+        "{type: weights that are held in it}"
         out = {}
-        for k, s in self.tensors.values():
-            out[k] = out.get(k, 0) + math.prod(s)
+        for kind, shape in self.tensors.values():
+            out[kind] = out.get(kind, 0) + math.prod(shape)
         return out
 
-# %% ../../nbs/export/gguf.ipynb #11692924
-def _gguf_rows(self):
-    m, k = self.meta, self.kinds()
-    arch = m.get('general.architecture', '?')
-    rows = [
-        ('file', f'{self.path.name}, {self.bytes / 1e6:,.1f} MB'),
-        ('weights', f'{self.params:,} in {len(self.tensors)} tensors, {self.bits:.2f} bits each'),
-        (
-            'types',
-            ', '.join(
-                f'{t} {n / self.params:.1%}' for t, n in sorted(k.items(), key=lambda x: -x[1])
-            ),
-        ),
-        ('vocabulary', f'{len(m.get("tokenizer.ggml.tokens", [])):,} pieces'),
-        (
-            'positions',
-            f'{m.get(f"{arch}.context_length", 0):,}'
-            + (
-                f', {m[f"{arch}.rope.scaling.type"]} scaling'
-                if f'{arch}.rope.scaling.type' in m
-                else ''
-            ),
-        ),
-        ('chat template', 'yes' if 'tokenizer.chat_template' in m else 'none'),
-    ]
-    return rows + [('note', n) for n in self.notes]
-
-
-GGUF.rows = _gguf_rows
-GGUF.__repr__ = lambda self: '\n'.join(f'{a:14} {b}' for a, b in self.rows())
-GGUF._repr_html_ = lambda self: (
-    '<table>'
-    + ''.join(
-        f'<tr><td>{a}</td><td style="text-align:left">{html.escape(b)}</td></tr>'
-        for a, b in self.rows()
-    )
-    + '</table>'
-)
+    def table(self):
+        meta, arch = self.meta, self.meta.get('general.architecture', '?')
+        ranked = sorted(self.kinds().items(), key=lambda item: -item[1])
+        types = ', '.join(f'{kind} {n / self.params:.1%}' for kind, n in ranked)
+        weights = f'{self.params:,} in {len(self.tensors)} tensors, {self.bits:.2f} bits each'
+        positions = f'{meta.get(f"{arch}.context_length", 0):,}'
+        if scaling := meta.get(f'{arch}.rope.scaling.type'):
+            positions += f', {scaling} scaling'
+        rows = {
+            'file': f'{self.path.name}, {self.bytes / 1e6:,.1f} MB',
+            'weights': weights,
+            'types': types,
+            'vocabulary': f'{len(meta.get("tokenizer.ggml.tokens", [])):,} pieces',
+            'positions': positions,
+            'chat template': 'yes' if 'tokenizer.chat_template' in meta else 'none',
+        }
+        notes = [['note', note] for note in self.notes]
+        return Table([*map(list, rows.items()), *notes])
 
 
 def read_gguf(
@@ -300,8 +283,8 @@ def gguf_name(
     "A tensor's other name"
     if name in _OUTER:
         return _OUTER[name]
-    i, rest = name.removeprefix('model.layers.').removesuffix('.weight').split('.', 1)
-    return f'blk.{i}.{_NAMES[rest]}.weight'
+    layer, rest = name.removeprefix('model.layers.').removesuffix('.weight').split('.', 1)
+    return f'blk.{layer}.{_NAMES[rest]}.weight'
 
 
 def gguf_tensors(
@@ -309,13 +292,15 @@ def gguf_tensors(
     pieces: int,  # rows of the embeddings that are kept
 ) -> dict:  # {Hugging Face's name: (name in the file, shape)}
     "What goes into the file, in the order of computation"
-    return {
-        k: (gguf_name(k), (pieces, s[1]) if k in (EMBED, HEAD) else s)
-        for k, s in llama_shapes(config).items()
-    }
+    out = {}
+    for name, shape in llama_shapes(config).items():
+        if name in (EMBED, HEAD):
+            shape = pieces, shape[1]
+        out[name] = gguf_name(name), shape
+    return out
 
 # %% ../../nbs/export/gguf.ipynb #a098e02b
-def _kind(name, shape, type):
+def _type_of(name, shape, type):
     "The type that one tensor gets in a file of `type`"
     if len(shape) == 1:
         return 'f32'
@@ -325,87 +310,88 @@ def _kind(name, shape, type):
 
 
 def _pack(x, type, name):
-    "Values as bytes of `type`; refuses what it cannot hold"
+    "Values (rows, columns) as bytes of `type`; refuses what it cannot hold"
     if not np.isfinite(x).all():
         raise LlamaZhError(f'{name} holds NaN or infinite values: the weights are damaged')
-    if type != 'f32' and (big := np.abs(x).max(initial=0)) > (
-        65504 if type == 'f16' else 65504 * 7
-    ):
-        raise LlamaZhError(f'{name} holds {big:.3g}, more than {type} can: use f32')
+    # q8_0 and q4_0 multiply a float16 scale with at least 7
+    most = _FLOAT16_MAX if type == 'f16' else 7 * _FLOAT16_MAX
+    if type != 'f32' and (largest := np.abs(x).max(initial=0)) > most:
+        raise LlamaZhError(f'{name} holds {largest:.3g}, more than {type} can: use f32')
     if type in ('f32', 'f16'):
         return x.astype(np.float32 if type == 'f32' else np.float16)
-    g = need('gguf', 'deploy')
-    return g.quants.quantize(x, g.GGMLQuantizationType[TYPES[type]])
+    gguf = need('gguf', 'deploy')
+    return gguf.quants.quantize(x, gguf.GGMLQuantizationType[TYPES[type]])
 
 
 def convert_tensor(
-    f,  # the open file that holds it, see `open_weights`
+    file,  # the open file that holds it, see `open_weights`
     name: str,  # Hugging Face's name
     shape: tuple,  # as it will be: fewer rows than there are is allowed
     type: str,  # f32, f16, q8_0, q4_0
     heads: int = 0,  # q and k: attention heads in its rows
-    chunk: int = 1 << 22,  # values at a time
-) -> np.ndarray:
+    chunk: int = 1 << 22,  # values at a time: 16 MiB in float32
+) -> np.ndarray:  # float32, float16, or (rows, bytes of a row)
     "One tensor in its new type"
-    w = unpermute(f.get(name), heads) if heads else None
-    step = max(1, chunk // math.prod(shape[1:])) if len(shape) > 1 else shape[0]
-    rows = lambda a: (
-        (w[a : a + step] if heads else f.get(name, slice(a, min(a + step, shape[0]))))
-        .float()
-        .numpy()
-    )
-    first = _pack(rows(0), type, name)
-    out = np.empty((shape[0], *first.shape[1:]), first.dtype)
+    rows = shape[0]
+    step = max(1, chunk // math.prod(shape[1:])) if len(shape) > 1 else rows
+    whole = unpermute(file.get(name), heads) if heads else None
+
+    def read(start):
+        stop = min(start + step, rows)
+        part = whole[start:stop] if heads else file.get(name, slice(start, stop))
+        return part.float().numpy()
+
+    first = _pack(read(0), type, name)
+    out = np.empty((rows, *first.shape[1:]), first.dtype)
     out[: len(first)] = first
-    for a in range(step, shape[0], step):
-        out[a : a + step] = _pack(rows(a), type, name)
+    for start in range(step, rows, step):
+        out[start : start + step] = _pack(read(start), type, name)
     return out
 
 # %% ../../nbs/export/gguf.ipynb #7d164ae4
 def _card(folder):
     "Licence and languages that the folder's model card names"
-    f = folder / 'README.md'
-    m = re.match(r'---\n(.*?)\n---\n', f.read_text(encoding='utf-8'), re.S) if f.is_file() else None
+    card = folder / 'README.md'
+    text = card.read_text(encoding='utf-8') if card.is_file() else ''
+    head = re.match(r'---\n(.*?)\n---\n', text, re.S)
+    yaml = need('yaml')
     try:
-        d = need('yaml').safe_load(m[1]) if m else {}
-    except Exception:
+        fields = yaml.safe_load(head[1]) if head else {}
+    except yaml.YAMLError:
         return {}
-    langs = d.get('language') or []
-    return (
-        dict(
-            licence=str(d.get('license') or ''),
-            languages=[langs] if isinstance(langs, str) else list(map(str, langs)),
-        )
-        if isinstance(d, dict)
-        else {}
-    )
+    if not isinstance(fields, dict):
+        return {}
+    languages = fields.get('language') or []
+    languages = [languages] if isinstance(languages, str) else [str(x) for x in languages]
+    return dict(licence=str(fields.get('license') or ''), languages=languages)
 
 
-def _settings(w, config, vocab, rope, name, number, card):
-    "Write the table of settings into a `GGUFWriter`"
+def _write_settings(w, config, vocab, rope, name, number, card):
+    "The table of settings, into a `GGUFWriter`"
     if card.get('licence'):
         w.add_license(card['licence'])
     if card.get('languages'):
         w.add_languages(card['languages'])
-    h, a = config['num_attention_heads'], 'llama'
-    dim = config.get('head_dim') or config['hidden_size'] // h
+    heads = config['num_attention_heads']
+    dim = config.get('head_dim') or config['hidden_size'] // heads
     w.add_type('model')
     w.add_name(name)
     w.add_file_type(number)
-    w.add_quantization_version(2)
+    w.add_quantization_version(2)  # GGML_QNT_VERSION
     w.add_block_count(config['num_hidden_layers'])
     w.add_context_length(rope['context'])
     w.add_embedding_length(config['hidden_size'])
     w.add_feed_forward_length(config['intermediate_size'])
-    w.add_head_count(h)
-    w.add_head_count_kv(config.get('num_key_value_heads') or h)
+    w.add_head_count(heads)
+    w.add_head_count_kv(config.get('num_key_value_heads') or heads)
     w.add_layer_norm_rms_eps(config.get('rms_norm_eps', 1e-6))
     w.add_vocab_size(len(vocab.tokens))
-    for add in (w.add_rope_dimension_count, w.add_key_length, w.add_value_length):
-        add(dim)
+    w.add_rope_dimension_count(dim)
+    w.add_key_length(dim)
+    w.add_value_length(dim)
     w.add_rope_freq_base(rope['freq_base'])
     if 'type' in rope:
-        w.add_string(f'{a}.rope.scaling.type', rope['type'])
+        w.add_string('llama.rope.scaling.type', rope['type'])
         w.add_rope_scaling_factor(rope['factor'])
     if 'original' in rope:
         w.add_rope_scaling_orig_ctx_len(rope['original'])
@@ -413,23 +399,15 @@ def _settings(w, config, vocab, rope, name, number, card):
         w.add_rope_scaling_attn_factors(rope['attention'])
 
 
-def _tokenizer(w, vocab, template):
-    "Write vocabulary and chat template into a `GGUFWriter`"
+def _write_vocab(w, vocab, template):
+    "Vocabulary and chat template, into a `GGUFWriter`"
     w.add_tokenizer_model('llama')
     w.add_tokenizer_pre('default')
     w.add_token_list(vocab.tokens)
     w.add_token_scores(vocab.scores)
     w.add_token_types(vocab.types)
-    for k, i in vocab.ids.items():
-        getattr(
-            w,
-            dict(
-                bos='add_bos_token_id',
-                eos='add_eos_token_id',
-                unk='add_unk_token_id',
-                pad='add_pad_token_id',
-            )[k],
-        )(i)
+    for kind, i in vocab.ids.items():  # add_bos_token_id, add_eos_token_id, ...
+        getattr(w, f'add_{kind}_token_id')(i)
     w.add_add_bos_token(True)
     w.add_add_eos_token(False)
     w.add_add_space_prefix(vocab.space)
@@ -439,145 +417,162 @@ def _tokenizer(w, vocab, template):
 
 def _template(folder):
     "The chat template of a folder, as Jinja text"
-    f = folder / 'chat_template.jinja'
-    if f.exists():
-        return f.read_text(encoding='utf-8')
-    t = (
-        read_json(folder / 'tokenizer_config.json').get('chat_template')
-        if (folder / 'tokenizer_config.json').exists()
-        else None
-    )
-    return (
-        next((x['template'] for x in t if x.get('name') == 'default'), None)
-        if isinstance(t, list)
-        else t
-    )
+    file = folder / 'chat_template.jinja'
+    if file.exists():
+        return file.read_text(encoding='utf-8')
+    template = _read_if_there(folder / 'tokenizer_config.json').get('chat_template')
+    if isinstance(template, list):  # several, each with a name
+        return next((t['template'] for t in template if t.get('name') == 'default'), None)
+    return template
 
 # %% ../../nbs/export/gguf.ipynb #5063033e
-def _plan(model_dir, length):
-    "(config, open weights, vocabulary, rope, tensors) of a folder, or one message why it cannot be written"
-    folder = Path(model_dir)
+class _Source(NamedTuple):
+    "A folder that can be written, looked through"
+
+    config: dict
+    files: dict  # {name: the open file that holds the tensor}
+    vocab: Vocab
+    rope: dict
+    tensors: dict  # see `gguf_tensors`
+
+    def all_float16(self):
+        return {self.files[name].spec(name)[0] for name in self.tensors} == {'F16'}
+
+
+def _check_config(folder):
+    "config.json of a plain Llama, or one message why it is none"
     if not (folder / 'config.json').is_file():
         raise LlamaZhError(
             f'{folder} is {what_is(folder)}{" without config.json" if folder.is_dir() else ""}: a Hugging Face model folder was expected'
         )
-    c = read_json(folder / 'config.json')
-    if q := c.get('quantization_config'):
+    config = read_json(folder / 'config.json')
+    if quantized := config.get('quantization_config'):
         raise LlamaZhError(
-            f'{folder} is already quantized ({q.get("quant_method", "?")}): start from the plain folder it was made from'
+            f'{folder} is already quantized ({quantized.get("quant_method", "?")}): start from the plain folder it was made from'
         )
-    if c.get('model_type') != 'llama':
-        raise LlamaZhError(f'{folder} is of the kind {c.get("model_type")!r}, a Llama was expected')
-    if c.get('attention_bias') or c.get('mlp_bias') or c.get('hidden_act', 'silu') != 'silu':
+    if config.get('model_type') != 'llama':
+        raise LlamaZhError(
+            f'{folder} is of the kind {config.get("model_type")!r}, a Llama was expected'
+        )
+    has_bias = config.get('attention_bias') or config.get('mlp_bias')
+    if has_bias or config.get('hidden_act', 'silu') != 'silu':
         raise LlamaZhError(
             f'{folder} is no plain Llama: it has biases or another activation, which is not written here'
         )
-    w, v = open_weights(folder), gguf_vocab(folder)
-    if len(v.tokens) > c['vocab_size']:
-        raise LlamaZhError(
-            f'{folder}: {len(v.tokens):,} pieces, but the weights have {c["vocab_size"]:,} rows: use the tokenizer that came with these weights, or resize the embeddings'
-        )
-    if HEAD not in w and not c.get('tie_word_embeddings'):
+    return config
+
+
+def _check_tensors(folder, config, files):
+    "Every tensor of the configuration is there in its shape, and no other"
+    if HEAD not in files and not config.get('tie_word_embeddings'):
         raise LlamaZhError(
             f'{folder}: no tensor {HEAD}, though config.json does not say that it is tied to the embeddings'
         )
-    for k, want in llama_shapes(c).items():
-        if k not in w:
+    shapes = llama_shapes(config)
+    for name, want in shapes.items():
+        if name not in files:
             raise LlamaZhError(
-                f'{folder}: no tensor {k}; an adapter must be merged first (llama-zh merge-lora)'
+                f'{folder}: no tensor {name}; an adapter must be merged first (llama-zh merge-lora)'
             )
-        if w[k].spec(k)[1] != want:
-            raise LlamaZhError(f'{folder}: {k} is {w[k].spec(k)[1]}, config.json asks for {want}')
-    if more := [k for k in w if k not in llama_shapes(c) and k != HEAD and 'inv_freq' not in k]:
+        if (got := files[name].spec(name)[1]) != want:
+            raise LlamaZhError(f'{folder}: {name} is {got}, config.json asks for {want}')
+    more = [n for n in files if n not in shapes and n != HEAD and 'inv_freq' not in n]
+    if more:
         raise LlamaZhError(
             f'{folder}: {len(more)} tensors that no plain Llama has, such as {more[0]}'
         )
-    return c, w, v, gguf_rope(c, length), gguf_tensors(c, len(v.tokens))
+
+
+def _open_source(model_dir, length):
+    "A folder that can be written, or one message why it cannot"
+    folder = Path(model_dir)
+    config = _check_config(folder)
+    files, vocab = open_weights(folder), gguf_vocab(folder)
+    if len(vocab.tokens) > config['vocab_size']:
+        raise LlamaZhError(
+            f'{folder}: {len(vocab.tokens):,} pieces, but the weights have {config["vocab_size"]:,} rows: use the tokenizer that came with these weights, or resize the embeddings'
+        )
+    _check_tensors(folder, config, files)
+    tensors = gguf_tensors(config, len(vocab.tokens))
+    return _Source(config, files, vocab, gguf_rope(config, length), tensors)
 
 # %% ../../nbs/export/gguf.ipynb #e1587e59
-def _write(path, plan, type, name, template, card):
+def _write(path, source, type, name, template, card):
     "Write a file of one of `TYPES`; what is not as asked"
-    (c, files, vocab, rope, tensors), g = plan, need('gguf', 'deploy')
-    kinds = {k: _kind(ours, shape, type) for k, (ours, shape) in tensors.items()}
-    heads = {
-        'q_proj': c['num_attention_heads'],
-        'k_proj': c.get('num_key_value_heads') or c['num_attention_heads'],
-    }
-    w = g.GGUFWriter(str(path), 'llama')
+    config, gguf = source.config, need('gguf', 'deploy')
+    heads = {'q_proj': config['num_attention_heads']}
+    heads['k_proj'] = config.get('num_key_value_heads') or heads['q_proj']
+    types = {k: _type_of(ours, shape, type) for k, (ours, shape) in source.tensors.items()}
+    w = gguf.GGUFWriter(str(path), 'llama')
     try:
-        _settings(w, c, vocab, rope, name, file_type(type)[1], card)
-        _tokenizer(w, vocab, template)
-        for k, (ours, shape) in tensors.items():
-            q = g.GGMLQuantizationType[TYPES[kinds[k]]]
-            size = math.prod(g.quant_shape_to_byte_shape(shape, q))
-            w.add_tensor_info(ours, shape, np.dtype('float32'), size, raw_dtype=q)
+        number = file_type(type)[1]
+        _write_settings(w, config, source.vocab, source.rope, name, number, card)
+        _write_vocab(w, source.vocab, template)
+        for key, (ours, shape) in source.tensors.items():
+            kind = gguf.GGMLQuantizationType[TYPES[types[key]]]
+            size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+            w.add_tensor_info(ours, shape, np.dtype('float32'), size, raw_dtype=kind)
         w.write_header_to_file()
         w.write_kv_data_to_file()
         w.write_ti_data_to_file()
-        for k, (_, shape) in progress(tensors.items(), 'gguf', len(tensors)):
-            w.write_tensor_data(
-                convert_tensor(files[k], k, shape, kinds[k], heads.get(k.split('.')[-2], 0))
-            )
+        for key, (_, shape) in progress(source.tensors.items(), 'gguf', len(source.tensors)):
+            n = heads.get(key.split('.')[-2], 0)
+            w.write_tensor_data(convert_tensor(source.files[key], key, shape, types[key], n))
     finally:
         w.close()
-    return _notes(c, vocab, kinds, tensors, type)
+    return _notes(source, types, type)
 
 
-def _notes(c, vocab, kinds, tensors, type):
+def _notes(source, types, type):
     "What a reader of the file should know"
-    out, short = (
-        [],
-        {tensors[k][1][-1] for k, t in kinds.items() if t == 'f16' and type in ('q8_0', 'q4_0')},
-    )
-    if c['vocab_size'] > len(vocab.tokens):
-        out.append(
-            f'{c["vocab_size"] - len(vocab.tokens)} rows of padding beyond the last piece were cut off'
-        )
-    if short:
-        out.append(
-            f'matrices {", ".join(map(str, sorted(short)))} wide are f16: {type} wants a multiple of {_BLOCK}'
-        )
-    if type == 'q4_0' and kinds.get(HEAD) == 'q8_0':
+    out, padding = [], source.config['vocab_size'] - len(source.vocab.tokens)
+    if padding:
+        out.append(f'{padding} rows of padding beyond the last piece were cut off')
+    if type in ('q8_0', 'q4_0'):
+        widths = {source.tensors[k][1][-1] for k, t in types.items() if t == 'f16'}
+        if widths:
+            wide = ', '.join(map(str, sorted(widths)))
+            out.append(f'matrices {wide} wide are f16: {type} wants a multiple of {_BLOCK}')
+    if type == 'q4_0' and types.get(HEAD) == 'q8_0':
         out.append('the head is q8_0')
-    if n := sum(t == 4 for t in vocab.types):
+    if n := source.vocab.types.count(USER_DEFINED):
         out.append(f'{n} user-defined pieces: llama.cpp begins a new text after each of them')
     return out
 
 # %% ../../nbs/export/gguf.ipynb #8291bf0d
-def _llama_cpp():
+def llama_cpp():
+    "The package llama_cpp, or one message how to get it"
     try:
-        import llama_cpp
+        import llama_cpp as package
     except ModuleNotFoundError:
         raise LlamaZhError(
             f'this needs llama.cpp: run  pip install llama-cpp-python  (it is compiled, some minutes), or take one of the types {", ".join(TYPES)}'
         ) from None
-    return llama_cpp
+    return package
 
 
 def _requantize(src, dst, name, number, threads=0):
     "llama.cpp's quantizer; what is not as asked"
-    import ctypes
+    lc, log = llama_cpp(), []
 
-    lc, log = _llama_cpp(), []
-    keep = lc.llama_log_callback(
-        lambda level, text, _: log.append(text.decode('utf-8', 'replace'))
-    )  # what it would print
-    p = lc.llama_model_quantize_default_params()
-    p.ftype, p.nthread = number, threads
-    lc.llama_log_set(keep, None)
+    def keep(level, text, _):  # what it would print
+        log.append(text.decode('utf-8', 'replace'))
+
+    callback = lc.llama_log_callback(keep)
+    params = lc.llama_model_quantize_default_params()
+    params.ftype, params.nthread = number, threads
+    lc.llama_log_set(callback, None)
     try:
-        code = lc.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(p))
+        code = lc.llama_model_quantize(str(src).encode(), str(dst).encode(), ctypes.byref(params))
     finally:
         lc.llama_log_set(lc.llama_log_callback(0), None)
     if code or not Path(dst).exists():
-        raise LlamaZhError(
-            f'llama.cpp could not quantize to {name}: '
-            + (' '.join(''.join(log[-6:]).split())[-300:] or f'code {code}')
-        )
-    n = re.search(r'(\d+) of \d+ tensor\(s\) required fallback', ''.join(log))
-    return (
-        [f'{n[1]} matrices have widths that {name} cannot hold and got another type'] if n else []
-    )
+        said = ' '.join(''.join(log[-6:]).split())[-300:]
+        raise LlamaZhError(f'llama.cpp could not quantize to {name}: {said or f"code {code}"}')
+    fell_back = re.search(r'(\d+) of \d+ tensor\(s\) required fallback', ''.join(log))
+    if not fell_back:
+        return []
+    return [f'{fell_back[1]} matrices have widths that {name} cannot hold and got another type']
 
 # %% ../../nbs/export/gguf.ipynb #cc05c534
 @contextlib.contextmanager
@@ -603,10 +598,10 @@ def quantize_gguf(
     overwrite: bool = False,  # replace a file that is there already
 ) -> GGUF:
     "Quantize a GGUF file with llama.cpp"
-    (name, number), old = file_type(type), read_gguf(src)
-    if not set(old.kinds()) <= {'F32', 'F16', 'BF16'}:
+    (name, number), given = file_type(type), read_gguf(src)
+    if not set(given.kinds()) <= {'F32', 'F16', 'BF16'}:
         raise LlamaZhError(
-            f'{src} holds {", ".join(old.kinds())}: start from an f32 or f16 file, since every quantization loses something'
+            f'{src} holds {", ".join(given.kinds())}: start from an f32 or f16 file, since every quantization loses something'
         )
     with _making(out, overwrite, src) as tmp:
         notes = _requantize(src, tmp, name, number, threads)
@@ -629,26 +624,20 @@ def to_gguf(
         raise LlamaZhError(
             f'{out} is a folder: name the file to be made, such as {out / f"model-{type}.gguf"}'
         )
-    plan, about = (
-        _plan(folder, length),
-        (name or folder.resolve().name, _template(folder), _card(folder)),
-    )
+    source = _open_source(folder, length)
+    about = name or folder.resolve().name, _template(folder), _card(folder)
     if type not in TYPES:
-        _llama_cpp()
+        llama_cpp()  # is it there?
     with _making(out, overwrite, folder) as tmp:
         if type in TYPES:
-            notes = _write(tmp, plan, type, *about)
+            notes = _write(tmp, source, type, *about)
         else:  # an exact file first, for llama.cpp to read
             exact = tmp.with_name(f'{tmp.name}-exact')
             try:
-                notes = _write(
-                    exact,
-                    plan,
-                    'f16' if {plan[1][k].spec(k)[0] for k in plan[4]} == {'F16'} else 'f32',
-                    *about,
-                ) + _requantize(exact, tmp, type, number)
+                notes = _write(exact, source, 'f16' if source.all_float16() else 'f32', *about)
+                notes += _requantize(exact, tmp, type, number)
             finally:
                 exact.unlink(missing_ok=True)
-    got = read_gguf(out)
-    got.notes = notes
-    return got
+    made = read_gguf(out)
+    made.notes = notes
+    return made

@@ -7,6 +7,7 @@ __all__ = ['gguf_config', 'gguf_sp', 'from_gguf', 'load_gguf', 'open_llama', 'll
            'gguf_rows']
 
 # %% ../../nbs/export/gguf_reader.ipynb #2c8a7297
+import importlib.util
 import math
 import tempfile
 from pathlib import Path
@@ -18,11 +19,14 @@ from ..checkpoint.tensors import code_of, write_shards
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
 from ..core.machine import pick_device, pick_dtype
 from ..evals.measure import Bits, ModelTable, bits, measure_models, score, windows
-from .gguf import GGUF, _llama_cpp, gguf_name, read_gguf
+from .gguf import GGUF, gguf_name, llama_cpp, read_gguf
 from ..text.templates import get_template
 from ..tokenizer.exact import load_hf, save_tokenizer
 
 # %% ../../nbs/export/gguf_reader.ipynb #f0b5cd90
+_NEEDED = 'block_count', 'embedding_length', 'attention.head_count', 'feed_forward_length'
+
+
 def gguf_config(
     g: GGUF,  # an open file
 ) -> dict:  # config.json
@@ -30,160 +34,145 @@ def gguf_config(
     arch = g.meta.get('general.architecture')
     if arch != 'llama':
         raise LlamaZhError(f'{g.path} holds a model of the kind {arch!r}, a Llama was expected')
-    m = {k.removeprefix('llama.'): v for k, v in g.meta.items()}
-    if lost := [
-        k
-        for k in ('block_count', 'embedding_length', 'attention.head_count', 'feed_forward_length')
-        if k not in m
-    ]:
+    meta = {k.removeprefix('llama.'): v for k, v in g.meta.items()}
+    if lost := [k for k in _NEEDED if k not in meta]:
         raise LlamaZhError(f'{g.path} lacks the settings {", ".join(lost)}: it is no whole model')
     if 'token_embd.weight' not in g.tensors:
         raise LlamaZhError(f'{g.path} has no embeddings (token_embd.weight): it is no whole model')
-    h, d, t = m['attention.head_count'], m['embedding_length'], 'tokenizer.ggml.'
-    c = dict(
+    heads, hidden = meta['attention.head_count'], meta['embedding_length']
+    config = dict(
         architectures=['LlamaForCausalLM'],
         model_type='llama',
         vocab_size=g.tensors['token_embd.weight'][1][0],
-        hidden_size=d,
-        intermediate_size=m['feed_forward_length'],
-        num_hidden_layers=m['block_count'],
-        num_attention_heads=h,
-        num_key_value_heads=m.get('attention.head_count_kv', h),
-        head_dim=m.get('attention.key_length', d // h),
-        max_position_embeddings=m.get('context_length', 2048),
-        rms_norm_eps=_short(m.get('attention.layer_norm_rms_epsilon', 1e-6)),
-        rope_theta=_short(m.get('rope.freq_base', 1e4)),
+        hidden_size=hidden,
+        intermediate_size=meta['feed_forward_length'],
+        num_hidden_layers=meta['block_count'],
+        num_attention_heads=heads,
+        num_key_value_heads=meta.get('attention.head_count_kv', heads),
+        head_dim=meta.get('attention.key_length', hidden // heads),
+        max_position_embeddings=meta.get('context_length', 2048),
+        rms_norm_eps=_shortest(meta.get('attention.layer_norm_rms_epsilon', 1e-6)),
+        rope_theta=_shortest(meta.get('rope.freq_base', 1e4)),
         hidden_act='silu',
         attention_bias=False,
         mlp_bias=False,
         tie_word_embeddings='output.weight' not in g.tensors,
         use_cache=True,
-        bos_token_id=m.get(t + 'bos_token_id', 1),
-        eos_token_id=m.get(t + 'eos_token_id', 2),
+        bos_token_id=meta.get('tokenizer.ggml.bos_token_id', 1),
+        eos_token_id=meta.get('tokenizer.ggml.eos_token_id', 2),
     )
-    if t + 'padding_token_id' in m:
-        c['pad_token_id'] = m[t + 'padding_token_id']
-    return c | ({'rope_scaling': s} if (s := _scaling(m)) else {})
+    if 'tokenizer.ggml.padding_token_id' in meta:
+        config['pad_token_id'] = meta['tokenizer.ggml.padding_token_id']
+    if scaling := _scaling(meta):
+        config['rope_scaling'] = scaling
+    return config
 
 
-def _short(x):
-    return float(
-        np.format_float_positional(np.float32(x), unique=True)
-    )  # 1e-5, not 9.999999747378752e-06
+def _shortest(x):
+    "A float32 as people write it: 1e-5, not 9.999999747378752e-06"
+    return float(np.format_float_positional(np.float32(x), unique=True))
 
 
-def _scaling(m):
+def _scaling(meta):
     "rope_scaling from the file's settings"
-    if 'rope.scaling.type' not in m or m['rope.scaling.type'] == 'none':
+    kind = meta.get('rope.scaling.type', 'none')
+    if kind == 'none':
         return None
-    f = _short(m['rope.scaling.factor'])
-    s = dict(type=m['rope.scaling.type'], factor=f)
-    if s['type'] == 'yarn':
-        s['original_max_position_embeddings'] = m.get(
-            'rope.scaling.original_context_length', m.get('context_length')
-        )
-    if 'rope.scaling.attn_factor' in m:
-        s['attention_factor'] = _short(m['rope.scaling.attn_factor'] * (0.1 * math.log(f) + 1))
-    return s
+    factor = _shortest(meta['rope.scaling.factor'])
+    scaling = dict(type=kind, factor=factor)
+    if kind == 'yarn':
+        original = meta.get('rope.scaling.original_context_length', meta.get('context_length'))
+        scaling['original_max_position_embeddings'] = original
+    if 'rope.scaling.attn_factor' in meta:  # llama.cpp multiplies its own with it
+        own = 0.1 * math.log(factor) + 1
+        scaling['attention_factor'] = _shortest(meta['rope.scaling.attn_factor'] * own)
+    return scaling
 
 # %% ../../nbs/export/gguf_reader.ipynb #983c7490
 def gguf_sp(
     g: GGUF,  # an open file
 ):  # a `ModelProto`
     "The SentencePiece model of a file"
-    pb, t = need('sentencepiece.sentencepiece_model_pb2'), 'tokenizer.ggml.'
-    m = {k.removeprefix(t): v for k, v in g.meta.items() if k.startswith(t)}
-    if m.get('model') != 'llama' or 'scores' not in m:
+    pb, prefix = need('sentencepiece.sentencepiece_model_pb2'), 'tokenizer.ggml.'
+    meta = {k.removeprefix(prefix): v for k, v in g.meta.items() if k.startswith(prefix)}
+    if meta.get('model') != 'llama' or 'scores' not in meta:
         raise LlamaZhError(
-            f"{g.path}: its vocabulary is of the kind {m.get('model')!r}, one made from SentencePiece ('llama') was expected"
+            f"{g.path}: its vocabulary is of the kind {meta.get('model')!r}, one made from SentencePiece ('llama') was expected"
         )
-    p = pb.ModelProto()
-    for piece, score, kind in zip(m['tokens'], m['scores'], m['token_type'], strict=True):
-        p.pieces.add(piece=piece, score=score, type=kind)
-    p.trainer_spec.model_type, p.trainer_spec.byte_fallback, p.trainer_spec.vocab_size = (
-        2,
-        True,
-        len(p.pieces),
-    )
-    for k in ('bos', 'eos'):
-        setattr(p.trainer_spec, f'{k}_id', m.get(f'{k}_token_id', dict(bos=1, eos=2)[k]))
-    p.trainer_spec.unk_id, p.trainer_spec.pad_id = (
-        m.get('unknown_token_id', 0),
-        m.get('padding_token_id', -1),
-    )
-    (
-        p.normalizer_spec.name,
-        p.normalizer_spec.add_dummy_prefix,
-        p.normalizer_spec.remove_extra_whitespaces,
-    ) = 'identity', m.get('add_space_prefix', True), False
-    return p
+    m = pb.ModelProto()
+    for piece, rank, kind in zip(meta['tokens'], meta['scores'], meta['token_type'], strict=True):
+        m.pieces.add(piece=piece, score=rank, type=kind)
+    trainer, normalizer = m.trainer_spec, m.normalizer_spec
+    trainer.model_type = 2  # BPE
+    trainer.byte_fallback = True
+    trainer.vocab_size = len(m.pieces)
+    trainer.bos_id = meta.get('bos_token_id', 1)
+    trainer.eos_id = meta.get('eos_token_id', 2)
+    trainer.unk_id = meta.get('unknown_token_id', 0)
+    trainer.pad_id = meta.get('padding_token_id', -1)
+    normalizer.name = 'identity'
+    normalizer.add_dummy_prefix = meta.get('add_space_prefix', True)
+    normalizer.remove_extra_whitespaces = False
+    return m
 
 
 def _save_tokenizer(g, out):
     "tokenizer.model, tokenizer.json and the chat template of a file, into a folder"
     out = Path(out)
-    p, template = gguf_sp(g), g.meta.get('tokenizer.chat_template')
-    (out / 'tokenizer.model').write_bytes(p.SerializeToString())
-    i = p.trainer_spec.pad_id
-    save_tokenizer(
-        out / 'tokenizer.model',
-        out,
-        chat_template=template,
-        pad=p.pieces[i].piece if 0 <= i < len(p.pieces) else None,
-    )
-    conf = out / 'tokenizer_config.json'
-    if template:
-        write_json(
-            conf, read_json(conf) | dict(split_special_tokens=False)
-        )  # templates spell control tokens out
+    m, template = gguf_sp(g), g.meta.get('tokenizer.chat_template')
+    (out / 'tokenizer.model').write_bytes(m.SerializeToString())
+    i = m.trainer_spec.pad_id
+    pad = m.pieces[i].piece if 0 <= i < len(m.pieces) else None
+    save_tokenizer(out / 'tokenizer.model', out, chat_template=template, pad=pad)
+    if template:  # templates spell control tokens out
+        config = out / 'tokenizer_config.json'
+        write_json(config, read_json(config) | dict(split_special_tokens=False))
     return out
 
 # %% ../../nbs/export/gguf_reader.ipynb #39760eaa
-def _tensors(g, config, dtype):
-    "{Hugging Face's name: function that reads it}"
+def _reader(g, config, dtype):
+    "{Hugging Face's name: shape}, and a function that reads a tensor by that name"
+    torch, shapes = need('torch', 'train'), llama_shapes(config)
     heads = {'q_proj': config['num_attention_heads'], 'k_proj': config['num_key_value_heads']}
-    torch = need('torch', 'train')
+    for name, want in shapes.items():
+        _, got = g.tensors.get(gguf_name(name), ('', None))
+        if got != want:
+            raise LlamaZhError(
+                f'{g.path}: {gguf_name(name)} is {got or "missing"}, its settings ask for {want}'
+            )
 
     def read(name):
-        x, n = torch.from_numpy(g.get(gguf_name(name))), heads.get(name.split('.')[-2], 0)
-        return (permute(x, n) if n else x).to(dtype)
+        x = torch.from_numpy(g.get(gguf_name(name)))
+        if n := heads.get(name.split('.')[-2], 0):
+            x = permute(x, n)  # rows of q and k from Meta's order to Hugging Face's
+        return x.to(dtype)
 
-    shapes = llama_shapes(config)
-    for k, s in shapes.items():
-        if (got := g.tensors.get(gguf_name(k), (0, None))[1]) != s:
-            raise LlamaZhError(
-                f'{g.path}: {gguf_name(k)} is {got or "missing"}, its settings ask for {s}'
-            )
     return shapes, read
+
+
+def _exact_dtype(g):
+    "float16 for an f16 file, else float32, in which every type is exact"
+    kinds = set(g.kinds())
+    return 'float16' if 'F16' in kinds and kinds <= {'F16', 'F32'} else 'float32'
 
 
 def from_gguf(
     path,  # .gguf of a Llama with a SentencePiece vocabulary
     out,  # Hugging Face folder to make
-    dtype=None,  # of the folder: 'float32', 'float16', 'bfloat16'; None: float16 for an f16 file, else float32, in which every type is exact
+    dtype=None,  # of the folder: 'float32', 'float16', 'bfloat16'; None: what holds the file's numbers exactly
 ) -> Path:
     "A GGUF file as a plain model folder, tensor by tensor"
     g = read_gguf(path)
-    c, dtype = (
-        gguf_config(g),
-        pick_dtype(
-            dtype
-            or (
-                'float16' if set(g.kinds()) <= {'F16', 'F32'} and 'F16' in g.kinds() else 'float32'
-            ),
-            'cpu',
-        ),
-    )
+    config, dtype = gguf_config(g), pick_dtype(dtype or _exact_dtype(g), 'cpu')
     not_over(out, path)
-    shapes, read = _tensors(g, c, dtype)
+    shapes, read = _reader(g, config, dtype)
+    ids = ('bos_token_id', 'eos_token_id', 'pad_token_id')
     with writing(out) as tmp:
         tmp.mkdir()
-        write_shards(tmp, {k: (code_of(dtype), s) for k, s in shapes.items()}, read)
-        write_json(tmp / 'config.json', c | dict(torch_dtype=str(dtype).removeprefix('torch.')))
-        write_json(
-            tmp / 'generation_config.json',
-            {k: c[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id') if k in c},
-        )
+        write_shards(tmp, {name: (code_of(dtype), s) for name, s in shapes.items()}, read)
+        config['torch_dtype'] = str(dtype).removeprefix('torch.')
+        write_json(tmp / 'config.json', config)
+        write_json(tmp / 'generation_config.json', {k: config[k] for k in ids if k in config})
         _save_tokenizer(g, tmp)
     return Path(out)
 
@@ -195,33 +184,32 @@ def load_gguf(
 ):  # (model in eval mode, tokenizer)
     "A GGUF file as a transformers model: the weights as its type left them, computed as any other"
     tf, g, device = need('transformers', 'train'), read_gguf(path), pick_device(device)
-    c, dtype = gguf_config(g), pick_dtype(dtype, device)
-    shapes, read = _tensors(g, c, dtype)
-    model = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**c), dtype=dtype)
-    own = dict(model.named_parameters())
+    config, dtype = gguf_config(g), pick_dtype(dtype, device)
+    shapes, read = _reader(g, config, dtype)
+    model = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**config), dtype=dtype)
+    parameters = dict(model.named_parameters())
     with need('torch', 'train').no_grad():
-        for k in shapes:
-            own[k].copy_(read(k))
-    with tempfile.TemporaryDirectory() as d:
-        tok = tf.AutoTokenizer.from_pretrained(_save_tokenizer(g, d))
+        for name in shapes:
+            parameters[name].copy_(read(name))
+    with tempfile.TemporaryDirectory() as folder:
+        tok = tf.AutoTokenizer.from_pretrained(_save_tokenizer(g, folder))
     return model.to(device).eval(), tok
 
 # %% ../../nbs/export/gguf_reader.ipynb #ae80356b
 def open_llama(
-    path,
+    path,  # .gguf
     context: int = 0,  # positions; 0: what the file says, at most 2,048
     every=False,  # keep the scores of every position
     threads: int = None,
 ):  # a `llama_cpp.Llama`
     "Load a file with llama.cpp, its cache in float32"
-    g, lc = read_gguf(path), _llama_cpp()
-    n = context or min(g.meta.get('llama.context_length', 2048), 2048)
+    g, package = read_gguf(path), llama_cpp()
     try:
-        return lc.Llama(
+        return package.Llama(
             str(g.path),
-            n_ctx=n,
+            n_ctx=context or min(g.meta.get('llama.context_length', 2048), 2048),
             logits_all=every,
-            type_k=0,
+            type_k=0,  # GGML_TYPE_F32
             type_v=0,
             n_threads=threads,
             verbose=False,
@@ -230,30 +218,32 @@ def open_llama(
         raise LlamaZhError(f'llama.cpp cannot load {path}: {e}') from None
 
 
+def _nats(scores, wanted):
+    "Cost of the tokens that came: scores (positions, vocab), wanted (positions,)"
+    top = scores.max(-1)
+    log_sum = top + np.log(np.exp(scores - top[:, None]).sum(-1))
+    return (log_sum - scores[np.arange(len(scores)), wanted]).sum()
+
+
 def _llama_bits(llm, texts):
-    "`measure.bits` by llama.cpp"
-    nats, ntok, bos = [], 0, llm.token_bos()
-    for t in texts:
-        ids = llm.tokenize(t.encode(), add_bos=False, special=False)
-        ntok += len(ids)
-        for s, e, first in windows(len(ids), llm.n_ctx()):
-            row = np.array([bos, *ids[s:e]])
+    "What `measure.bits` measures, by llama.cpp"
+    nats, n_tokens, bos = [], 0, llm.token_bos()
+    for text in texts:
+        ids = llm.tokenize(text.encode(), add_bos=False, special=False)
+        n_tokens += len(ids)
+        for start, stop, first in windows(len(ids), llm.n_ctx()):
+            row = np.array([bos, *ids[start:stop]])
             llm.reset()
             llm.eval(row.tolist())
-            z = np.asarray(llm.scores[first - s : len(row) - 1], np.float64)
-            top = z.max(-1)
-            nats.append(
-                (
-                    top
-                    + np.log(np.exp(z - top[:, None]).sum(-1))
-                    - z[np.arange(len(z)), row[first - s + 1 :]]
-                ).sum()
-            )
-    return Bits(math.fsum(nats), sum(map(len, texts)), sum(len(t.encode()) for t in texts), ntok)
+            seen = first - start  # positions that the window before has scored
+            scores = np.asarray(llm.scores[seen : len(row) - 1], np.float64)
+            nats.append(_nats(scores, row[seen + 1 :]))
+    chars, n_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
+    return Bits(math.fsum(nats), chars, n_bytes, n_tokens)
 
 # %% ../../nbs/export/gguf_reader.ipynb #e14040fc
 def _answer(llm, ids, limit):
-    "The likeliest continuation of `ids`"
+    "The likeliest continuation of `ids`, up to the end of the text or `limit` tokens"
     out, stop = [], {llm.token_eos(), llm.token_bos()}
     for i in llm.generate(ids, temp=0, top_k=1, repeat_penalty=1.0):
         if i in stop or len(out) == limit:
@@ -267,8 +257,8 @@ def llama_greedy(
     prompts: list,  # lists of ids
     max_new_tokens: int = 64,
 ) -> list:  # lists of ids, without the stop token
-    "`measure.greedy` by llama.cpp"
-    return [_answer(llm, list(map(int, p)), max_new_tokens) for p in prompts]
+    "What `measure.greedy` gives, by llama.cpp"
+    return [_answer(llm, [int(i) for i in prompt], max_new_tokens) for prompt in prompts]
 
 # %% ../../nbs/export/gguf_reader.ipynb #2943a99a
 def gguf_engine(
@@ -279,9 +269,7 @@ def gguf_engine(
         raise LlamaZhError(f"engine={engine!r}: use 'auto', 'llama.cpp' or 'transformers'")
     if engine != 'auto':
         return engine
-    from importlib.util import find_spec
-
-    return 'llama.cpp' if find_spec('llama_cpp') else 'transformers'
+    return 'llama.cpp' if importlib.util.find_spec('llama_cpp') else 'transformers'
 
 
 def gguf_bits(
@@ -296,47 +284,49 @@ def gguf_bits(
     return bits(*load_gguf(path), texts)
 
 # %% ../../nbs/export/gguf_reader.ipynb #0a2b14db
-def gguf_rows(
-    files: dict,  # name -> .gguf
-    heldout: dict,  # {'zh': texts, 'en': texts}, see `recipes.heldout`
-    questions=(),  # dicts with "question", "answer", "kind"
-    template='alpaca2',
-    system=None,  # how the questions are asked
-    engine: str = 'auto',  # see `gguf_engine`
-):  # a `ModelTable`; each row also tells `bits` of a weight, `types` and `engine`
-    "Size, bits per character and right answers of GGUF files"
-    rows, engine = [], gguf_engine(engine)
-    for name, path in files.items():
-        g = read_gguf(path)
-        if engine == 'transformers':
-            row = measure_models(
-                {name: load_gguf(path)}, heldout, questions, template, system
-            ).rows[0]
-        else:
-            row = _llama_row(name, path, heldout, list(questions), template, system)
-        rows.append(row | dict(bytes=g.bytes, bits=g.bits, types=g.kinds(), engine=engine))
-    return ModelTable(rows)
+def _ask_llama(path, questions, template, system):
+    "Answers of a file, by llama.cpp"
+    llm, layout = open_llama(path), get_template(template)
+    with tempfile.TemporaryDirectory() as folder:
+        tok = load_hf(_save_tokenizer(read_gguf(path), folder))
+    head = [dict(role='system', content=system)] if system else []
+    prompts = []
+    for q in questions:
+        turns = [*head, dict(role='user', content=q['question'])]
+        prompts.append(layout.encode(tok, turns, add_generation_prompt=True).ids)
+    answers = llama_greedy(llm, prompts)
+    return [tok.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
 
 def _llama_row(name, path, heldout, questions, template, system):
     "One file, measured by llama.cpp"
     llm, row = open_llama(path, every=True), dict(name=name, accuracy={}, scores=None)
-    for lang, key, what in (('zh', 'bpc_zh', 'bpc'), ('en', 'bpb_en', 'bpb')):
-        if heldout.get(lang):
-            row[key] = round(getattr(_llama_bits(llm, heldout[lang]), what), 4)
-    if not questions:
-        return row
-    llm, t = open_llama(path), get_template(template)
-    with tempfile.TemporaryDirectory() as d:
-        tok = load_hf(_save_tokenizer(read_gguf(path), d))
-    head = [dict(role='system', content=system)] if system else []
-    ids = [
-        t.encode(
-            tok, [*head, dict(role='user', content=q['question'])], add_generation_prompt=True
-        ).ids
-        for q in questions
-    ]
-    row['scores'] = score(
-        [tok.decode(a, skip_special_tokens=True).strip() for a in llama_greedy(llm, ids)], questions
-    )
-    return row | dict(accuracy=row['scores'].by('kind'))
+    if heldout.get('zh'):
+        row['bpc_zh'] = round(_llama_bits(llm, heldout['zh']).bpc, 4)
+    if heldout.get('en'):
+        row['bpb_en'] = round(_llama_bits(llm, heldout['en']).bpb, 4)
+    if questions:
+        row['scores'] = score(_ask_llama(path, questions, template, system), questions)
+        row['accuracy'] = row['scores'].by('kind')
+    return row
+
+
+def gguf_rows(
+    files: dict,  # name -> .gguf
+    heldout: dict,  # {'zh': texts, 'en': texts}, see `recipes.heldout`
+    questions=(),  # dicts with "question", "answer", "kind"
+    template='alpaca2',  # how the questions are asked
+    system=None,  # system text of the questions
+    engine: str = 'auto',  # see `gguf_engine`
+):  # `measure.ModelTable`; each row also tells `bits` of a weight, `types` and `engine`
+    "Size, bits per character and right answers of GGUF files"
+    rows, engine, questions = [], gguf_engine(engine), list(questions)
+    for name, path in files.items():
+        g = read_gguf(path)
+        if engine == 'transformers':
+            table = measure_models({name: load_gguf(path)}, heldout, questions, template, system)
+            row = table.rows[0]
+        else:
+            row = _llama_row(name, path, heldout, questions, template, system)
+        rows.append(row | dict(bytes=g.bytes, bits=g.bits, types=g.kinds(), engine=engine))
+    return ModelTable(rows)

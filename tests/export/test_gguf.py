@@ -100,7 +100,7 @@ def test_every_tensor(plain, tmp_path, type):
             np.ascontiguousarray(t.data).tobytes()
             == gguf.quants.quantize(w, gguf.GGMLQuantizationType[q]).tobytes()
         ), k
-    assert g.bits < 33 and repr(g) and 'MB' in g._repr_html_()
+    assert g.bits < 33 and repr(g) and 'MB' in g._repr_markdown_()
 
 
 KEYS = [
@@ -768,7 +768,7 @@ def test_memory_stays_with_the_largest_tensor(tmp_path):
         intermediate_size=80_000,
         num_hidden_layers=1,
     )
-    code = 'import sys, torch, llama_zh_nb.gguf_file as g, gguf; from llama_zh_nb.core.machine import peak_rss; g.gguf_vocab(sys.argv[1]); a = peak_rss(); g.to_gguf(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True); print(peak_rss() - a)'
+    code = 'import sys, torch, llama_zh_nb.export.gguf as g, gguf; from llama_zh_nb.core.machine import peak_rss; g.gguf_vocab(sys.argv[1]); a = peak_rss(); g.to_gguf(sys.argv[1], sys.argv[2], sys.argv[3], overwrite=True); print(peak_rss() - a)'
     used = {
         t: int(
             subprocess.run(
