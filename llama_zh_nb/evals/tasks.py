@@ -226,7 +226,7 @@ def question_rows(
 ) -> list:  # of dicts
     "The rows of one file; a broken one is an error that names its line"
     rows = []
-    for row in read_rows(path, what='questions'):
+    for row in read_rows(path, what='questions', exact=True):
         if row.problem:
             raise LlamaZhError(f'{path}, line {row.line}: {row.problem}')
         if isinstance(row.value, dict):

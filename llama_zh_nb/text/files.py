@@ -269,7 +269,7 @@ def _json_lines(f):
             yield Row(number, *_parsed(line))
 
 # %% ../../nbs/text/files.ipynb #a1e84d29
-def _table_rows(f, path, strict):
+def _table_rows(f, path, strict, exact=False):
     "Rows of an open CSV or TSV file with a header"
     csv.field_size_limit(1 << 30)
     tabs = '\t' in f.readline()
@@ -293,7 +293,7 @@ def _table_rows(f, path, strict):
             yield Row(line, '', problem)
             continue
         for name, cell in cells.items():
-            if isinstance(cell, str):
+            if isinstance(cell, str) and not exact:
                 cells[name] = cell.replace('\r\n', '\n')
         yield Row(line, cells)
 
@@ -325,7 +325,7 @@ def _first_line(path, encoding):
         return next((line for line in f if line.strip()), '').strip()
 
 
-def _text_rows(path, encoding, inside=(), known=(), what='rows', strict=False):
+def _text_rows(path, encoding, inside=(), known=(), what='rows', strict=False, exact=False):
     "Rows of a text file whose encoding is known"
     first = _first_line(path, encoding)
     if first[:1] in ('{', '[') or path.suffix.lower() in ('.json', '.jsonl'):
@@ -338,7 +338,7 @@ def _text_rows(path, encoding, inside=(), known=(), what='rows', strict=False):
             f'{path} holds no {what}: neither JSON, nor a table with one of the columns {", ".join(sorted(known))}; it begins with {first[:40]!r}'
         )
     with _open_text(path, encoding, newline='') as f:
-        yield from _table_rows(f, path, strict)
+        yield from _table_rows(f, path, strict, exact)
 
 # %% ../../nbs/text/files.ipynb #59b4d8df
 def read_rows(
@@ -349,6 +349,7 @@ def read_rows(
     known: tuple = (),  # a table must have one of these columns
     what: str = 'rows',  # what is expected, for messages: 'chats', 'questions', ...
     strict: bool = False,  # refuse a table with quotation marks that do not fit
+    exact: bool = False,  # line ends inside the cells of a table stay as they are
 ):  # yields `Row`; a row that cannot be read says why
     "The rows of a file, one after another; broken rows are named, not dropped"
     path, notes = Path(path), [] if notes is None else notes
@@ -362,7 +363,7 @@ def read_rows(
     elif kind == 'a gzip file':
         with tempfile.TemporaryDirectory() as folder:
             yield from read_rows(
-                _unpacked(path, folder), encoding, notes, inside, known, what, strict
+                _unpacked(path, folder), encoding, notes, inside, known, what, strict, exact
             )
     elif any(k in kind for k in _NOT_TEXT):
         raise LlamaZhError(f'{path} is {kind}: {what} as JSON, CSV or Parquet were expected')
@@ -371,7 +372,7 @@ def read_rows(
         notes += [f'encoding: {encoding}', *found]
         if not _first_line(path, encoding):
             raise LlamaZhError(f'{path} holds only white space; expected {what}')
-        yield from _text_rows(path, encoding, inside, known, what, strict)
+        yield from _text_rows(path, encoding, inside, known, what, strict, exact)
 
 
 def _unpacked(path, folder):

@@ -28,6 +28,9 @@ def test_real_benchmarks_are_read_whole(shared):
         and t.groups['marxism'] == ['Social Science']
     )
     assert len(read_task(d / 'ceval', 'dev')) == 260
+    published = [q for part in (t.subjects, t.shots) for qs in part.values() for q in qs]
+    assert sum('\r\n' in q.question for q in published) == 21  # prompts as published
+    assert t.digest.startswith('6170c8dbd629d16a')
     c = read_task(d / 'cmmlu', 'dev')
     assert (len(c), len(c.subjects), c.style) == (
         335,
