@@ -120,13 +120,28 @@ class Meter:
         )
 
 # %% ../../nbs/core/machine.ipynb #815ab998
+_LOG_SECONDS = 30  # between two lines of a log
+_LOG_LINE = '{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go{postfix}'
+
+
+class _Lines:
+    "A file for tqdm that writes each state of the bar as a line of its own"
+
+    def write(self, text):
+        if text := text.strip('\r\n '):
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress(
     it=None,  # what to go through
     desc: str = '',  # shown in front
     total=None,  # how many, where `it` has no length
     **kw,
 ):  # an iterator; also has tqdm's `update` and `close`
-    "A progress bar in a terminal or notebook; silent with the environment variable `LLAMA_ZH_PROGRESS=0`"
+    "A progress bar in a terminal or notebook, lines in a log; silent with `LLAMA_ZH_PROGRESS=0` in the environment"
     try:
         from IPython import get_ipython
 
@@ -135,8 +150,13 @@ def progress(
         shell = False
     from tqdm import tqdm
 
-    off = os.environ.get('LLAMA_ZH_PROGRESS', '') == '0' or not (shell or sys.stderr.isatty())
-    return tqdm(it, desc=desc or None, total=total, leave=False, disable=off, mininterval=0.5, **kw)
+    # of several processes one speaks
+    off = os.environ.get('LLAMA_ZH_PROGRESS', '') == '0' or os.environ.get('RANK', '0') != '0'
+    how = dict(desc=desc or None, total=total, leave=False, disable=off)
+    if shell or sys.stderr.isatty():
+        return tqdm(it, mininterval=0.5, **how, **kw)
+    interval = dict(mininterval=_LOG_SECONDS, maxinterval=_LOG_SECONDS, delay=_LOG_SECONDS)
+    return tqdm(it, file=_Lines(), bar_format=_LOG_LINE, miniters=1, **interval, **how, **kw)
 
 # %% ../../nbs/core/machine.ipynb #30c4db7b
 @contextlib.contextmanager
