@@ -24,6 +24,7 @@ import numpy as np
 from langchain_core.documents import Document
 
 from llama_zh_nb.core.machine import peak_rss
+from llama_zh_nb.core.settings import RagArgs
 from llama_zh_nb.documents.index import build_index, open_index
 from llama_zh_nb.documents.recall import Retrieval, eval_retrieval, pick_threshold
 
@@ -93,7 +94,11 @@ def measure(path, a, tmp):
     name, other = other_script(qs)
     print(f'\n{Path(path).name}: {len(docs):,} paragraphs, {len(qs):,} questions')
     t = time.time()
-    build_index(docs, tmp / Path(path).stem, chunk_tokens=a.chunk_tokens, embedding=a.embedding)
+    build_index(
+        docs,
+        tmp / Path(path).stem,
+        args=RagArgs(chunk_tokens=a.chunk_tokens, embedding=a.embedding),
+    )
     print(f'indexed in {time.time() - t:.1f} s')
     systems = {'bigram BM25': Bigrams(docs)} | {
         s: open_index(tmp / Path(path).stem, search=s) for s in ('lexical', 'dense', 'hybrid')
@@ -155,8 +160,7 @@ def many(a, tmp):
             tmp / 'docs',
             tmp / 'ix',
             workers=a.workers,
-            embedding=a.embedding,
-            chunk_tokens=a.chunk_tokens,
+            args=RagArgs(embedding=a.embedding, chunk_tokens=a.chunk_tokens),
         )
         mib = max(peak_rss(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10) / 2**20
         out[name] = dict(

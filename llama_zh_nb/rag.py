@@ -13,6 +13,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 
 from .core.errors import LlamaZhError
+from .core.settings import RagArgs
 from .documents.assistant import Assistant
 from .documents.conversation import Conversation, DocumentTerminal
 from .documents.index import build_index, open_index
@@ -178,7 +179,7 @@ def rag_eval(
             [Document(t, metadata={'source': name}) for name, t in asked.paragraphs.items()],
             index,
             tokenizer=kwargs.get('model'),
-            chunk_tokens=chunk_tokens,
+            args=RagArgs(chunk_tokens=chunk_tokens),
         )
     bot = open_assistant(index, max_new_tokens=max_new_tokens, **kwargs)
     known = [q for q in asked if has_known_passage(q)]

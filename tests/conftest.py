@@ -24,7 +24,8 @@ def pytest_configure(config):
 
 
 LONG = [
-    'test_scale.py',
+    'test_distributed.py',
+    'test_launch.py',
     'test_site.py',
     'test_run.py',
     'test_serve.py',

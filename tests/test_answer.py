@@ -12,6 +12,7 @@ from langchain_core.language_models.chat_models import SimpleChatModel
 from langchain_core.language_models.fake_chat_models import FakeListChatModel
 
 from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.settings import RagArgs
 from llama_zh_nb.documents.assistant import Assistant
 from llama_zh_nb.documents.chat_model import ask_model, ask_model_batch, ask_model_stream, load_chat
 from llama_zh_nb.documents.conversation import (
@@ -54,7 +55,7 @@ def index(tmp_path_factory):
     build_index(
         [Document(f'{n}。{t}', metadata={'source': n}) for n, t in DOCS.items()],
         d / 'index',
-        chunk_tokens=64,
+        args=RagArgs(chunk_tokens=64),
     )
     return d / 'index'
 
@@ -193,7 +194,7 @@ def test_hostile_documents_stay_one_passage(tmp_path, evil, strategy):
     build_index(
         [Document(f'码头的票价是五元。{evil}', metadata={'source': 'evil'})],
         tmp_path / 'i',
-        chunk_tokens=512,
+        args=RagArgs(chunk_tokens=512),
     )
     llm = heard(lambda p: evil + '[2]')  # the model even repeats it
     a = Assistant(tmp_path / 'i', llm, 'cited', 2, 0.0, strategy=strategy).ask('码头的票价是多少？')
@@ -227,7 +228,7 @@ def test_shared_hostile_files(shared, tmp_path):
     ix = build_index(
         [Document(t, metadata={'source': str(i)}) for i, t in enumerate(texts)],
         tmp_path / 'i',
-        chunk_tokens=300,
+        args=RagArgs(chunk_tokens=300),
     )
     llm = heard(lambda p: '好')
     bot = Assistant(ix, llm, 'cited', 3, 0.0)

@@ -17,6 +17,7 @@ from langchain_tests.integration_tests import ChatModelIntegrationTests, Retriev
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.settings import RagArgs
 from llama_zh_nb.documents.chat_model import ChatLlama, load_chat
 from llama_zh_nb.documents.index import build_index
 from llama_zh_nb.documents.load import Document
@@ -133,7 +134,7 @@ class TestIntegration(Ours, ChatModelIntegrationTests):
 @lru_cache
 def index():
     docs = [Document(f'{name}。{text}', metadata={'source': name}) for name, text in TOWN]
-    return build_index(docs, _where() / 'index', chunk_tokens=64)
+    return build_index(docs, _where() / 'index', args=RagArgs(chunk_tokens=64))
 
 
 @run_async

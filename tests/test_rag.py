@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.settings import RagArgs
 from llama_zh_nb.documents import index as indexing
 from llama_zh_nb.documents.assistant import Answer, Assistant
 from llama_zh_nb.documents.chat_model import load_chat
@@ -91,7 +92,7 @@ def town(tmp_path_factory):
     d = tmp_path_factory.mktemp('town')
     (d / 'docs').mkdir()
     (d / 'docs' / '青石镇.md').write_text(TOWN, encoding='utf-8')
-    build_index(d / 'docs', d / 'index', chunk_tokens=80)
+    build_index(d / 'docs', d / 'index', args=RagArgs(chunk_tokens=80))
     return d
 
 
@@ -293,7 +294,7 @@ def test_damaged_index(town, tmp_path):
 
 
 def test_threshold_is_saved(town, tmp_path):
-    ix = build_index(town / 'docs', tmp_path / 'i', chunk_tokens=80)
+    ix = build_index(town / 'docs', tmp_path / 'i', args=RagArgs(chunk_tokens=80))
     qs = [
         {'question': '末班船几点开？', 'value': '四点'},
         {'question': '茶馆开了多少年？', 'value': '六十年'},
@@ -321,7 +322,7 @@ def _squad(path):
 def test_cmrc2018(shared, tmp_path):
     "Character-bigram BM25 reaches R@1 .976 here; the built-in threshold must be near the measured one."
     docs, qs = _squad(shared / 'data/eval/cmrc2018/cmrc2018_trial.json')
-    ix = build_index(docs, tmp_path / 'i', chunk_tokens=256, embedding='none')
+    ix = build_index(docs, tmp_path / 'i', args=RagArgs(chunk_tokens=256, embedding='none'))
     e = eval_retrieval(ix, qs)
     print(e)
     assert e.recall(1) > 0.976 and e.recall(5) >= 0.99 and e.mrr > 0.98
@@ -334,7 +335,7 @@ def test_cmrc2018(shared, tmp_path):
 def test_drcd(shared, tmp_path):
     "Traditional Chinese; character-bigram BM25 reaches R@1 .946 here"
     docs, qs = _squad(shared / 'data/eval/drcd/DRCD_dev.json')
-    ix = build_index(docs, tmp_path / 'i', chunk_tokens=256)
+    ix = build_index(docs, tmp_path / 'i', args=RagArgs(chunk_tokens=256))
     e = eval_retrieval(ix, qs)
     print(
         e,

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.settings import RagArgs
 from llama_zh_nb.documents import index as indexing
 from llama_zh_nb.documents import load as documents
 from llama_zh_nb.documents.index import build_index, open_index
@@ -79,7 +80,7 @@ def test_pdf(tmp_path):
         ('渡船早上七点开。\n船票一张五元，小狗免费。', 1),
         ('末班船四点。', 2),
     ]
-    ix = build_index(tmp_path, tmp_path.parent / 'pdf', embedding='none')
+    ix = build_index(tmp_path, tmp_path.parent / 'pdf', args=RagArgs(embedding='none'))
     assert ix.find('末班船几点')[0].metadata['page'] == 2
     (tmp_path / 'cut.pdf').write_bytes((tmp_path / 'a.pdf').read_bytes()[:500])
     (tmp_path / 'empty.pdf').write_bytes(pdf([[]]))
@@ -327,7 +328,7 @@ def test_only_what_changed_is_read(tmp_path, monkeypatch):
         x.metadata['source'] for x in ix.chunks
     }  # the store followed, too
     assert (
-        len(build_index(d, out, chunk_tokens=64)) == len(ix) and len(read) > 12
+        len(build_index(d, out, args=RagArgs(chunk_tokens=64))) == len(ix) and len(read) > 12
     )  # other settings: all anew
     assert sorted(p.name for p in tmp_path.iterdir()) == ['docs', 'ix', 'whole']
 
@@ -340,7 +341,7 @@ log, slow = open(sys.argv[3], 'a'), documents.READERS['.txt']
 def read(path, *a): log.write(Path(path).name + chr(10)); log.flush(); time.sleep(float(sys.argv[4])); return slow(path, *a)
 documents.READERS['.txt'], batches = read, indexing._batches
 indexing._batches = lambda items: batches(items, most=5)
-indexing.build_index(sys.argv[1], sys.argv[2], embedding='none')
+indexing.build_index(sys.argv[1], sys.argv[2], indexing.RagArgs(embedding='none'))
 """
 
 
@@ -349,7 +350,7 @@ def test_killed_and_resumed(tmp_path, old):
     d, out, log = tmp_path / 'docs', tmp_path / 'ix', tmp_path / 'log'
     if old:
         write(d, 3)
-        build_index(d, out, embedding='none')
+        build_index(d, out, args=RagArgs(embedding='none'))
     write(d, 40)
     run = lambda pause: subprocess.Popen(
         [sys.executable, '-W', 'ignore', '-c', KILLED, d, out, log, pause],
@@ -370,7 +371,9 @@ def test_killed_and_resumed(tmp_path, old):
         len(set(first) & set(again)) <= 5 and len(again) <= 40 - len(first) + 5
     )  # of what was finished, nothing
     ix = open_index(out)
-    assert len(ix) == 40 and same(ix, build_index(d, tmp_path / 'whole', embedding='none'))
+    assert len(ix) == 40 and same(
+        ix, build_index(d, tmp_path / 'whole', args=RagArgs(embedding='none'))
+    )
     assert not [p for p in tmp_path.iterdir() if p.name[0] == '.']
 
 
@@ -379,15 +382,15 @@ def test_several_processes_give_the_same(tmp_path, monkeypatch):
     real = indexing._batches
     monkeypatch.setattr(indexing, '_batches', lambda items: real(items, most=8))
     assert same(
-        build_index(tmp_path / 'd', tmp_path / 'two', workers=2, embedding='none'),
-        build_index(tmp_path / 'd', tmp_path / 'one', embedding='none'),
+        build_index(tmp_path / 'd', tmp_path / 'two', workers=2, args=RagArgs(embedding='none')),
+        build_index(tmp_path / 'd', tmp_path / 'one', args=RagArgs(embedding='none')),
     )
 
 
 def test_workers_end_with_their_parent(tmp_path):
     psutil = pytest.importorskip('psutil')
     write(tmp_path / 'd', 40)
-    code = KILLED.replace("embedding='none'", "embedding='none', workers=2")
+    code = KILLED.replace("embedding='none')", "embedding='none'), workers=2")
     run = tmp_path / 'run.py'
     run.write_text(
         'if __name__ == "__main__":\n' + ''.join(f'    {l}\n' for l in code.strip().split('\n'))
@@ -425,8 +428,8 @@ def test_one_builder_at_a_time(tmp_path):
     write(tmp_path / 'd', 2)
     with indexing._working(tmp_path / '.ix.parts', {}):
         with pytest.raises(LlamaZhError, match='already'):
-            build_index(tmp_path / 'd', tmp_path / 'ix', embedding='none')
-    assert len(build_index(tmp_path / 'd', tmp_path / 'ix', embedding='none')) == 2
+            build_index(tmp_path / 'd', tmp_path / 'ix', args=RagArgs(embedding='none'))
+    assert len(build_index(tmp_path / 'd', tmp_path / 'ix', args=RagArgs(embedding='none'))) == 2
 
 
 def test_wrong_use(tmp_path):
@@ -456,7 +459,7 @@ def test_wrong_use(tmp_path):
         assert not (tmp_path / 'ix').exists() and not [
             p for p in tmp_path.iterdir() if p.name[0] == '.'
         ], kw
-    ix = build_index(tmp_path / 'd', tmp_path / 'ix', embedding='none')
+    ix = build_index(tmp_path / 'd', tmp_path / 'ix', args=RagArgs(embedding='none'))
     with pytest.raises(LlamaZhError, match='without vectors'):
         open_index(tmp_path / 'ix', search='hybrid').find('船')
     with pytest.raises(LlamaZhError, match='no file'):
@@ -599,7 +602,9 @@ def test_models_from_folders(poems, tmp_path):
         ],
         device='cpu',
     ).save(str(tmp_path / 'st'))
-    ix = build_index(poems / 'docs', tmp_path / 'ix', embedding=str(tmp_path / 'st'), device='cpu')
+    ix = build_index(
+        poems / 'docs', tmp_path / 'ix', args=RagArgs(embedding=str(tmp_path / 'st')), device='cpu'
+    )
     assert ix.search == 'dense' and len(ix.find('西湖在杭州，湖上有白堤。', k=4)) == 4
     assert (
         open_index(tmp_path / 'ix', search='hybrid').find('西湖在哪座城市')[0].metadata['score'] > 0
@@ -619,7 +624,7 @@ def test_langchain_embeddings(poems, tmp_path):
     from langchain_core.embeddings import DeterministicFakeEmbedding
 
     emb = DeterministicFakeEmbedding(size=16)
-    ix = build_index(poems / 'docs', tmp_path / 'ix', embedding=emb)
+    ix = build_index(poems / 'docs', tmp_path / 'ix', args=RagArgs(embedding=emb))
     assert ix.search == 'dense' and ix.find(POEMS['山.md'], k=1)[0].metadata['source'] == '山.md'
     with pytest.raises(LlamaZhError, match='embedding='):
         open_index(tmp_path / 'ix').find('山')
@@ -663,7 +668,7 @@ def drcd(shared, tmp_path, paragraphs):
     ix = build_index(
         [Document(p['context'], metadata={'source': f'p{i}'}) for i, p in enumerate(paras)],
         tmp_path / 'i',
-        embedding='none',
+        args=RagArgs(embedding='none'),
     )
     qs = [
         {'question': q['question'], 'source': f'p{i}'}
@@ -794,9 +799,10 @@ def test_server(server, tmp_path):
 MANY = """
 import json, random, resource, sys
 from pathlib import Path
+from llama_zh_nb.core.settings import RagArgs
 from llama_zh_nb.documents.index import build_index
 if __name__ == '__main__':
-    ix = build_index(sys.argv[1], sys.argv[2], embedding='none', workers=2)
+    ix = build_index(sys.argv[1], sys.argv[2], RagArgs(embedding='none'), workers=2)
     peak = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     print(json.dumps(dict(documents=ix.info['documents'], chunks=len(ix), mib=peak/1024, found=ix.find('第9999号文件')[0].metadata['source'])))
 """

@@ -41,6 +41,8 @@ def _type_of(parameter, hints):
     "(type of one word, whether several may follow), from the annotation, else from the default"
     default = parameter.default
     kind = hints.get(parameter.name)
+    if kind is None and parameter.annotation is not inspect.Parameter.empty:
+        kind = parameter.annotation  # of a function that this one delegates to
     if kind is None:
         kind = str if default in (None, inspect.Parameter.empty) else type(default)
     kind, _, _ = unpack_type(kind)
@@ -86,11 +88,13 @@ def _option_of(group, name):
     return flat_name(group, name).removeprefix(dict(sft='sft_', evaluate='tasks_').get(group, ''))
 
 
-def _add_settings_object(parser, parameter, cls):
-    "Options for every field of the settings class of a parameter"
+def _add_settings_object(parser, parameter, cls, hide=()):
+    "Options for the fields of the settings class of a parameter"
     group = _group_of(cls)
     part = parser.add_argument_group(group, cls.__doc__)
     for f in fields(cls):
+        if f.name in hide:
+            continue
         flat = flat_name(group, f.name)
         kind, choices, _ = unpack_type(settings()[flat].type)
         several = kind is tuple
@@ -128,7 +132,7 @@ def add_arguments(
         if name in command.hide or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL):
             continue
         if is_dataclass(hints.get(name)):
-            _add_settings_object(parser, p, hints[name])
+            _add_settings_object(parser, p, hints[name], command.hide)
             continue
         kind, several = _type_of(p, hints)
         several = several or name in command.several
@@ -300,7 +304,12 @@ def _quantize():
     return quantize
 
 
-@_command('rag index', 'documents to an index', several=('docs',), hide=('words',))
+@_command(
+    'rag index',
+    'documents to an index',
+    several=('docs',),
+    hide=('words', 'k', 'threshold'),  # the last two are for asking
+)
 def _rag_index():
     from llama_zh_nb.documents.index import build_index
 

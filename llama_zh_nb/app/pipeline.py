@@ -314,10 +314,8 @@ def index_documents(run):
     build_index(
         run.files('docs'),
         run / 'index',
+        args,
         tokenizer=run / 'tokenizer',
-        embedding=args.embedding,
-        chunk_tokens=args.chunk_tokens,
-        chunk_overlap=args.chunk_overlap,
         workers=recipe.compute.workers,
         device=recipe.compute.device,
     )

@@ -27,6 +27,7 @@ import numpy as np
 
 from ..core.errors import LlamaZhError, read_json, sha256, write_json, writing
 from ..core.machine import progress
+from ..core.settings import RagArgs
 from .lexicon import HashedEmbeddings, Lexicon
 from .load import MAX_MIB, Document, find_documents, read_file
 from .recall import DEFAULT_THRESHOLD, HASHED_THRESHOLDS
@@ -95,8 +96,8 @@ class ReadSettings:
 
     tokenizer: Any = None  # see `token_counter`
     tokenizer_id: str = 'characters'  # tells one tokenizer from another
-    chunk_tokens: int = 256  # longest chunk
-    chunk_overlap: int = 0  # tokens of whole sentences repeated from the chunk before
+    chunk_tokens: int = RagArgs.chunk_tokens  # longest chunk
+    chunk_overlap: int = RagArgs.chunk_overlap  # tokens of whole sentences repeated from before
     words: bool = True  # also words found by jieba
     encoding: str = None  # of text files, where known
     max_mib: float = MAX_MIB  # largest file that is read
@@ -516,10 +517,9 @@ def _check_index_arguments(out, max_mib, encoding, workers):
 def build_index(
     docs,  # files, folders, patterns, or LangChain documents
     out,  # index folder to make, or to bring up to date
+    args: RagArgs = RagArgs(),  # the embedding ('none': no vectors), how long a chunk is
+    *,
     tokenizer=None,  # counts the budget: a Hugging Face tokenizer, folder or function; None: characters
-    embedding: str = 'lexical',  # 'lexical' needs no model; a sentence-transformers model; 'none'
-    chunk_tokens: int = 256,  # longest chunk
-    chunk_overlap: int = 0,  # tokens of whole sentences repeated from the chunk before
     words=True,  # also index words found by jieba
     encoding: str = None,  # of text files, where known
     store: str = None,  # of the vectors: http://host:port (Chroma), milvus://host:port; None: a folder
@@ -534,16 +534,16 @@ def build_index(
     read = ReadSettings(
         tokenizer,
         _tokenizer_id(tokenizer),
-        chunk_tokens,
-        chunk_overlap,
+        args.chunk_tokens,
+        args.chunk_overlap,
         bool(words),
         encoding,
         max_mib,
     )
-    name = embedding_name(embedding)
+    name = embedding_name(args.embedding)
     address, collection = _store_of(out, store, name)
     read.splitter().split_text('')  # what is wrong is told before the work begins
-    embeddings = None if name == 'none' else get_embeddings(embedding, device, read.words)
+    embeddings = None if name == 'none' else get_embeddings(args.embedding, device, read.words)
     if address and embeddings:
         open_store(address, embeddings, collection).close()
     kept = {k: v for k, v in vars(read).items() if k != 'tokenizer'}
@@ -556,7 +556,8 @@ def build_index(
     with _working(parts, settings):
         _update(inputs, out, parts, read, settings, embeddings, workers, fresh)
         shutil.rmtree(parts, ignore_errors=True)
-    return open_index(out, embedding=None if isinstance(embedding, str | Path) else embedding)
+    given = None if isinstance(args.embedding, str | Path) else args.embedding
+    return open_index(out, embedding=given)
 
 # %% ../../nbs/documents/index.ipynb #4316a2c4
 def open_index(

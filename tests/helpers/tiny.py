@@ -5,8 +5,6 @@ import random
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-
 from llama_zh_nb.checkpoint.tensors import open_weights
 from llama_zh_nb.core.machine import quiet
 from llama_zh_nb.core.settings import ChatArgs, ComputeArgs, LoraArgs, SftArgs, TrainArgs
@@ -38,6 +36,7 @@ def texts(n, seed=0, zh=True):
 
 def make(out, tied=False, rows=None, seed=0):
     "A Hugging Face folder: two thin random layers, a small BPE tokenizer"
+    import torch
     from tokenizers import Tokenizer, decoders, models, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -120,6 +119,7 @@ def tensors(folder):
 def tiny(d):
     "A tiny untied Llama with random weights and a tokenizer of its own in `d`/hf; its last 20 rows count as new."
     import sentencepiece as spm
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llama_zh_nb.tokenizer.exact import save_tokenizer

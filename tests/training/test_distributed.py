@@ -6,23 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers.processes import TESTS, chat_run, env
+from helpers.tiny import EN, HELD, ZH, grouped, make, tensors, tiny
+
+from llama_zh_nb.core.errors import LlamaZhError
+from llama_zh_nb.core.settings import TrainArgs
+from llama_zh_nb.training import distributed as scale
+from llama_zh_nb.training.trainer import History
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('peft')
 pytest.importorskip('accelerate')
 
-from helpers.tiny import EN, HELD, ZH, grouped, make, talk, tensors, tiny
 
-from llama_zh_nb.app import launch
-from llama_zh_nb.core.errors import LlamaZhError
-from llama_zh_nb.core.settings import SftArgs, TrainArgs
-from llama_zh_nb.training import distributed as scale
-from llama_zh_nb.training.trainer import History
-
-HERE = Path(__file__).parent
 KW = dict(
     lora_r=4,
     lora_alpha=8,
@@ -57,75 +57,12 @@ needs_deepspeed = pytest.mark.skipif(
     reason='deepspeed is not installed: pip install llama-zh-nb[scale]',
 )
 
-# ---- the same for chats
-
-CHAT_KW = dict(
-    lora_r=4,
-    lora_alpha=8,
-    lora_dropout=0.0,
-    block=128,
-    batch=2,
-    global_batch=4,
-    lr=1e-2,
-    max_steps=6,
-    eval_every=3,
-    save_every=3,
-    log_every=1,
-    text_share=0.2,
-    device='cpu',
-)
 CHAT_CHILD = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
-import test_scale as t
+import helpers.processes as t
 t.chat_run(sys.argv[1], sys.argv[2], int(os.environ.get('DIE', 0)), **json.loads(sys.argv[3]))
 """
-
-
-def chat_run(base, out, die=0, **kw):
-    "Fine-tune on chats of very different lengths, so that processes have different numbers of answered tokens; `die` at that batch"
-    import llama_zh_nb.sft as s
-
-    chats = [
-        dict(messages=talk(f'Where is {i}?', 'It is far. ' * (1 + i * i % 9))) for i in range(60)
-    ]
-
-    class Dies(s.ChatCollate):
-        n = 0
-
-        def __call__(self, rows):
-            Dies.n += 1
-            if Dies.n == die:
-                os._exit(9)
-            return super().__call__(rows)
-
-    was, s.ChatCollate = s.ChatCollate, Dies
-    try:
-        return s.finetune(
-            base,
-            chats,
-            out,
-            extra_texts=['The river is long. ' * 5] * 9,
-            heldout=dict(zh=['长江很长。'] * 3),
-            questions=[dict(question=f'Where is {i}?', answer='It is far.') for i in range(3)],
-            **grouped(SftArgs, CHAT_KW | kw),
-        )
-    finally:
-        s.ChatCollate = was
-
-
-def env(**kw):
-    return (
-        os.environ
-        | dict(
-            OMP_NUM_THREADS='1',
-            HF_HUB_OFFLINE='1',
-            LLAMA_ZH_PROGRESS='0',
-            DS_ACCELERATOR='cpu',
-            PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')]),
-        )
-        | kw
-    )
 
 
 @pytest.fixture(scope='module')
@@ -139,7 +76,7 @@ def start(base, tmp_path_factory):
 
     def f(n, out, die=0, ok=True, folder=base, child=CHILD, **kw):
         script = tmp_path_factory.mktemp('child') / 'child.py'
-        script.write_text(child.format(tests=str(HERE)))
+        script.write_text(child.format(tests=str(TESTS)))
         p = subprocess.run(
             [
                 sys.executable,
@@ -300,7 +237,10 @@ def chats(tmp_path_factory, start):
     "chats(n, out, ...): fine-tuning in n processes; chats.one: what one process gives; chats.base"
     d = tmp_path_factory.mktemp('chats')
     base = tiny(d)
-    f = lambda n, out, **kw: start(n, out, folder=base, child=CHAT_CHILD, **kw)
+
+    def f(n, out, **kw):
+        return start(n, out, folder=base, child=CHAT_CHILD, **kw)
+
     f.base, f.one = base, d / 'one'
     os.environ['LLAMA_ZH_PROGRESS'] = '0'
     chat_run(base, f.one)
@@ -334,119 +274,6 @@ def test_finetuning_dies_and_goes_on_with_one_process(chats, tmp_path):
     chats(2, tmp_path / 'o', engine='fsdp2', die=6)
     assert 'resuming from checkpoint-3' in chats(1, tmp_path / 'o', engine='fsdp2')
     same(chats.one, tmp_path / 'o')
-
-
-# ---- recipes and launchers
-
-
-@pytest.fixture(scope='module')
-def recipe(base, tmp_path_factory):
-    "A run folder with what the earlier stages leave, and a recipe that names it"
-    import shutil
-
-    run = tmp_path_factory.mktemp('runs') / 'r'
-    shutil.copytree(base, run / 'resized')
-    for d, ts in (('corpus', ZH), ('corpus_en', EN)):
-        (run / d).mkdir()
-        for part, t in (('train', ts[:-8]), ('valid', ts[-8:])):
-            (run / d / f'{part}.jsonl').write_text(
-                ''.join(json.dumps(dict(text=x)) + '\n' for x in t), encoding='utf-8'
-            )
-    f = run.parent / 'r.yaml'
-    f.write_text(
-        f'out: {run}\ndevice: cpu\nblock: 64\nbatch: 2\naccum: 1\nlora_r: 4\nlora_alpha: 8\nlora_dropout: 0.\nlr: 5e-3\nmax_steps: 4\neval_every: 2\n'
-    )
-    return f, run
-
-
-def test_accelerate_launch_takes_a_recipe(recipe):
-    f, run = recipe
-    yaml = HERE.parent / 'configs' / 'ddp.yaml'
-    p = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'accelerate.commands.launch',
-            '--config_file',
-            str(yaml),
-            '--num_processes',
-            '2',
-            '--main_process_port',
-            str(20001 + os.getpid() % 20000),
-            '-m',
-            'llama_zh_nb.app.launch',
-            'pretrain',
-            str(f),
-            '--lr',
-            '4e-3',
-            '--global-batch',
-            '4',
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=env(),
-    )
-    assert p.returncode == 0, p.stderr[-4000:]
-    h = History.load(run / 'pretrained' / 'history.json')
-    assert (
-        h.info['lr'] == 4e-3
-        and h.info['batch'] == 4
-        and h.last('tokens') == 4 * 4 * 64
-        and p.stdout.count('History: 4 steps') == 1
-    )
-    assert json.loads((run / 'run.json').read_text())['stages']['pretrain']['metrics']['steps'] == 4
-
-
-def test_fine_tuning_takes_a_recipe(recipe, tmp_path, capsys):
-    "The sft_ fields of the recipe, on the command line without their prefix"
-    from llama_zh_nb.app.launch import train_by_recipe
-
-    f, run = recipe
-    assert (
-        train_by_recipe('sft', [str(f), '--model-dir', str(tmp_path / 'no')]) == 1
-        and '--only weights corpus vocab embeddings pretrain' in capsys.readouterr().err
-    )
-    assert (
-        train_by_recipe('sft', [str(f), '--model-dir', str(tiny(tmp_path))]) == 1
-        and 'names no chats' in capsys.readouterr().err
-    )
-    (tmp_path / 'c.json').write_text(
-        json.dumps([dict(instruction=f'Where is {i}?', output='It is far.') for i in range(40)])
-    )
-    words = [
-        str(f),
-        '--sft',
-        str(tmp_path / 'c.json'),
-        '--model-dir',
-        str(tmp_path / 'hf'),
-        '--lr',
-        '4e-3',
-        '--max-steps',
-        '3',
-        '--block',
-        '128',
-        '--batch',
-        '2',
-        '--global-batch',
-        '4',
-        '--log-every',
-        '1',
-    ]
-    assert train_by_recipe('sft', words) == 0
-    h = History.load(run / 'chat' / 'history.json')
-    assert (
-        h.info['lr'],
-        h.info['steps'],
-        h.info['batch'],
-        h.info['weight_decay'],
-        h.info['text_share'],
-    ) == (4e-3, 3, 4, 0.0, 0.1) and (run / 'chat' / 'config.json').exists()
-    assert json.loads((run / 'run.json').read_text())['stages']['sft']['metrics']['steps'] == 3
-    assert (
-        train_by_recipe('sft', [*words, '--report-to', 'tensorbord']) == 1
-        and "'auto', 'none' or one of" in capsys.readouterr().err
-    )
 
 
 @pytest.mark.parametrize('train', ['pretrain', 'finetune'])
@@ -483,64 +310,6 @@ def test_the_hub_is_asked_before_and_gets_the_folder_after(base, tmp_path, monke
     assert asked == [('me/x', True)] and sent == [('me/x', True, True)]
 
 
-def test_a_preset_for_many_gpus_says_what_to_type():
-    from llama_zh_nb.recipes import get_recipe
-
-    r = get_recipe('llama2-7b-8x80gb-full', sft='c.json', corpus='my texts')
-    with pytest.raises(LlamaZhError) as e:
-        launch.check_alone(r, source='llama2-7b-8x80gb-full')
-    for say in (
-        '--only weights corpus vocab embeddings',
-        "accelerate launch --config_file configs/fsdp2.yaml -m llama_zh_nb.app.launch pretrain llama2-7b-8x80gb-full --corpus 'my texts' --sft c.json",
-        '-m llama_zh_nb.app.launch sft',
-        '--engine none',
-    ):
-        assert say in str(e.value), say
-    launch.check_alone(r, ['weights', 'corpus'])
-    launch.check_alone(get_recipe('llama2-7b-8x80gb-full', engine='none'))
-    assert (
-        '--num_processes 16 --num_machines 2'
-        in launch.recipe_commands(get_recipe('llama2-70b-multinode'))[1]
-    )
-
-
-def test_the_module_refuses_what_makes_no_sense(recipe, tmp_path, capsys, monkeypatch):
-    from llama_zh_nb.app.launch import train_by_recipe
-
-    f, run = recipe
-    assert (
-        train_by_recipe('pretrain', [str(f), '--engine', 'fsdp2']) == 1
-        and 'torchrun' in capsys.readouterr().err
-    )
-    assert (
-        train_by_recipe('pretrain', [str(f), '--leaning-rate', '1']) == 1
-        and "unknown recipe field 'leaning_rate'" in capsys.readouterr().err
-    )
-    assert (
-        train_by_recipe('pretrain', [str(f), '--corpus-dir', str(tmp_path / 'no')]) == 1
-        and 'is not there' in capsys.readouterr().err
-    )
-    assert (
-        train_by_recipe('pretrain', [str(f), '--engine', 'zero9']) == 1
-        and 'one of ddp, fsdp2' in capsys.readouterr().err
-    )
-    assert (
-        train_by_recipe('pretrain', [str(f), '--global-batch', '3']) == 1
-        and 'a multiple of batch' in capsys.readouterr().err
-    )
-
-
-def test_configs_are_what_the_module_says(root):
-    import yaml
-
-    made = launch.configs()
-    assert {p.name for p in (root / 'configs').iterdir()} == set(made)
-    for name, d in made.items():
-        assert (json.loads if name.endswith('json') else yaml.safe_load)(
-            (root / 'configs' / name).read_text()
-        ) == d, name
-
-
 @pytest.mark.parametrize(
     'says,engine',
     [
@@ -570,7 +339,7 @@ def test_what_accelerate_was_told(monkeypatch, says, engine):
 
 def test_an_engine_that_fell_back_is_noticed(monkeypatch):
     class T:
-        model_wrapped, args = torch.nn.Linear(2, 2), type('A', (), dict(world_size=1))
+        model_wrapped, args = torch.nn.Linear(2, 2), SimpleNamespace(world_size=1)
 
     with pytest.raises(LlamaZhError, match='held by Linear'):
         scale.check_engine(T, 'fsdp2')
@@ -583,7 +352,7 @@ def test_an_engine_that_fell_back_is_noticed(monkeypatch):
 def test_the_gpu_benchmark_runs_at_a_small_shape(tmp_path):
     script = [
         sys.executable,
-        str(HERE.parent / 'benchmarks' / 'train_gpu.py'),
+        str(TESTS.parent / 'benchmarks' / 'train_gpu.py'),
         '--shape',
         'tiny',
         '--device',
