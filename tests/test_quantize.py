@@ -171,9 +171,9 @@ def test_reload_through_transformers(tiny, packed):
 def test_reload_through_gptqmodel(packed):
     import torch
 
-    from llama_zh_nb.checkpoint.folder import _quiet, load_quantized
+    from llama_zh_nb.checkpoint.folder import load_quantized, one_message
 
-    with _quiet('gptqmodel'):
+    with one_message('gptqmodel'):
         from gptqmodel import GPTQModel
 
         m = GPTQModel.load(str(packed), device='cpu', dtype=torch.float32)
@@ -312,7 +312,7 @@ def test_what_was_left_is_honoured_on_reload(partly):
     import torch
     import transformers as tf
 
-    from llama_zh_nb.checkpoint.folder import _quiet, load_quantized
+    from llama_zh_nb.checkpoint.folder import load_quantized, one_message
 
     src, out, _ = partly
     plain, ours = (
@@ -320,7 +320,7 @@ def test_what_was_left_is_honoured_on_reload(partly):
         load_quantized(out, 'cpu'),
     )
     other = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    with _quiet('gptqmodel'):
+    with one_message('gptqmodel'):
         from gptqmodel import GPTQModel
 
         direct = GPTQModel.load(str(out), device='cpu', dtype=torch.float32)
