@@ -290,7 +290,7 @@ def test_what_does_not_fit_stays_in_16_bits(partly):
     assert (
         set(q['left']) == MLP
         and q['group_size'] == 64
-        and {l['module'].split('.')[-1] for l in q['layers']}
+        and {line['module'].split('.')[-1] for line in q['layers']}
         == {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
     )
     assert (
