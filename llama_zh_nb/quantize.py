@@ -257,7 +257,7 @@ def quantize(
     seed: int = 0,  # of the draw of examples
     verbose: bool = False,  # let gptqmodel print
 ) -> Path:  # `out`
-    """GPTQ: every layer's matrices in few bits; embeddings, norms, lm_head and what does not fit stay as they are
+    """GPTQ: every layer's matrices in few bits; embeddings, norms, lm_head and what does not fit stay as they are.
 
     A group size that does not divide all widths is made smaller; what is not as asked is printed.
     """

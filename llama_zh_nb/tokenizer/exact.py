@@ -436,7 +436,7 @@ def tokenizer_kind(path) -> tuple[str, Path]:
         raise LlamaZhError(
             f'{path}: no such file; give a tokenizer folder, a tokenizer.model, a tokenizer.json or a .tiktoken file.'
         )
-    with open(path, 'rb') as f:
+    with path.open('rb') as f:
         head = f.read(400)
     if path.suffix == '.json' or head.lstrip().startswith(b'{'):
         return 'json', path
