@@ -119,7 +119,11 @@ def main():
         dict(theirs=[], ours=[]),
         {},
     )
-    lines = lambda: (l.rstrip('\n') for l in open(tmp / 'c.txt', encoding='utf-8'))
+
+    def lines():
+        with (tmp / 'c.txt').open(encoding='utf-8') as f:
+            yield from (line.rstrip('\n') for line in f)
+
     ways = dict(
         theirs=lambda k: theirs(old, tmp / 'c.txt', tmp / f't{k}', a.block, a.workers),
         ours=lambda k: len(

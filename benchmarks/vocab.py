@@ -34,10 +34,8 @@ def by_genre(files):
 
 def one_fold(base, add, published, size, train, held, out):
     "Characters per token, published and ours, on texts that the choice of pieces never saw"
-    ours, texts = (
-        merge(base, add, out, size=size, corpus=train),
-        held if isinstance(held, dict) else by_genre(held),
-    )
+    ours = merge(base, add, out, size=size, corpus=train)
+    texts = held if isinstance(held, dict) else by_genre(held)
     pub, our = fertility(published, texts), fertility(ours.path, texts)
     return {k: dict(published=pub[k], ours=our[k], ratio=our[k] / pub[k]) for k in our}
 
@@ -49,9 +47,13 @@ def summary(rows):
 
 def folds(a, files, size, tmp):
     "Every source left out once, without and with the models of --add"
-    source = lambda f: next(
-        (t for t in a.together if any(f.stem.startswith(s) for s in t.split('+'))), f.stem
-    )
+
+    def source(f):
+        for together in a.together:
+            if any(f.stem.startswith(begin) for begin in together.split('+')):
+                return together
+        return f.stem
+
     sources, out = sorted({source(f) for f in files}), {}
     with ProcessPoolExecutor(a.jobs) as pool:
         for name, add in dict(alone=[], add=a.add).items():
@@ -91,11 +93,12 @@ def folds(a, files, size, tmp):
 
 def parts(f, folder):
     "A file's lines in twelve parts: two thirds go to a file in `folder`, one third is held out"
-    lines = [l for d in documents(f) for l in d.split('\n') if l.strip()]
+    lines = [s for d in documents(f) for s in d.split('\n') if s.strip()]
     n = max(1, len(lines) // 12)
     out = folder / f'{f.stem}.txt'
-    out.write_text('\n'.join(l for i, l in enumerate(lines) if i // n % 3 != 1), encoding='utf-8')
-    return out, [l for i, l in enumerate(lines) if i // n % 3 == 1]
+    train = [line for i, line in enumerate(lines) if i // n % 3 != 1]
+    out.write_text('\n'.join(train), encoding='utf-8')
+    return out, [line for i, line in enumerate(lines) if i // n % 3 == 1]
 
 
 def thirds(a, files, size, tmp):

@@ -35,7 +35,8 @@ def _what_was_left_out(fitted: Fitted) -> str:
         notes.append(f'the {fitted.turns_left_out} oldest turns no longer fit and were not read')
     if fitted.characters_cut:
         notes.append(
-            f'the first {fitted.characters_cut:,} characters of this message did not fit and were not read'
+            f'the first {fitted.characters_cut:,} characters of this message did not fit '
+            'and were not read'
         )
     return '; '.join(notes)
 
@@ -69,7 +70,8 @@ class Chat:
             )
         if negative and guidance == 1:
             raise LlamaZhError(
-                'a negative prompt does nothing at guidance 1: set guidance above 1, for example 1.5'
+                'a negative prompt does nothing at guidance 1: set guidance above 1, '
+                'for example 1.5'
             )
         self.settings = sampling(preset, **changes)
         self.model, self.tok = model if isinstance(model, tuple) else load(model, device, dtype)

@@ -28,7 +28,7 @@ from .evals.contamination import find_leaks
 from .evals.harness import run_lm_eval
 from .evals.longbench import PROMPTS, is_longbench, longbench
 from .evals.tasks import HUB, read_task
-from .mini.world import documents, read_facts, split_facts
+from .mini.world import read_facts, split_facts, world_documents
 from .text.files import read_texts
 
 # %% ../nbs/13_evaluate.ipynb #dd5e1464
@@ -199,4 +199,4 @@ def _read_given(text):
 
 def _english_sample():
     "40 English documents from mini's world, none of which is in its corpus"
-    return list(documents('en', split_facts(read_facts()), 40, 'evaluate', 'test'))
+    return list(world_documents('en', split_facts(read_facts()), 40, 'evaluate', 'test'))

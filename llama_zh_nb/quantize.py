@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint.folder import _quiet, check_sizes
+from .checkpoint.folder import check_sizes, one_message
 from .checkpoint.tensors import SafeFile, open_weights, write_safetensors
 from .core.errors import LlamaZhError, need, read_json, write_json, writing
 from .core.machine import pick_device, pick_dtype
@@ -257,7 +257,7 @@ def quantize(
     seed: int = 0,  # of the draw of examples
     verbose: bool = False,  # let gptqmodel print
 ) -> Path:  # `out`
-    """GPTQ: every layer's matrices in few bits; embeddings, norms, lm_head and what does not fit stay as they are
+    """GPTQ: every layer's matrices in few bits; embeddings, norms, lm_head and what does not fit stay as they are.
 
     A group size that does not divide all widths is made smaller; what is not as asked is printed.
     """
@@ -295,7 +295,7 @@ def _gptq(model_dir, out, args, plan, damp, ids, tok, device, seed, verbose):
     torch = need('torch', 'quant')
     weights = sum(outputs * inputs for outputs, inputs in _linear_shapes(model_dir).values())
     torch.manual_seed(seed)
-    with _quiet('quantization with gptqmodel', verbose):
+    with one_message('quantization with gptqmodel', verbose):
         gm = need('gptqmodel', 'quant')
         config = _config(gm, args, plan, damp, device, weights < _SMALL)
         model = gm.GPTQModel.load(str(model_dir), config, dtype=pick_dtype(None, device))

@@ -136,7 +136,7 @@ async def cancel_on_disconnect(request, cancel):
 
 
 async def pieces_of(jobs):
-    "(number of the job, piece) as they come, from the engine's thread; the piece is None at a job's end"
+    "(number of the job, piece) as they come from the engine's thread; None is a job's end"
     loop, arrived = asyncio.get_running_loop(), asyncio.Queue()
     for i, job in enumerate(jobs):
 
@@ -534,7 +534,7 @@ def vllm_command(
     preset: str = 'alpaca2',
     max_batch: int = None,
 ) -> list:
-    "What `--engine vllm` runs: the folder's own template, length and sampling, on vLLM's command line"
+    "What `--engine vllm` runs: the folder's own template, length and sampling as vLLM's options"
     folder = Path(model)
     check_sizes(folder)
     if template:
@@ -587,8 +587,8 @@ def serve(
     template: str = None,  # prompt format; None: the folder's own
     preset: str = 'alpaca2',  # sampling where a request says nothing: greedy, alpaca2, linksoul
     system: str = None,  # system text for conversations without one
-    api_key_file: str = None,  # file with the key that clients must send; None: LLAMA_ZH_API_KEY, if set
-    hosts: list = None,  # names by which it may be called, '*': any; None: this machine's if it listens to no other
+    api_key_file: str = None,  # file with the key for clients; None: LLAMA_ZH_API_KEY, if set
+    hosts: list = None,  # names it may be called by, '*': any; None: this machine's, if `host` is
     max_waiting: int = 64,  # requests that may wait; then 429
     max_batch: int = 16,  # answers made at once
     max_new_tokens: int = 2048,  # longest answer that may be asked for

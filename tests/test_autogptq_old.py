@@ -85,8 +85,8 @@ def test_auto_gptq_reads_our_folder(old_python, tested_run, tmp_path):
 
     model, tok = load(tested_run / 'gptq', 'cpu')
     held = [
-        json.loads(l)['text']
-        for l in (tested_run / 'world' / 'heldout_zh.jsonl')
+        json.loads(line)['text']
+        for line in (tested_run / 'world' / 'heldout_zh.jsonl')
         .read_text(encoding='utf-8')
         .splitlines()
     ][:30]
@@ -107,7 +107,7 @@ def test_auto_gptq_reads_our_folder(old_python, tested_run, tmp_path):
         cwd=tmp_path,
         env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
     )
-    line = next((l for l in res.stdout.splitlines() if l.startswith('RESULT ')), None)
+    line = next((line for line in res.stdout.splitlines() if line.startswith('RESULT ')), None)
     assert line, res.stderr[-3000:]
     got = json.loads(line[7:])
     assert got['version'] == '0.7.1'

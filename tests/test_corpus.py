@@ -24,9 +24,9 @@ DOCS = [
 def build(tmp_path, sources, **kw):
     r = build_corpus(sources, tmp_path / 'out', **kw)
     rows = [
-        json.loads(l)
+        json.loads(line)
         for n in ('train', 'valid')
-        for l in (tmp_path / 'out' / f'{n}.jsonl').read_text(encoding='utf-8').splitlines()
+        for line in (tmp_path / 'out' / f'{n}.jsonl').read_text(encoding='utf-8').splitlines()
     ]
     assert len(rows) == r.train + r.valid
     assert not any(c in d['text'] for d in rows for c in '\ufeff\ufffd') and not any(

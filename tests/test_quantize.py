@@ -171,9 +171,9 @@ def test_reload_through_transformers(tiny, packed):
 def test_reload_through_gptqmodel(packed):
     import torch
 
-    from llama_zh_nb.checkpoint.folder import _quiet, load_quantized
+    from llama_zh_nb.checkpoint.folder import load_quantized, one_message
 
-    with _quiet('gptqmodel'):
+    with one_message('gptqmodel'):
         from gptqmodel import GPTQModel
 
         m = GPTQModel.load(str(packed), device='cpu', dtype=torch.float32)
@@ -290,7 +290,7 @@ def test_what_does_not_fit_stays_in_16_bits(partly):
     assert (
         set(q['left']) == MLP
         and q['group_size'] == 64
-        and {l['module'].split('.')[-1] for l in q['layers']}
+        and {line['module'].split('.')[-1] for line in q['layers']}
         == {'q_proj', 'k_proj', 'v_proj', 'o_proj'}
     )
     assert (
@@ -312,7 +312,7 @@ def test_what_was_left_is_honoured_on_reload(partly):
     import torch
     import transformers as tf
 
-    from llama_zh_nb.checkpoint.folder import _quiet, load_quantized
+    from llama_zh_nb.checkpoint.folder import load_quantized, one_message
 
     src, out, _ = partly
     plain, ours = (
@@ -320,7 +320,7 @@ def test_what_was_left_is_honoured_on_reload(partly):
         load_quantized(out, 'cpu'),
     )
     other = tf.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    with _quiet('gptqmodel'):
+    with one_message('gptqmodel'):
         from gptqmodel import GPTQModel
 
         direct = GPTQModel.load(str(out), device='cpu', dtype=torch.float32)
@@ -410,6 +410,5 @@ def test_before_after(tiny, packed):
         and abs(t['after']['bpc_zh'] / t['before']['bpc_zh'] - 1) < 0.2
         and t['before']['accuracy']['asked']['n'] == 4
     )
-    assert t._repr_markdown_().splitlines()[1].count('|') == t._repr_markdown_().splitlines()[
-        0
-    ].count('|')
+    head, rule, *_ = t.table().markdown().splitlines()
+    assert head.count('|') == rule.count('|')

@@ -417,7 +417,7 @@ def _read_into_empty(file, name, rows):
     torch = need('torch', 'train')
     start, stop, shape = file.span(name, rows)
     t = torch.empty(shape, dtype=dtype_of(file.spec(name)[0]))
-    with open(file.path, 'rb') as f:
+    with file.path.open('rb') as f:
         f.seek(start)
         if t.numel() and f.readinto(t.reshape(-1).view(torch.uint8).numpy()) != stop - start:
             raise LlamaZhError(f'{file.path} ended inside {name}: it was changed while it was read')

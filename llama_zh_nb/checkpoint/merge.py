@@ -51,6 +51,7 @@ from .meta import EMBED, HEAD, meta_names, meta_params, unpermute
 from .tensors import as_bytes, nbytes, open_weights
 from ..core.errors import LlamaZhError, md5, need, read_json, sha256, write_json, writing
 from ..core.machine import Meter
+from ..core.show import ShownAsTable, Table
 from ..tokenizer.exact import copy_tokenizer, save_tokenizer
 
 # %% ../../nbs/checkpoint/merge.ipynb #a2360e2d
@@ -472,6 +473,28 @@ def _finish_meta(self: MergePlan, out):
 
 # %% ../../nbs/checkpoint/merge.ipynb #d2538b7d
 @patch
+def _write_shard(self: MergePlan, path, names, heads, shard, shards):
+    "Write one consolidated.NN.pth; `names`: {Meta's name: (our name, axis)}"
+    config = self.config
+    head_size = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
+    specs, order = {}, {}
+    for theirs, (k, axis) in names.items():
+        code, shape = self.specs[k]
+        n_heads = heads.get(k.split('.')[-2])
+        specs[theirs] = code, _shard_shape(shape, axis, shards)
+        order[theirs] = k, _shard_rows(shape, n_heads, axis, shard, shards)
+
+    def transform(theirs, t):  # t: (rows of whole heads, columns)
+        k, axis = names[theirs]
+        if k.split('.')[-2] in heads:
+            t = unpermute(t, len(t) // head_size)
+        return t.chunk(shards, 1)[shard] if axis == 1 else t
+
+    with byte_reader(self.weights, order, transform) as read:
+        write_torch(path, specs, read)
+
+
+@patch
 def write_meta(
     self: MergePlan,
     out,  # an empty folder
@@ -480,35 +503,18 @@ def write_meta(
     "Write Meta's layout: params.json, consolidated.NN.pth, tokenizer.model, checklist.chk"
     config, out = self.config, Path(out)
     n_heads = config['num_attention_heads']
-    head_size = config.get('head_dim') or config['hidden_size'] // n_heads
     heads = {'q_proj': n_heads, 'k_proj': config.get('num_key_value_heads') or n_heads}
     names = meta_names(config['num_hidden_layers'])  # {our name: (Meta's name, axis)}
     # {Meta's name: (our name, axis)}; a tied head is written out
     names = {m: (k if k in self.weights else EMBED, axis) for k, (m, axis) in names.items()}
 
-    def projection(k):
-        return k.split('.')[-2]
-
     for shard in range(shards):
-
-        def transform(m, t):  # t: (rows of whole heads, columns)
-            k, axis = names[m]
-            if projection(k) in heads:
-                t = unpermute(t, len(t) // head_size)
-            return t.chunk(shards, 1)[shard] if axis == 1 else t
-
-        specs, order = {}, {}
-        for m, (k, axis) in names.items():
-            code, shape = self.specs[k]
-            specs[m] = code, _shard_shape(shape, axis, shards)
-            order[m] = k, _shard_rows(shape, heads.get(projection(k)), axis, shard, shards)
-        with byte_reader(self.weights, order, transform) as read:
-            write_torch(out / f'consolidated.{shard:02}.pth', specs, read)
+        self._write_shard(out / f'consolidated.{shard:02}.pth', names, heads, shard, shards)
     self._finish_meta(out)
 
 # %% ../../nbs/checkpoint/merge.ipynb #d99c58f4
 @dataclass(repr=False)
-class MergeResult:
+class MergeResult(ShownAsTable):
     "What `merge_lora` made; may be given wherever a path is wanted"
 
     path: Path  # the merged model
@@ -518,27 +524,17 @@ class MergeResult:
     def __fspath__(self):
         return str(self.path)
 
-    def rows(self) -> list:  # of (what, text)
+    def table(self) -> Table:
         "What was merged and what came of it"
         plan = self.plan
-        rows = [('base', plan.base)]
+        rows = [('base', str(plan.base))]
         for used in plan.used:
             counts = ', '.join(f'{n} {kind}' for kind, n in used['changes'].items())
             rows.append((used['adapter'], f'{counts} tensors'))
         rows.append(('made', f'{self.path}: {plan.nbytes / 1e9:,.2f} GB, {plan.rows:,} rows'))
         seconds, mib = self.took['seconds'], self.took['peak_mib']
         rows.append(('took', f'{seconds:,.1f} s, {mib:,} MiB of memory'))
-        return rows + [('note', note) for note in plan.notes]
-
-    def __repr__(self):
-        return '\n'.join(f'{what}: {text}' for what, text in self.rows())
-
-    def _repr_html_(self):
-        cells = (
-            f'<tr><td>{what}</td><td style="text-align:left">{text}</td></tr>'
-            for what, text in self.rows()
-        )
-        return f'<table>{"".join(cells)}</table>'
+        return Table(rows + [('note', note) for note in plan.notes])
 
 # %% ../../nbs/checkpoint/merge.ipynb #5f0a61cd
 def _check_target(out, base, adapters, size, overwrite):

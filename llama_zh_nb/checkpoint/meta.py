@@ -326,7 +326,7 @@ def to_meta(
             for name, (theirs, axis) in meta_names(config['num_hidden_layers']).items():
                 # Meta's layout has no tied embeddings: the head is written out
                 state[theirs] = shard_of(name if name in weights else EMBED, axis, shard)
-            with open(tmp / f'consolidated.{shard:02}.pth', 'wb') as f:
+            with (tmp / f'consolidated.{shard:02}.pth').open('wb') as f:
                 torch.save(state, f)  # a file object: no path gets into the archive
         write_json(tmp / 'params.json', meta_params(config))
         shutil.copyfile(hf_dir / 'tokenizer.model', tmp / 'tokenizer.model')

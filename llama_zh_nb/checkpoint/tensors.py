@@ -72,7 +72,7 @@ class SafeFile:
     def __init__(self, path):
         self.path, size, n = Path(path), Path(path).stat().st_size, 0
         try:
-            with open(path, 'rb') as f:
+            with self.path.open('rb') as f:
                 n = int.from_bytes(f.read(8), 'little')
                 if not 2 <= n <= min(size, 100_000_000):  # the library's own limit
                     raise ValueError
@@ -115,7 +115,7 @@ class SafeFile:
     def raw(self, name, rows=slice(None), chunk=1 << 24):
         "The bytes of a tensor, or of some consecutive rows of it, `chunk` bytes at a time"
         start, stop, _ = self.span(name, rows)
-        with open(self.path, 'rb') as f:
+        with self.path.open('rb') as f:
             f.seek(start)
             for at in range(start, stop, chunk):
                 yield f.read(min(chunk, stop - at))
@@ -128,7 +128,7 @@ class SafeFile:
         if start == stop:
             return torch.empty(shape, dtype=dtype)
         buffer = bytearray(stop - start)
-        with open(self.path, 'rb') as f:
+        with self.path.open('rb') as f:
             f.seek(start)
             f.readinto(buffer)
         return torch.frombuffer(buffer, dtype=dtype).view(shape)
@@ -158,7 +158,7 @@ def write_safetensors(
         head[name] = dict(dtype=code, shape=list(shape), data_offsets=[start, end])
     head = json.dumps(head, separators=(',', ':')).encode()
     head += b' ' * (-len(head) % 8)  # the format wants the numbers to start at a multiple of 8
-    with open(path, 'wb') as f:
+    with Path(path).open('wb') as f:
         f.write(len(head).to_bytes(8, 'little') + head)
         for name, (code, shape) in specs.items():
             start, piece = f.tell(), None

@@ -80,7 +80,7 @@ class RagEval:
 
     def _answers(self):
         "Figures of the answers; empty where no model answered"
-        said, n = [row for row in self.rows if 'answer' in row], len(self.rows)
+        said, n = [row for row in self.rows if 'exact' in row], len(self.rows)
         if not said:
             return {}
         exact, named = (sum(row[key] for row in said) for key in ('exact', 'named'))

@@ -100,9 +100,8 @@ def gguf_sp(
             f"{g.path}: its vocabulary is of the kind {meta.get('model')!r}, one made from SentencePiece ('llama') was expected"
         )
     m = pb.ModelProto()
-    pieces = zip(meta['tokens'], meta['scores'], meta['token_type'], strict=True)
-    for piece, score, kind in pieces:
-        m.pieces.add(piece=piece, score=score, type=kind)
+    for piece, rank, kind in zip(meta['tokens'], meta['scores'], meta['token_type'], strict=True):
+        m.pieces.add(piece=piece, score=rank, type=kind)
     trainer, normalizer = m.trainer_spec, m.normalizer_spec
     trainer.model_type = 2  # BPE
     trainer.byte_fallback = True

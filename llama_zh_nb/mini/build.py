@@ -13,18 +13,20 @@ import time
 from importlib import resources
 from pathlib import Path
 
+from ..core.errors import need
+from .world import world_documents
+
 # %% ../../nbs/mini/build.ipynb #6cbcda1a
 def train_tokenizer(
     texts,  # iterable of English documents
     out,  # the `.model` file to write
-    size=2048,
-) -> Path:  # pieces, byte pieces included
+    size: int = 2048,  # pieces, byte pieces included
+) -> Path:
     "A SentencePiece BPE model with Llama-2's settings"
-    import sentencepiece as spm
-
+    spm = need('sentencepiece')
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, 'wb') as f:
+    with out.open('wb') as f:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(texts),
             model_writer=f,
@@ -44,6 +46,7 @@ def train_tokenizer(
     return out
 
 # %% ../../nbs/mini/build.ipynb #03438099
+# Llama's proportions at a width and depth that two CPU cores train in half an hour
 SHAPE = dict(
     hidden_size=256,
     intermediate_size=640,
@@ -53,178 +56,195 @@ SHAPE = dict(
 )
 
 
-def new_model(vocab_size: int, seed=0, **shape):
-    "A fresh `LlamaForCausalLM` in float32. `lm_head` starts as a copy of the embedding and is then its own"
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def new_model(
+    vocab_size: int,
+    seed: int = 0,
+    **shape,  # differs from `SHAPE`
+):  # a `LlamaForCausalLM` in float32
+    "A fresh model; `lm_head` starts as a copy of the embedding and is then its own"
+    torch, tf = need('torch', 'train'), need('transformers', 'train')
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    config = tf.LlamaConfig(
         vocab_size=vocab_size,
         max_position_embeddings=512,
-        rms_norm_eps=1e-5,
+        rms_norm_eps=1e-5,  # Llama-2's
         tie_word_embeddings=False,
         bos_token_id=1,
         eos_token_id=2,
         **{**SHAPE, **shape},
     )
-    model = LlamaForCausalLM(config)
+    model = tf.LlamaForCausalLM(config)
     with torch.no_grad():
+        # larger than Llama's .02: a trial found that copying is then learnt sooner
         model.model.embed_tokens.weight.normal_(std=0.08)
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     return model
 
 # %% ../../nbs/mini/build.ipynb #4615eaa6
-def drill(rng, vocab_size, n):  # list of `n` ids
-    "Random pieces, said again and again: nothing to know, only to copy. Byte pieces take part, so that unknown scripts can be copied too"
-    part = [rng.randrange(3, vocab_size) for _ in range(rng.randint(6, 48))]
+def drill(
+    rng,
+    vocab_size: int,
+    n: int,
+) -> list:  # of `n` ids
+    "Random pieces, said again and again: nothing to know, only to copy; byte pieces take part, so that unknown scripts can be copied too"
+    part = [rng.randrange(3, vocab_size) for _ in range(rng.randint(6, 48))]  # 0-2 are control
     return (part * (n // len(part) + 1))[:n]
 
 # %% ../../nbs/mini/build.ipynb #45f17cbe
 def copying(
-    model, n=16, length=128, seed=0
+    model,
+    n: int = 16,  # drills
+    length: int = 128,  # ids in each
+    seed: int = 0,
 ) -> float:  # share of pieces said right from the second round on
     "How well a model continues drills"
-    import torch
-
-    rng, right, total = random.Random(seed), 0, 0
+    torch, rng = need('torch', 'train'), random.Random(seed)
+    right = total = 0
     for _ in range(n):
         ids = drill(rng, model.config.vocab_size, length)
-        k = next(k for k in range(6, length) if ids[k:] == ids[:-k])
+        period = next(k for k in range(6, length) if ids[k:] == ids[:-k])
         with torch.no_grad():
-            guess = (
-                model(torch.tensor([[1] + ids]), use_cache=False)
-                .logits[0]
-                .argmax(-1)[1:-1]
-                .tolist()
-            )
-        right += sum(a == b for a, b in zip(guess[k:], ids[k + 1 :]))
-        total += length - k - 1
+            logits = model(torch.tensor([[1] + ids]), use_cache=False).logits[
+                0
+            ]  # (1 + length, vocab)
+        guesses = logits.argmax(-1)[1:-1].tolist()  # of ids[1:]
+        right += sum(a == b for a, b in zip(guesses[period:], ids[period + 1 :]))
+        total += length - period - 1
     return right / total
 
 # %% ../../nbs/mini/build.ipynb #59152f15
-def build_copying(model, gain=1.5, beta=0.06, const=0.3, sharp=1.6, layers=(1, 2), seed=0):
+def build_copying(
+    model,
+    gain: float = 1.5,  # sharpness of the previous-token head
+    beta: float = 0.06,  # size of what a head writes, against rows of .08 a coordinate
+    const: float = 0.3,  # the coordinate that all embeddings share
+    sharp: float = 1.6,  # sharpness of the induction heads
+    layers: tuple = (1, 2),  # that get induction heads
+    seed: int = 0,
+):  # the model
     "Put a previous-token head into layer 0 and induction heads into `layers`; all other weights stay random"
-    import torch
+    torch = need('torch', 'train')
+    config, generator = model.config, torch.Generator().manual_seed(seed)
+    width = config.hidden_size  # d
+    head = width // config.num_attention_heads  # hd
 
-    c, g = model.config, torch.Generator().manual_seed(seed)
-    d, hd = c.hidden_size, c.hidden_size // c.num_attention_heads
-    ortho = lambda: torch.linalg.qr(torch.randn(d, d, generator=g))[0]
-    theta = 1e4 ** (-torch.arange(hd // 2) / (hd // 2))
-    match, note = (
-        ortho()[:hd],
-        ortho()[:, :hd],
-    )  # (hd, d): what of a token is compared; (d, hd): where the previous token is noted
-    match[:, 0], note[0] = 0, 0
-    slow = torch.cat([theta < 0.02] * 2).float()[:, None]
+    def orthogonal():
+        return torch.linalg.qr(torch.randn(width, width, generator=generator))[0]  # (d, d)
+
+    theta = 1e4 ** (-torch.arange(head // 2) / (head // 2))  # (hd / 2,): RoPE's angle a position
+    match = orthogonal()[:head]  # (hd, d): what of a token is compared
+    note = orthogonal()[:, :head]  # (d, hd): where the previous token is noted
+    match[:, 0], note[0] = 0, 0  # the shared coordinate is kept out
+    slow = torch.cat([theta < 0.02] * 2).float()[:, None]  # (hd, 1): dimensions that hardly turn
+    # (1, 1, ...) turned back by one position
+    turned = torch.cat([theta.cos() + theta.sin(), theta.cos() - theta.sin()])
     with torch.no_grad():
         model.model.embed_tokens.weight[:, 0], model.lm_head.weight[:, 0] = const, 0
-        a, s = model.model.layers[0].self_attn, slice(0, hd)
-        turned = torch.cat(
-            [theta.cos() + theta.sin(), theta.cos() - theta.sin()]
-        )  # (1,1,...) turned back by one position
-        for w, v in ((a.q_proj.weight, turned), (a.k_proj.weight, torch.ones(hd))):
-            w[s] = 0
-            w[s, 0] = gain * v / math.sqrt(2)
-        a.v_proj.weight[s], a.o_proj.weight[:, s] = match, note * beta * 3
-        for l in layers:
-            a = model.model.layers[l].self_attn
-            for h in range(c.num_attention_heads - 1):
-                s, value = slice(h * hd, (h + 1) * hd), ortho()[:hd]
+        previous, first = model.model.layers[0].self_attn, slice(0, head)
+        for weight, value in (
+            (previous.q_proj.weight, turned),
+            (previous.k_proj.weight, torch.ones(head)),
+        ):
+            weight[first] = 0
+            weight[first, 0] = gain * value / math.sqrt(2)
+        previous.v_proj.weight[first] = match
+        previous.o_proj.weight[:, first] = note * beta * 3
+        for layer in layers:
+            induction = model.model.layers[layer].self_attn
+            for h in range(config.num_attention_heads - 1):  # one head stays free
+                rows, value = slice(h * head, (h + 1) * head), orthogonal()[:head]
                 value[:, 0] = 0
-                a.q_proj.weight[s], a.k_proj.weight[s] = (
-                    match * slow * sharp * 1.5,
-                    note.T * slow * sharp * 1.5,
-                )
-                a.v_proj.weight[s], a.o_proj.weight[:, s] = value, value.T * beta * 2
+                induction.q_proj.weight[rows] = match * slow * sharp * 1.5
+                induction.k_proj.weight[rows] = note.T * slow * sharp * 1.5
+                induction.v_proj.weight[rows] = value
+                induction.o_proj.weight[:, rows] = value.T * beta * 2
     return model
 
 # %% ../../nbs/mini/build.ipynb #4e8f68c3
-def blocks(sp, facts, block=512, chunk=4000, drills=0.15, trace=0.004, seed=0):
-    "Yield blocks of ids forever: English documents, `trace` of them Chinese, `drills` of the blocks random repetition"
-    from llama_zh_nb.mini.world import documents
-
-    rng, buf = random.Random(seed), []
-    for i in range(10**9):
-        docs = list(documents('en', facts, chunk, f'base{seed}-{i}'))
-        docs += list(documents('zh', facts, int(chunk * trace), f'base{seed}-{i}'))
-        rng.shuffle(docs)
-        for ids in sp.encode(docs, add_bos=True, add_eos=True):
-            buf += ids
-        while len(buf) >= block:
+def blocks(
+    sp,  # a SentencePiece processor
+    facts: list,  # from `split_facts`
+    block: int = 512,  # ids in a block
+    chunk: int = 4000,  # documents that are written and shuffled at a time
+    drills: float = 0.15,  # share of blocks that are random repetition
+    trace: float = 0.004,  # Chinese documents, as a share of the English ones
+    seed: int = 0,
+):  # yields lists of ids, forever
+    "English documents one after another in blocks, a trace of Chinese among them, and drills"
+    rng, waiting, turn = random.Random(seed), [], 0
+    while True:
+        documents = list(world_documents('en', facts, chunk, f'base{seed}-{turn}'))
+        documents += world_documents('zh', facts, int(chunk * trace), f'base{seed}-{turn}')
+        rng.shuffle(documents)
+        for ids in sp.encode(documents, add_bos=True, add_eos=True):
+            waiting += ids
+        while len(waiting) >= block:
             if rng.random() < drills:
                 yield [1] + drill(rng, sp.vocab_size(), block - 1)
             else:
-                row, buf = buf[:block], buf[block:]
+                row, waiting = waiting[:block], waiting[block:]
                 yield row
+        turn += 1
 
 # %% ../../nbs/mini/build.ipynb #a68845e7
-def optimizers(model, lr=0.003, embed_lr=1.5e-3) -> list:
+def optimizers(
+    model,
+    lr: float = 0.003,  # of the matrices
+    embed_lr: float = 1.5e-3,  # of rows and norms
+) -> list:
     "Muon for the matrices of the layers, AdamW for the rest"
-    import torch
-
-    is_mat = lambda n, p: p.ndim == 2 and 'layers' in n
-    mats, rest = (
-        [p for n, p in model.named_parameters() if is_mat(n, p) == want] for want in (True, False)
-    )
+    torch = need('torch', 'train')
+    matrices, rest = [], []
+    for name, p in model.named_parameters():
+        (matrices if p.ndim == 2 and 'layers' in name else rest).append(p)
     return [
-        torch.optim.Muon(mats, lr=lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.Muon(matrices, lr=lr, momentum=0.95, weight_decay=0.01),
         torch.optim.AdamW(rest, lr=embed_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 # %% ../../nbs/mini/build.ipynb #e4b68844
 def train_base(
     model,
-    sp,
-    facts,
-    steps=3000,
-    batch=8,
-    block=512,
-    warmup=100,
-    decay=0.3,
-    log=100,
-    on_log=None,
-    seed=0,
-    stop=None,
+    sp,  # a SentencePiece processor
+    facts: list,  # from `split_facts`
+    steps: int = 3000,
+    batch: int = 8,  # blocks in a step
+    block: int = 512,  # ids in a block
+    warmup: int = 100,  # steps in which the rates rise
+    decay: float = 0.3,  # last share of the steps, in which they fall
+    log: int = 100,  # steps between two rows
+    on_log=None,  # called with each row
+    seed: int = 0,
+    stop: int = None,  # end after so many steps, for a look
 ) -> list:  # rows of step, tokens, loss, tok_s
-    "Train in float32 for `steps`, the last `decay` of them with a falling rate; `stop` ends it early, for a look"
-    import torch
-    import torch.nn.functional as F
-
-    opts, data, rows, acc, t0 = (
-        optimizers(model),
-        blocks(sp, facts, block, seed=seed),
-        [],
-        [],
-        time.time(),
-    )
-    groups = [g for o in opts for g in o.param_groups]
-    peak = [g['lr'] for g in groups]
+    "Train in float32"
+    torch = need('torch', 'train')
+    optimize, data = optimizers(model), blocks(sp, facts, block, seed=seed)
+    groups = [group for optimizer in optimize for group in optimizer.param_groups]
+    highest = [group['lr'] for group in groups]
+    rows, losses, start = [], [], time.time()
     model.train()
     for step in range(stop or steps):
         scale = min(1, (step + 1) / warmup, max((1 - step / steps) / decay, 0.02))
-        for g, lr in zip(groups, peak):
-            g['lr'] = lr * scale
-        x = torch.tensor([next(data) for _ in range(batch)])
-        logits = model(x, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1))
+        for group, lr in zip(groups, highest):
+            group['lr'] = lr * scale
+        ids = torch.tensor([next(data) for _ in range(batch)])  # (batch, block)
+        logits = model(ids, use_cache=False).logits  # (batch, block, vocab)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1)
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in opts:
-            o.step()
-            o.zero_grad(set_to_none=True)
-        acc.append(loss.item())
-        if len(acc) == log:
-            n = (step + 1) * batch * block
-            rows.append(
-                dict(
-                    step=step + 1,
-                    tokens=n,
-                    loss=sum(acc) / log,
-                    tok_s=round(n / (time.time() - t0)),
-                )
-            )
-            acc = []
+        for optimizer in optimize:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        if len(losses) == log:
+            tokens = (step + 1) * batch * block
+            speed = round(tokens / (time.time() - start))
+            mean = sum(losses) / log
+            rows.append(dict(step=step + 1, tokens=tokens, loss=mean, tok_s=speed))
+            losses = []
             if on_log:
                 on_log(rows[-1])
     model.eval()

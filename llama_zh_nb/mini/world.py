@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['GUESS_PROOF', 'RICH', 'MIX', 'TITLES', 'Fact', 'read_facts', 'split_facts', 'read_patterns', 'read_words', 'too_near',
-           'strange', 'Scribe', 'page', 'compare', 'names', 'invent', 'tale', 'true_tale', 'supposed', 'chat',
-           'as_text', 'daily', 'parallel', 'documents', 'questions', 'chats', 'handbook', 'write_world']
+           'strange_opening', 'Scribe', 'entity_page', 'comparison', 'invented_names', 'invented_facts', 'tale',
+           'true_tale', 'made_up_tale', 'messages_of', 'about_passage', 'dialogue', 'as_text', 'everyday', 'parallel',
+           'world_documents', 'world_questions', 'training_chats', 'handbook', 'handbooks', 'write_jsonl',
+           'write_world']
 
 # %% ../../nbs/mini/world.ipynb #29f0b735
 import json
 import random
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+
+from ..core.errors import writing
 
 # %% ../../nbs/mini/world.ipynb #b2d4c70b
 @dataclass(frozen=True)
@@ -28,25 +32,28 @@ class Fact:
     split: str = 'asked'  # 'asked', 'unasked' or 'unseen': see `split_facts`
 
 # %% ../../nbs/mini/world.ipynb #db73bdf6
-def _lines(name):
-    "The rows of a packaged table, comments left out."
+def _table(name):
+    "The rows of a packaged table, comments left out"
     text = resources.files('llama_zh_nb').joinpath(f'data/world/{name}').read_text(encoding='utf-8')
-    return [l.split('\t') for l in text.splitlines() if l and not l.startswith('#')]
+    lines = [line for line in text.splitlines() if line and not line.startswith('#')]
+    return [line.split('\t') for line in lines]
 
 
-_pair = lambda cell: tuple(cell.split('|'))
+def _both(cell):
+    "'France|法国' as a pair"
+    return tuple(cell.split('|'))
 
 # %% ../../nbs/mini/world.ipynb #c394bedc
-def read_facts() -> list:  # list of `Fact`, in the table's order
-    "Every fact of the table, all marked 'asked'."
-    facts, cols = [], {}
-    for kind, *cells in _lines('facts.tsv'):
-        if kind.startswith('@'):
-            cols[kind[1:]] = [_pair(c) for c in cells[1:]]
-        else:
-            facts += [
-                Fact(kind, _pair(cells[0]), rel, _pair(v)) for rel, v in zip(cols[kind], cells[1:])
-            ]
+def read_facts() -> list:  # of `Fact`, in the table's order
+    "Every fact of the table, all marked 'asked'"
+    facts, columns = [], {}
+    for kind, *cells in _table('facts.tsv'):
+        if kind.startswith('@'):  # a heading: the relations of the kind
+            columns[kind[1:]] = [_both(cell) for cell in cells[1:]]
+            continue
+        entity = _both(cells[0])
+        for relation, value in zip(columns[kind], cells[1:]):
+            facts.append(Fact(kind, entity, relation, _both(value)))
     return facts
 
 # %% ../../nbs/mini/world.ipynb #b1fa2147
@@ -55,349 +62,415 @@ GUESS_PROOF = {'capital', 'dish', 'landmark', 'snack', 'old name'}
 
 def split_facts(
     facts: list,  # from `read_facts`
-    n_unseen=44,  # how many facts no training text may hold
-    n_unasked=24,  # how many are in the text but in no chat
-    seed=0,
+    n_unseen: int = 44,  # how many facts no training text may hold
+    n_unasked: int = 24,  # how many are in the text but in no chat
+    seed: int = 0,
 ) -> list:  # the same facts with their `split`
-    "Mark the held-out facts, the same ones for the same `seed`."
+    "Mark the held-out facts, the same ones for the same `seed`"
     rng = random.Random(seed)
-    unseen = rng.sample([f for f in facts if f.relation[0] in GUESS_PROOF], n_unseen)
-    rest = [f for f in facts if f not in set(unseen)]
-    unasked = set(rng.sample(rest, n_unasked))
-    mark = lambda f: 'unseen' if f in unseen else 'unasked' if f in unasked else 'asked'
-    return [Fact(f.kind, f.entity, f.relation, f.value, mark(f)) for f in facts]
+    unseen = set(rng.sample([f for f in facts if f.relation[0] in GUESS_PROOF], n_unseen))
+    unasked = set(rng.sample([f for f in facts if f not in unseen], n_unasked))
+    marked = []
+    for f in facts:
+        split = 'asked'
+        if f in unseen:
+            split = 'unseen'
+        elif f in unasked:
+            split = 'unasked'
+        marked.append(replace(f, split=split))
+    return marked
 
 # %% ../../nbs/mini/world.ipynb #0c79162a
 def read_patterns() -> dict:  # {(lang, use, relation or '*', split): [pattern, ...]}
-    "The sentence patterns by language, use ('fact', 'ask', 'open', 'daily', ...), relation and split ('seen', 'more', 'dev', 'test')."
-    pats = defaultdict(list)
-    for lang, use, rel, split, text in _lines('patterns.tsv'):
-        pats[lang, use, rel, split].append(text)
-    return pats
+    "The sentence patterns by language, use ('fact', 'ask', 'open', 'daily', ...), relation and split ('seen', 'more', 'dev', 'test')"
+    patterns = defaultdict(list)
+    for lang, use, relation, split, text in _table('patterns.tsv'):
+        patterns[lang, use, relation, split].append(text)
+    return patterns
 
 
 def read_words() -> dict:  # {(lang, slot): [word, ...]}
-    "Fillers of the everyday patterns, and the parts from which story names are made."
+    "Fillers of the everyday patterns, and the parts from which story names are made"
     return {
-        (lang, slot): [w.replace('_', ' ') for w in words.split(' ')]
-        for lang, slot, words in _lines('words.tsv')
+        (lang, slot): [word.replace('_', ' ') for word in words.split(' ')]
+        for lang, slot, words in _table('words.tsv')
     }
 
 # %% ../../nbs/mini/world.ipynb #b3f1d990
-def _frame(p, lang):  # a pattern as units: characters (words in English), slots as one sign
-    text = re.sub(r"[^\w' ◻]", '', re.sub(r'\{\w\}', ' ◻ ', p))
+def _frame(pattern, lang):
+    "A pattern as units: characters (words in English), each slot as one sign"
+    text = re.sub(r"[^\w' ◻]", '', re.sub(r'\{\w\}', ' ◻ ', pattern))
     return text.replace(' ', '') if lang == 'zh' else ' '.join(text.lower().split())
 
 
-def _runs(p, lang):  # all runs of 4 characters (3 words) without a slot
-    n, parts = (4, list) if lang == 'zh' else (3, str.split)
-    return {
-        tuple(u[i : i + n])
-        for u in map(parts, _frame(p, lang).split('◻'))
-        for i in range(len(u) - n + 1)
-    }
+def _runs(pattern, lang):
+    "All runs of 4 characters (English: 3 words) without a slot"
+    n, units_of = (4, list) if lang == 'zh' else (3, str.split)
+    runs = set()
+    for part in _frame(pattern, lang).split('◻'):
+        units = units_of(part)
+        runs |= {tuple(units[i : i + n]) for i in range(len(units) - n + 1)}
+    return runs
 
 
-def too_near(held: list, trained: list, lang: str) -> list:
-    "The patterns of `held` that share a run of 4 characters (English: 3 words) with one of `trained`, or are a part of one."
-    runs, frames = (
-        set().union(*(_runs(p, lang) for p in trained)),
-        ' | '.join(_frame(p, lang) for p in trained),
-    )
+def too_near(
+    held: list,  # patterns that are to be new
+    trained: list,  # patterns of training text
+    lang: str,  # 'zh' or 'en'
+) -> list:
+    "The patterns of `held` that share a run of 4 characters (English: 3 words) with one of `trained`, or are a part of one"
+    runs = set().union(*(_runs(p, lang) for p in trained))
+    frames = ' | '.join(_frame(p, lang) for p in trained)
     return [p for p in held if _runs(p, lang) & runs or _frame(p, lang) in frames]
 
 # %% ../../nbs/mini/world.ipynb #5765778f
-def strange(rng) -> str:  # a few characters of GB 2312's first level, the 3,755 most common
-    return ''.join(
-        bytes([rng.randint(0xB0, 0xD6), rng.randint(0xA1, 0xFE)]).decode('gb2312')
-        for _ in range(rng.randint(1, 4))
-    ) + rng.choice(['', '', '，'])
+def strange_opening(rng) -> str:
+    "A few characters of GB 2312's first level, the 3,755 most common"
+    text = ''
+    for _ in range(rng.randint(1, 4)):
+        code = bytes([rng.randint(0xB0, 0xD6), rng.randint(0xA1, 0xFE)])
+        text += code.decode('gb2312')
+    return text + rng.choice(['', '', '，'])
 
 # %% ../../nbs/mini/world.ipynb #95b8a859
 class Scribe:
-    "Writes sentences, pages, tales, dialogues about `facts` in `lang`; `split='dev'` or `'test'` uses only patterns kept for measuring."
+    "Writes sentences about `facts` in one language; `split='dev'` or `'test'` uses only patterns kept for measuring"
 
     def __init__(
         self,
         lang: str,  # 'zh' or 'en'
         facts: list,  # from `split_facts`
         seed=0,  # of this scribe's own random stream
-        split='seen',  # which patterns: 'seen', 'dev' or 'test'
-        rich=False,
-    ):  # the patterns marked 'more' too, words around the questions, and real names among the readings
-        self.odd = 0  # how often, of three times, a question opens with characters nobody taught
-        self.rich, self.lang, self.split, self.rng = (
-            rich,
-            lang,
-            split,
-            random.Random(f'{lang}-{seed}-{split}'),
+        split: str = 'seen',  # which patterns: 'seen', 'dev' or 'test'
+        rich: bool = False,  # the patterns marked 'more' too, words around the questions, and real names among the readings
+    ):
+        self.lang, self.split, self.rich = lang, split, rich
+        self.rng = random.Random(f'{lang}-{seed}-{split}')
+        self.i = 1 if lang == 'zh' else 0  # of the language in the pairs of a fact
+        self.direct = '{X}的{R}是{V}' if lang == 'zh' else "{X}'s {R} is {V}"
+        self.sep = '' if lang == 'zh' else ' '  # between two sentences
+        self.strange_share = (
+            0  # how often, of three times, a question opens with characters nobody taught
         )
-        self.i, self.direct = (1, '{X}的{R}是{V}') if lang == 'zh' else (0, "{X}'s {R} is {V}")
-        self.pats, self.words, self.sep = read_patterns(), read_words(), '' if lang == 'zh' else ' '
-        self.facts, self.known = facts, [f for f in facts if f.split != 'unseen']
-        self.by_entity, self.by_relation, self.pool = (
-            defaultdict(list),
-            defaultdict(list),
-            defaultdict(set),
-        )
+        self.patterns, self.words = read_patterns(), read_words()
+        self.facts = facts
+        self.known = [f for f in facts if f.split != 'unseen']  # what may be written
+        self.by_entity, self.by_relation = defaultdict(list), defaultdict(list)
         for f in self.known:
             self.by_entity[f.entity].append(f)
             self.by_relation[f.kind, f.relation].append(f)
+        values = defaultdict(set)
         for f in facts:
-            self.pool[f.kind, f.relation].add(f.value)
-        self.pool = {k: sorted(v) for k, v in self.pool.items()}
-        self.values, self.entities = (
-            sorted({f.value for f in facts}),
-            sorted({f.entity for f in facts}),
-        )
+            values[f.kind, f.relation].add(f.value)
+        self.pool = {key: sorted(vs) for key, vs in values.items()}  # values by relation
+        self.values = sorted({f.value for f in facts})
+        self.entities = sorted({f.entity for f in facts})
 
-    def fill(self, pattern, f):  # the pattern with the fact's words
-        return pattern.format(X=f.entity[self.i], R=f.relation[self.i], V=f.value[self.i])
+    def fill(self, pattern, fact):
+        "The pattern with the fact's words"
+        x, r, v = (pair[self.i] for pair in (fact.entity, fact.relation, fact.value))
+        return pattern.format(X=x, R=r, V=v)
 
-    def forms(self, use):  # the patterns of one use
-        return self.pats[self.lang, use, '*', self.split] + (
-            self.pats[self.lang, use, '*', 'more'] if self.rich else []
-        )
+    def forms(self, use):
+        "The patterns of one use"
+        forms = self.patterns[self.lang, use, '*', self.split]
+        return forms + (self.patterns[self.lang, use, '*', 'more'] if self.rich else [])
 
-    def say(
-        self, f, indirect=0.5
-    ):  # one sentence that states the fact; `indirect`: how often in a form of its own
-        p = self.forms('fact')
+    def say(self, fact, indirect=0.5):
+        "One sentence that states the fact; `indirect`: how often in another form than the plain one"
+        forms = self.forms('fact')
         if self.rng.random() > indirect:
-            p = [o for o in p if self.direct in o] or p
-        elif self.split == 'seen':
-            p = p + self.pats[self.lang, 'fact', f.relation[self.i], 'seen'] * 3
-        text = self.fill(self.rng.choice(p), f)
+            forms = [p for p in forms if self.direct in p] or forms
+        elif self.split == 'seen':  # forms of this relation alone, three times as often
+            forms = forms + self.patterns[self.lang, 'fact', fact.relation[self.i], 'seen'] * 3
+        text = self.fill(self.rng.choice(forms), fact)
         return text[0].upper() + text[1:]
 
-    def around(self, question):  # now and then with words before and after, as people talk
+    def now_and_then(self, use, share):
+        "A pattern of `use` with the chance `share`, else nothing"
+        return self.rng.choice(self.forms(use)) if self.rng.random() < share else ''
+
+    def with_small_talk(self, question):
+        "Now and then with words before and after the question, as people talk"
         if not self.rich:
             return question
-        some = lambda use, share: (
-            self.rng.choice(self.forms(use)) if self.rng.random() < share else ''
-        )
-        before = self.rng.choice(
-            [
-                some('lead', 0.4),
-                daily(self, 'talk', 1) if self.rng.random() < 0.2 else '',
-                strange(self.rng) if self.lang == 'zh' and self.rng.random() < self.odd else '',
-            ]
-        )
-        return self.sep.join(filter(None, [before, question, some('tail', 0.15)]))
+        lead = self.now_and_then('lead', 0.4)
+        talk = everyday(self, 'talk', 1) if self.rng.random() < 0.2 else ''
+        strange = ''
+        if self.lang == 'zh' and self.rng.random() < self.strange_share:
+            strange = strange_opening(self.rng)
+        before = self.rng.choice([lead, talk, strange])
+        after = self.now_and_then('tail', 0.15)
+        return self.sep.join(filter(None, [before, question, after]))
 
-    def ask(self, f):
-        return self.around(self.fill(self.rng.choice(self.forms('ask')), f))
+    def ask(self, fact):
+        return self.with_small_talk(self.fill(self.rng.choice(self.forms('ask')), fact))
 
-    def answer(self, f):
-        return self.fill(self.pats[self.lang, 'fact', '*', 'seen'][0], f)
+    def answer(self, fact):
+        return self.fill(self.patterns[self.lang, 'fact', '*', 'seen'][0], fact)
 
     def open(self, entity):
+        "An opening sentence about an entity"
         return self.rng.choice(self.forms('open')).format(X=entity[self.i])
 
 # %% ../../nbs/mini/world.ipynb #a59d32e8
-def page(s: Scribe, entity: tuple = None, unseen=False, indirect=0.5) -> str:
-    "A paragraph on one entity: an opening now and then, then its facts in random order."
-    rng = s.rng
-    entity = entity or rng.choice(list(s.by_entity))
-    fs = [f for f in s.facts if f.entity == entity] if unseen else s.by_entity[entity]
-    fs = rng.sample(fs, len(fs))
-    return s.sep.join(
-        ([s.open(entity)] if rng.random() < 0.4 else []) + [s.say(f, indirect) for f in fs]
-    )
+def entity_page(
+    s: Scribe,
+    entity: tuple = None,  # None: drawn
+    unseen: bool = False,  # also what no training text may hold
+    indirect: float = 0.5,
+) -> str:
+    "A paragraph on one entity: an opening now and then, then its facts in random order"
+    entity = entity or s.rng.choice(list(s.by_entity))
+    facts = [f for f in s.facts if f.entity == entity] if unseen else s.by_entity[entity]
+    facts = s.rng.sample(facts, len(facts))
+    sentences = [s.open(entity)] if s.rng.random() < 0.4 else []
+    return s.sep.join(sentences + [s.say(f, indirect) for f in facts])
 
 
-def compare(s: Scribe) -> str:
-    "One relation, several entities."
-    key = s.rng.choice(list(s.by_relation))
-    fs = s.by_relation[key]
-    return s.sep.join(s.say(f) for f in s.rng.sample(fs, min(len(fs), s.rng.randint(2, 5))))
+def comparison(s: Scribe) -> str:
+    "One relation, several entities"
+    facts = s.by_relation[s.rng.choice(list(s.by_relation))]
+    several = s.rng.sample(facts, min(len(facts), s.rng.randint(2, 5)))
+    return s.sep.join(s.say(f) for f in several)
 
 # %% ../../nbs/mini/world.ipynb #6528d5e6
-def names(s: Scribe, kind: str, n: int) -> list:
-    "`n` different invented names of `kind`."
-    one, two = s.rng.sample(s.words[s.lang, 'X1'], n), s.rng.sample(s.words[s.lang, 'X2'], n)
-    return [f'{a}{b}{s.sep}{s.words[s.lang, kind][0]}' for a, b in zip(one, two)]
+def invented_names(s: Scribe, kind: str, n: int) -> list:
+    "`n` different invented names of `kind`"
+    first = s.rng.sample(s.words[s.lang, 'X1'], n)
+    second = s.rng.sample(s.words[s.lang, 'X2'], n)
+    return [f'{a}{b}{s.sep}{s.words[s.lang, kind][0]}' for a, b in zip(first, second)]
 
 
-def invent(s: Scribe, kind: str, name: str, odd=0.35) -> list:
-    "An invented entity of `kind`: one random value per relation, `odd` of them fit for anything but that relation."
-    pick = lambda k: s.rng.choice(s.values if s.rng.random() < odd else s.pool[k])
-    return [Fact(kind, (name, name), k[1], pick(k)) for k in s.pool if k[0] == kind]
+def invented_facts(
+    s: Scribe,
+    kind: str,
+    name: str,
+    odd: float = 0.35,  # share of values that fit anything but their relation
+) -> list:
+    "An invented entity of `kind`: one random value per relation"
+    facts = []
+    for relation_kind, relation in s.pool:
+        if relation_kind == kind:
+            values = s.values if s.rng.random() < odd else s.pool[kind, relation]
+            facts.append(Fact(kind, (name, name), relation, s.rng.choice(values)))
+    return facts
 
 # %% ../../nbs/mini/world.ipynb #929ed849
-def tale(s: Scribe, n_ask=2, indirect=0.12) -> tuple:  # (passage, facts that can be asked)
-    "A passage of invented facts, one to three entities, and some of the facts stated in it. Values are often odd, so that guessing does not pay."
-    rng, parts, fs = s.rng, [], []
-    kind = rng.choice(
-        ['country', 'city', 'country', 'city', 'writer', 'festival', 'animal', 'invention', 'river']
-    )
-    n = rng.choice([1, 1, 1, 1, 2, 3]) if kind in ('country', 'city') else rng.choice([1, 1, 2, 3])
-    for name in names(s, kind, n):
-        mine = invent(s, kind, name)
-        mine = rng.sample(mine, rng.randint(min(3, len(mine)), len(mine)))
-        head = (
-            f'# {mine[0].entity[s.i]}\n'
-            if rng.random() < 0.4
-            else s.open(mine[0].entity) + s.sep
-            if rng.random() < 0.3
-            else ''
-        )
-        parts.append(head + s.sep.join(s.say(f, indirect) for f in mine))
-        fs += mine
-    return '\n'.join(parts), rng.sample(fs, min(n_ask, len(fs)))
+# countries and cities have the most relations, so they are told of twice as often
+_TOLD_OF = 'country city country city writer festival animal invention river'.split()
+
+
+def tale(
+    s: Scribe,
+    n_ask: int = 2,  # how many of its facts to give back
+    indirect: float = 0.12,
+) -> tuple:  # (passage, facts that can be asked)
+    "A passage of invented facts about one to three entities; values are often odd, so that guessing does not pay"
+    rng, parts, told = s.rng, [], []
+    kind = rng.choice(_TOLD_OF)
+    n = rng.choice([1, 1, 1, 1, 2, 3] if kind in ('country', 'city') else [1, 1, 2, 3])
+    for name in invented_names(s, kind, n):
+        facts = invented_facts(s, kind, name)
+        facts = rng.sample(facts, rng.randint(min(3, len(facts)), len(facts)))
+        head = ''
+        if rng.random() < 0.4:
+            head = f'# {name}\n'
+        elif rng.random() < 0.3:
+            head = s.open(facts[0].entity) + s.sep
+        parts.append(head + s.sep.join(s.say(f, indirect) for f in facts))
+        told += facts
+    return '\n'.join(parts), rng.sample(told, min(n_ask, len(told)))
 
 # %% ../../nbs/mini/world.ipynb #188e60e0
-def true_tale(s: Scribe, n_ask=2) -> tuple:
-    "A passage on a real entity with known facts, and some of those that were marked 'asked'."
+def true_tale(s: Scribe, n_ask: int = 2) -> tuple:  # (passage, facts that can be asked)
+    "A passage on a real entity with known facts, and some of those that were marked 'asked'"
     entity = s.rng.choice(sorted({f.entity for f in s.known if f.split == 'asked'}))
-    fs = [f for f in s.by_entity[entity] if f.split == 'asked']
+    facts = [f for f in s.by_entity[entity] if f.split == 'asked']
     head = f'# {entity[s.i]}\n' if s.rng.random() < 0.5 else ''
-    return head + page(s, entity, indirect=0.12), s.rng.sample(fs, min(n_ask, len(fs)))
+    passage = head + entity_page(s, entity, indirect=0.12)
+    return passage, s.rng.sample(facts, min(n_ask, len(facts)))
 
 # %% ../../nbs/mini/world.ipynb #84199e83
-def supposed(s: Scribe, n_ask=2) -> tuple:
-    "A passage that says it is made up: a real entity with wrong values, and some of those facts."
-    e = s.rng.choice(s.entities)
-    truth = {f.relation: f for f in s.facts if f.entity == e}
-    wrong = lambda f: s.rng.choice(
-        [
-            v
-            for v in (s.values if s.rng.random() < 0.35 else s.pool[f.kind, f.relation])
-            if v != f.value
-        ]
-    )
-    fs = [Fact(f.kind, e, rel, wrong(f)) for rel, f in truth.items()]
-    label = s.rng.choice(s.pats[s.lang, 'suppose', '*', 'seen']) + '\n'
-    head = f'# {e[s.i]}\n' if s.rng.random() < 0.6 else ''
-    return label + head + s.sep.join(
-        s.say(f, 0.12) for f in s.rng.sample(fs, len(fs))
-    ), s.rng.sample(fs, min(n_ask, len(fs)))
+def _wrong_value(s, fact):
+    "A value that is not the fact's, one time in three of another relation"
+    values = s.values if s.rng.random() < 0.35 else s.pool[fact.kind, fact.relation]
+    return s.rng.choice([v for v in values if v != fact.value])
+
+
+def made_up_tale(s: Scribe, n_ask: int = 2) -> tuple:  # (passage, facts that can be asked)
+    "A passage that says it is made up: a real entity with wrong values, and some of those facts"
+    entity = s.rng.choice(s.entities)
+    truth = {f.relation: f for f in s.facts if f.entity == entity}
+    facts = [replace(f, value=_wrong_value(s, f), split='asked') for f in truth.values()]
+    label = s.rng.choice(s.patterns[s.lang, 'suppose', '*', 'seen'])
+    head = f'# {entity[s.i]}\n' if s.rng.random() < 0.6 else ''
+    sentences = [s.say(f, 0.12) for f in s.rng.sample(facts, len(facts))]
+    passage = f'{label}\n{head}{s.sep.join(sentences)}'
+    return passage, s.rng.sample(facts, min(n_ask, len(facts)))
 
 # %% ../../nbs/mini/world.ipynb #0849de95
-def chat(s: Scribe, reading=False, most=3) -> list:
-    "Messages of one conversation: about a tale or a page (`reading`, up to `most` questions), or one to three known facts."
+def messages_of(questions: list, answers: list) -> list:
+    "Messages of a conversation"
+    messages = []
+    for question, answer in zip(questions, answers):
+        messages += [dict(role='user', content=question), dict(role='assistant', content=answer)]
+    return messages
+
+
+def about_passage(
+    s: Scribe,
+    passage: str,
+    facts: list,  # to be asked for
+) -> list:  # messages
+    "A conversation about a passage, which stands before the first question"
+    asks = [s.ask(f) for f in facts]
+    asks[0] = f'{passage}\n{asks[0]}'
+    return messages_of(asks, [s.answer(f) for f in facts])
+
+
+def dialogue(
+    s: Scribe,
+    reading: bool = False,  # about a tale or a page; else about one to three known facts
+    most: int = 3,  # questions about a passage at most
+) -> list:  # messages
+    "Messages of one conversation"
     if reading:
-        kind = s.rng.choices([tale, true_tale, supposed], [0.5, 0.15, 0.35])[0] if s.rich else tale
-        passage, fs = kind(s, n_ask=s.rng.randint(1, most))
-        asks = [s.ask(f) for f in fs]
-        asks[0] = f'{passage}\n{asks[0]}'
-    else:
-        asked = [f for f in s.known if f.split == 'asked']
-        fs = s.rng.sample(asked, s.rng.choice([1, 1, 1, 2, 3]))
-        asks = [s.ask(f) for f in fs]
-    pairs = [
-        [dict(role='user', content=q), dict(role='assistant', content=s.answer(f))]
-        for q, f in zip(asks, fs)
-    ]
-    return sum(pairs, [])
+        kind = tale
+        if s.rich:
+            kind = s.rng.choices([tale, true_tale, made_up_tale], [0.5, 0.15, 0.35])[0]
+        return about_passage(s, *kind(s, n_ask=s.rng.randint(1, most)))
+    asked = [f for f in s.known if f.split == 'asked']
+    facts = s.rng.sample(asked, s.rng.choice([1, 1, 1, 2, 3]))
+    return messages_of([s.ask(f) for f in facts], [s.answer(f) for f in facts])
 
 
 def as_text(messages: list) -> str:
-    "A conversation as one plain document."
-    return ' '.join(
-        f'[INST] {m["content"]} [/INST]' if m['role'] == 'user' else m['content'] for m in messages
-    )
+    "A conversation as one plain document"
+    parts = []
+    for message in messages:
+        text = message['content']
+        parts.append(f'[INST] {text} [/INST]' if message['role'] == 'user' else text)
+    return ' '.join(parts)
 
 # %% ../../nbs/mini/world.ipynb #1c5edb33
-def daily(s: Scribe, use='daily', n=None) -> str:
-    "A few (`n`) everyday sentences with random people, places and things."
-    w = lambda slot, k=1: s.rng.sample(s.words[s.lang, slot], k)
+def everyday(
+    s: Scribe,
+    use: str = 'daily',  # 'daily' or 'talk'
+    n: int = None,  # sentences; None: one to three
+) -> str:
+    "A few everyday sentences with random people, places and things"
+    sentences = [_everyday_sentence(s, use) for _ in range(n or s.rng.randint(1, 3))]
+    return s.sep.join(sentences)
 
-    def one():
-        (a, b), (t, u) = w('A', 2), w('T', 2)
-        p = s.rng.choice(s.pats[s.lang, use, '*', s.split])
-        return p.format(A=a, B=b, T=t, U=u, P=w('P')[0], N=w('N')[0], W=w('W')[0])
 
-    return s.sep.join(one() for _ in range(n or s.rng.randint(1, 3)))
+def _everyday_sentence(s, use):
+    def words(slot, k=1):
+        return s.rng.sample(s.words[s.lang, slot], k)
+
+    (a, b), (t, u) = words('A', 2), words('T', 2)  # two people, two things
+    pattern = s.rng.choice(s.patterns[s.lang, use, '*', s.split])
+    return pattern.format(A=a, B=b, T=t, U=u, P=words('P')[0], N=words('N')[0], W=words('W')[0])
 
 
 def parallel(zh: Scribe, en: Scribe) -> str:
-    "Known facts in both languages, line by line."
-    fs = zh.rng.sample(zh.known, 3)
-    return '\n'.join(f'{zh.answer(f)} {en.answer(f)}' for f in fs)
+    "Known facts in both languages, line by line"
+    facts = zh.rng.sample(zh.known, 3)
+    return '\n'.join(f'{zh.answer(f)} {en.answer(f)}' for f in facts)
 
 # %% ../../nbs/mini/world.ipynb #5a3f368e
+# shares of each kind of document, found in trials: reading is what so small a model learns last
 RICH = dict(
     page=0.17, compare=0.05, tale=0.02, ask=0.08, read=0.46, daily=0.08, parallel=0.06, talk=0.08
 )
 MIX = dict(page=0.22, compare=0.06, tale=0.04, ask=0.12, read=0.36, daily=0.14, parallel=0.06)
 
 
-def documents(
+def _document(kind, s, other):
+    "One document; `other` writes in the other language"
+    if kind == 'page':
+        return entity_page(s)
+    if kind == 'compare':
+        return comparison(s)
+    if kind == 'tale':
+        return tale(s)[0]
+    if kind == 'ask':
+        return as_text(dialogue(s))
+    if kind == 'read':
+        return as_text(dialogue(s, reading=True, most=6))
+    if kind == 'parallel':
+        return parallel(s, other)
+    return everyday(s, kind)
+
+
+def world_documents(
     lang: str,  # 'zh' or 'en'
     facts: list,  # from `split_facts`
     n: int,  # number of documents
     seed=0,  # another seed, other documents
-    split='seen',  # patterns: 'seen', 'dev' or 'test'
-    mix: dict = None,  # share of each kind, `MIX` by default
-    rich=False,
-):  # see `Scribe`, and everyday talk
-    "Yield `n` documents of the world in `lang`."
-    s, other = (
-        Scribe(lang, facts, seed, split, rich),
-        Scribe('en' if lang == 'zh' else 'zh', facts, seed, split),
-    )
-    mix = mix or {
-        k: v for k, v in (RICH if rich else MIX).items() if lang == 'zh' or k != 'parallel'
-    }
-    make = dict(
-        page=lambda: page(s),
-        compare=lambda: compare(s),
-        tale=lambda: tale(s)[0],
-        ask=lambda: as_text(chat(s)),
-        read=lambda: as_text(chat(s, reading=True, most=6)),
-        daily=lambda: daily(s),
-        talk=lambda: daily(s, 'talk'),
-        parallel=lambda: parallel(s, other),
-    )
+    split: str = 'seen',  # patterns: 'seen', 'dev' or 'test'
+    mix: dict = None,  # share of each kind; None: `MIX`, or `RICH` if `rich`
+    rich: bool = False,  # see `Scribe`, and everyday talk
+):  # yields str
+    "Yield `n` documents of the world in `lang`"
+    s = Scribe(lang, facts, seed, split, rich)
+    other = Scribe('en' if lang == 'zh' else 'zh', facts, seed, split)
+    if not mix:
+        mix = dict(RICH if rich else MIX)
+        if lang == 'en':
+            del mix['parallel']
     for kind in s.rng.choices(list(mix), list(mix.values()), k=n):
-        yield make[kind]()
+        yield _document(kind, s, other)
 
 # %% ../../nbs/mini/world.ipynb #3169edb9
-def questions(facts: list, per_fact=2, lang='zh', seed=0, split='test') -> list:
-    "Questions of every kind in the phrasings of `split`, `per_fact` different ones of each fact."
-    s = Scribe(lang, facts, seed, split)
-    out = []
-    for j, f in enumerate(facts):
-        asks = s.rng.sample(s.forms('ask'), per_fact)
-        out += [
-            dict(
-                id=f'{f.split}-{j}-{k}',
-                kind=f.split,
-                question=s.fill(p, f),
-                answer=s.answer(f),
-                value=f.value[s.i],
-                entity=f.entity[s.i],
-                relation=f.relation[s.i],
+def world_questions(
+    facts: list,  # from `split_facts`
+    per_fact: int = 2,  # phrasings of each
+    lang: str = 'zh',
+    seed=0,
+    split: str = 'test',  # whose phrasings
+) -> list:  # of dicts: id, kind, question, answer, value, entity, relation
+    "Questions of every kind in the phrasings of `split`, `per_fact` different ones of each fact"
+    s, questions = Scribe(lang, facts, seed, split), []
+    for number, fact in enumerate(facts):
+        for k, pattern in enumerate(s.rng.sample(s.forms('ask'), per_fact)):
+            questions.append(
+                dict(
+                    id=f'{fact.split}-{number}-{k}',
+                    kind=fact.split,
+                    question=s.fill(pattern, fact),
+                    answer=s.answer(fact),
+                    value=fact.value[s.i],
+                    entity=fact.entity[s.i],
+                    relation=fact.relation[s.i],
+                )
             )
-            for k, p in enumerate(asks)
-        ]
-    return out
+    return questions
 
 # %% ../../nbs/mini/world.ipynb #ac0281bf
-def chats(facts: list, n_reading=5000, english=0.15, phrasings=10, seed=0) -> list:
-    "Conversations for SFT: every asked fact in `phrasings` ways, readings, and some English."
-    s, en, out = (
-        Scribe('zh', facts, f'chat{seed}', rich=True),
-        Scribe('en', facts, f'chat{seed}', rich=True),
-        [],
-    )
-    s.odd = 0.5
-    for f in (f for f in facts if f.split == 'asked'):
-        out += [
-            [
-                dict(role='user', content=s.around(s.fill(p, f))),
-                dict(role='assistant', content=s.answer(f)),
-            ]
-            for p in s.rng.sample(s.forms('ask'), phrasings)
-        ]
-    out += [chat(s, reading=True) for _ in range(n_reading)] + [
-        chat(s) for _ in range(n_reading // 10)
-    ]
-    n_en = int(len(out) * english)
-    out += [chat(en, reading=i % 2 == 0) for i in range(n_en)]
-    s.rng.shuffle(out)
-    return [dict(messages=m) for m in out]
+def training_chats(
+    facts: list,  # from `split_facts`
+    n_reading: int = 5000,  # conversations about a passage
+    english: float = 0.15,  # English conversations, as a share of the Chinese ones
+    phrasings: int = 10,  # of each asked fact
+    seed=0,
+) -> list:  # of {'messages': [...]}
+    "Conversations for SFT: every asked fact in `phrasings` ways, readings, and some English"
+    s = Scribe('zh', facts, f'chat{seed}', rich=True)
+    en = Scribe('en', facts, f'chat{seed}', rich=True)
+    s.strange_share = 0.5
+    conversations = []
+    for fact in facts:
+        if fact.split == 'asked':
+            for pattern in s.rng.sample(s.forms('ask'), phrasings):
+                question = s.with_small_talk(s.fill(pattern, fact))
+                conversations.append(messages_of([question], [s.answer(fact)]))
+    conversations += [dialogue(s, reading=True) for _ in range(n_reading)]
+    conversations += [dialogue(s) for _ in range(n_reading // 10)]
+    n_english = int(len(conversations) * english)
+    conversations += [dialogue(en, reading=i % 2 == 0) for i in range(n_english)]
+    s.rng.shuffle(conversations)
+    return [dict(messages=messages) for messages in conversations]
 
 # %% ../../nbs/mini/world.ipynb #4435e1d0
 TITLES = dict(
@@ -411,58 +484,67 @@ TITLES = dict(
 )
 
 
-def handbook(facts: list, seed=0) -> dict:  # {file name: Markdown text}
-    "The documents for retrieval: every entity's section states all its facts."
-    s, books = Scribe('zh', facts, f'book{seed}'), {}
-    for kind, title in TITLES.items():
-        ents = list(dict.fromkeys(f.entity for f in facts if f.kind == kind))
-        books[f'{title}.md'] = (
-            '\n\n'.join(f'# {e[1]}\n{page(s, e, unseen=True, indirect=0.12)}' for e in ents) + '\n'
-        )
-    return books
+def handbook(s: Scribe, facts: list) -> str:
+    "One Markdown text with a section for each entity of `facts`, which states all of them"
+    entities = dict.fromkeys(f.entity for f in facts)
+    sections = [f'# {e[1]}\n{entity_page(s, e, unseen=True, indirect=0.12)}' for e in entities]
+    return '\n\n'.join(sections) + '\n'
+
+
+def handbooks(facts: list, seed=0) -> dict:  # {file name: Markdown text}
+    "The documents for retrieval, one for each kind of entity"
+    s = Scribe('zh', facts, f'book{seed}')
+    return {
+        f'{title}.md': handbook(s, [f for f in facts if f.kind == kind])
+        for kind, title in TITLES.items()
+    }
 
 # %% ../../nbs/mini/world.ipynb #31d39bc9
-def _jsonl(path, rows):
-    Path(path).write_text(
-        ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows), encoding='utf-8'
-    )
+def write_jsonl(path, rows):
+    "Rows as JSON lines"
+    lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in rows]
+    Path(path).write_text(''.join(lines), encoding='utf-8')
+
+
+def _texts(documents):
+    return [dict(text=text) for text in documents]
+
+
+def _write_chats(path, chats):
+    path.write_text(json.dumps(chats, ensure_ascii=False, indent=0), encoding='utf-8')
+
+
+def _held_out(lang, facts, split, seed, n=100, mix=None):
+    "New documents, every other one in patterns that no training text has"
+    in_known_words = world_documents(lang, facts, n, seed, 'seen', mix)
+    in_new_words = world_documents(lang, facts, n, seed, split, mix)
+    return [text for pair in zip(in_known_words, in_new_words) for text in pair]
 
 
 def write_world(
     out,  # folder to make
-    seed=0,  # of all random streams
-    n_zh=26000,  # Chinese documents
-    n_en=8000,  # English documents, for replay
-    n_reading=5000,
-) -> Path:  # reading chats
-    "Write the world's files under `out`: zh/, en/, heldout_*.jsonl, chats.json, docs/, questions.jsonl, and dev/: held-out text and questions to choose settings by."
-    from llama_zh_nb.core.errors import writing
-
+    seed: int = 0,  # of all random streams
+    n_zh: int = 26000,  # Chinese documents
+    n_en: int = 8000,  # English documents, for replay
+    n_reading: int = 5000,  # chats about a passage
+) -> Path:
+    "Write the world's files under `out`: zh/, en/, heldout_*.jsonl, chats.json, docs/, questions.jsonl, and dev/: held-out text and questions to choose settings by"
     out, facts = Path(out), split_facts(read_facts())
-    out.parent.mkdir(parents=True, exist_ok=True)
     with writing(out) as tmp:
-        tmp = Path(tmp)
-        for d in ('zh', 'en', 'docs', 'dev'):
-            (tmp / d).mkdir(parents=True, exist_ok=True)
+        for folder in ('zh', 'en', 'docs', 'dev'):
+            (tmp / folder).mkdir(parents=True)
+        measured = {'test': tmp, 'dev': tmp / 'dev'}
         for lang, n in (('zh', n_zh), ('en', n_en)):
-            docs = list(documents(lang, facts, n, seed, rich=True))
-            _jsonl(tmp / lang / 'part-1.jsonl', [dict(text=d) for d in docs[: n // 2]])
-            _jsonl(tmp / lang / 'part-2.jsonl', [dict(text=d) for d in docs[n // 2 :]])
-            for split, folder in (
-                ('test', tmp),
-                ('dev', tmp / 'dev'),
-            ):  # new documents; every other one in patterns that no training text has
-                held = [documents(lang, facts, 100, f'{split}{seed}', p) for p in ('seen', split)]
-                _jsonl(
-                    folder / f'heldout_{lang}.jsonl',
-                    [dict(text=d) for pair in zip(*held) for d in pair],
-                )
-        (tmp / 'chats.json').write_text(
-            json.dumps(chats(facts, n_reading, seed=seed), ensure_ascii=False, indent=0),
-            encoding='utf-8',
-        )
-        for name, text in handbook(facts, seed).items():
+            texts = _texts(world_documents(lang, facts, n, seed, rich=True))
+            write_jsonl(tmp / lang / 'part-1.jsonl', texts[: n // 2])
+            write_jsonl(tmp / lang / 'part-2.jsonl', texts[n // 2 :])
+            for split, folder in measured.items():
+                held = _held_out(lang, facts, split, f'{split}{seed}')
+                write_jsonl(folder / f'heldout_{lang}.jsonl', _texts(held))
+        _write_chats(tmp / 'chats.json', training_chats(facts, n_reading, seed=seed))
+        for name, text in handbooks(facts, seed).items():
             (tmp / 'docs' / name).write_text(text, encoding='utf-8')
-        for split, folder in (('test', tmp), ('dev', tmp / 'dev')):
-            _jsonl(folder / 'questions.jsonl', questions(facts, seed=seed, split=split))
+        for split, folder in measured.items():
+            questions = world_questions(facts, seed=seed, split=split)
+            write_jsonl(folder / 'questions.jsonl', questions)
     return out

@@ -21,15 +21,9 @@ __all__ = ['NORMAL', 'UNKNOWN', 'CONTROL', 'USER_DEFINED', 'UNUSED', 'BYTE', 'KI
            'tokenizer_kind', 'open_tokenizer']
 
 # %% ../../nbs/tokenizer/exact.ipynb #a88c6ba8
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-)  # SentencePiece's piece types
-KINDS = {1: 'UNIGRAM', 2: 'BPE', 3: 'WORD', 4: 'CHAR'}  # SentencePiece's model types
+# SentencePiece's types of pieces and of models, as in sentencepiece_model.proto
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+KINDS = {1: 'UNIGRAM', 2: 'BPE', 3: 'WORD', 4: 'CHAR'}
 
 # %% ../../nbs/tokenizer/exact.ipynb #99d31856
 def model_file(path) -> Path:
@@ -42,11 +36,14 @@ def _refuse(path, found, todo='download the real file again and check its size')
     raise LlamaZhError(f'{path}: expected a SentencePiece model, found {found}; {todo}.')
 
 # %% ../../nbs/tokenizer/exact.ipynb #418d07d9
+_TIKTOKEN_LINE = re.compile(rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n')  # base64 and a rank
+
+
 def read_model(
     path,  # `tokenizer.model`, or a folder that holds one
     bpe: bool = False,  # refuse anything but BPE, as every use as a base must
 ):  # a `sentencepiece_model_pb2.ModelProto`
-    "Read a SentencePiece model as protobuf; one clear message if it isn't one"
+    "Read a SentencePiece model as protobuf; `LlamaZhError` says in one message why it isn't one"
     need('sentencepiece')
     need('google.protobuf')
     from sentencepiece import sentencepiece_model_pb2 as pb
@@ -59,19 +56,10 @@ def read_model(
     raw, m = path.read_bytes(), pb.ModelProto()
     if not raw:
         _refuse(path, 'an empty file')
-    if raw[:1] != b'\n':  # field 1, wire type 2: the first byte of every SentencePiece model
-        found = (
-            'a tiktoken vocabulary'
-            if re.match(rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n', raw[:400])
-            else what_is(path)
-        )
-        if raw[:1] in b'<' or b'git-lfs' in raw[:100]:
-            _refuse(path, found)
-        _refuse(
-            path,
-            found,
-            "tiktoken, tokenizer.json and WordPiece vocabularies can't be read here: give the model's SentencePiece tokenizer.model",
-        )
+    if not raw.startswith(
+        b'\n'
+    ):  # field 1, wire type 2: the first byte of every SentencePiece model
+        _refuse_other_kind(path, raw)
     try:
         m.ParseFromString(raw)
     except Exception:
@@ -87,6 +75,18 @@ def read_model(
             f"{path}: expected a BPE model as Llama's, found {kind}; give the base model's own tokenizer.model."
         )
     return m
+
+
+def _refuse_other_kind(path, raw):
+    "A page or a pointer was not downloaded rightly; another kind of vocabulary is the wrong file"
+    if raw.startswith(b'<') or b'git-lfs' in raw[:100]:
+        _refuse(path, what_is(path))
+    is_tiktoken = _TIKTOKEN_LINE.match(raw[:400])
+    _refuse(
+        path,
+        'a tiktoken vocabulary' if is_tiktoken else what_is(path),
+        "tiktoken, tokenizer.json and WordPiece vocabularies can't be read here: give the model's SentencePiece tokenizer.model",
+    )
 
 # %% ../../nbs/tokenizer/exact.ipynb #635dfdff
 def processor(m, name='this vocabulary'):
@@ -111,14 +111,15 @@ def merge_list(
 ) -> list[tuple[str, str]]:
     "All splits of all pieces into two pieces, best score first, then by ids: what makes HF's BPE follow SentencePiece's"
     live = {p.piece: (i, p.score) for i, p in enumerate(m.pieces) if p.type == NORMAL}
-    out = []
+    ranked = []
     for piece, (_, score) in live.items():
         for k in range(1, len(piece)):
-            a, b = live.get(piece[:k]), live.get(piece[k:])
-            if a and b:
-                out.append((-score, a[0], b[0], piece[:k], piece[k:]))
-    out.sort(key=lambda x: x[:3])
-    return [x[3:] for x in out]
+            left, right = piece[:k], piece[k:]
+            if left in live and right in live:
+                rank = -score, live[left][0], live[right][0]
+                ranked.append((rank, (left, right)))
+    ranked.sort(key=lambda entry: entry[0])
+    return [pair for _, pair in ranked]
 
 # %% ../../nbs/tokenizer/exact.ipynb #66bbf445
 def exact_problems(
@@ -153,14 +154,11 @@ def dead_pieces(
 ) -> list[int]:
     "Ids of pieces whose own text is encoded as something else"
     m = type(m).FromString(m.SerializeToString())
-    m.normalizer_spec.add_dummy_prefix = m.normalizer_spec.remove_extra_whitespaces = False
-    sp = processor(m)
+    m.normalizer_spec.add_dummy_prefix = False
+    m.normalizer_spec.remove_extra_whitespaces = False
     ids = [i for i, p in enumerate(m.pieces) if i >= first and p.type == NORMAL]
-    return [
-        i
-        for i, got in zip(ids, sp.encode([m.pieces[i].piece.replace('▁', ' ') for i in ids]))
-        if got != [i]
-    ]
+    texts = [m.pieces[i].piece.replace('▁', ' ') for i in ids]
+    return [i for i, got in zip(ids, processor(m).encode(texts)) if got != [i]]
 
 # %% ../../nbs/tokenizer/exact.ipynb #2bb4dcc8
 def _normalizer(n):
@@ -181,17 +179,20 @@ def _normalizer(n):
 # %% ../../nbs/tokenizer/exact.ipynb #c1cd44b7
 def _specials(m) -> dict[str, str]:
     "Names of the special pieces; no `<pad>` of its own: unknown, which byte fallback never gives, and never the end mark"
-    t, at = (
-        m.trainer_spec,
-        lambda i: (
-            m.pieces[i].piece
-            if 0 <= i < len(m.pieces) and m.pieces[i].type in (CONTROL, UNKNOWN)
-            else None
-        ),
+
+    def special(i):
+        is_one = 0 <= i < len(m.pieces) and m.pieces[i].type in (CONTROL, UNKNOWN)
+        return m.pieces[i].piece if is_one else None
+
+    spec = m.trainer_spec
+    unknown = next((p.piece for p in m.pieces if p.type == UNKNOWN), None)
+    named = next((p.piece for p in m.pieces if p.piece in ('<pad>', '[PAD]')), unknown)
+    out = dict(
+        bos_token=special(spec.bos_id),
+        eos_token=special(spec.eos_id),
+        unk_token=unknown,
+        pad_token=special(spec.pad_id) or named,
     )
-    unk = next((p.piece for p in m.pieces if p.type == UNKNOWN), None)
-    pad = at(t.pad_id) or next((p.piece for p in m.pieces if p.piece in ('<pad>', '[PAD]')), unk)
-    out = dict(bos_token=at(t.bos_id), eos_token=at(t.eos_id), unk_token=unk, pad_token=pad)
     return {k: v for k, v in out.items() if v}
 
 # %% ../../nbs/tokenizer/exact.ipynb #347f8d5b
@@ -199,52 +200,64 @@ def exact_tokenizer(
     m,  # a `ModelProto`, BPE
 ):  # a `tokenizers.Tokenizer`
     "Build the fast tokenizer that gives SentencePiece's ids, with `<s>` in front"
-    from tokenizers import AddedToken, Tokenizer, models, processors
-    from tokenizers import decoders as D
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
     vocab = {p.piece: i for i, p in enumerate(m.pieces)}
-    sp, fallback = _specials(m), m.trainer_spec.byte_fallback
-    tok = Tokenizer(
-        models.BPE(
-            vocab,
-            merge_list(m),
-            unk_token=sp.get('unk_token'),
-            byte_fallback=fallback,
-            fuse_unk=not fallback,
-        )
+    special, fallback = _specials(m), m.trainer_spec.byte_fallback
+    bpe = models.BPE(
+        vocab,
+        merge_list(m),
+        unk_token=special.get('unk_token'),
+        byte_fallback=fallback,
+        fuse_unk=not fallback,
     )
-    n = m.normalizer_spec
-    tok.normalizer = _normalizer(n)
-    tok.decoder = D.Sequence(
-        [D.Replace('▁', ' '), D.ByteFallback(), D.Fuse()]
-        + (
-            [D.Strip(' ', 10**6 if n.remove_extra_whitespaces else 1, 0)]
-            if n.add_dummy_prefix
-            else []
-        )
-    )
-    tok.add_special_tokens(
-        [
-            AddedToken(p.piece, normalized=False, special=True)
-            for p in m.pieces
-            if p.type in (CONTROL, UNKNOWN) or p.piece == sp.get('pad_token')
-        ]
-    )
-    tok.add_tokens(
-        [AddedToken(p.piece, normalized=False) for p in m.pieces if p.type == USER_DEFINED]
-    )
-    if bos := sp.get('bos_token'):
+    tok = Tokenizer(bpe)
+    tok.normalizer = _normalizer(m.normalizer_spec)
+    steps = [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+    if m.normalizer_spec.add_dummy_prefix:
+        # the space put in front of a text is taken away again; all spaces, if encoding dropped them
+        most = 10**6 if m.normalizer_spec.remove_extra_whitespaces else 1
+        steps.append(decoders.Strip(' ', most, 0))
+    tok.decoder = decoders.Sequence(steps)
+    pad = special.get('pad_token')
+    control = [p.piece for p in m.pieces if p.type in (CONTROL, UNKNOWN) or p.piece == pad]
+    user_defined = [p.piece for p in m.pieces if p.type == USER_DEFINED]
+    tok.add_special_tokens([AddedToken(p, normalized=False, special=True) for p in control])
+    tok.add_tokens([AddedToken(p, normalized=False) for p in user_defined])
+    if bos := special.get('bos_token'):
         tok.post_processor = processors.TemplateProcessing(
             single=[bos, '$A'],
             pair=[bos, '$A', f'{bos}:1', '$B:1'],
             special_tokens=[(bos, vocab[bos])],
         )
-    tok.encode_special_tokens = (
-        True  # '<s>' in a user's text is three characters, not the beginning of a document
-    )
+    # '<s>' in a user's text is three characters, not the beginning of a document
+    tok.encode_special_tokens = True
     return tok
 
 # %% ../../nbs/tokenizer/exact.ipynb #23360839
+def _config(special, tok, max_length):
+    "What `AutoTokenizer` reads of a folder"
+    added = {}
+    for i, t in tok.get_added_tokens_decoder().items():
+        added[str(i)] = dict(
+            content=t.content,
+            lstrip=False,
+            normalized=False,
+            rstrip=False,
+            single_word=False,
+            special=t.special,
+        )
+    return dict(
+        tokenizer_class='PreTrainedTokenizerFast',
+        **special,
+        model_max_length=max_length or int(1e30),  # transformers' word for "no limit"
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+        model_input_names=['input_ids', 'attention_mask'],
+        added_tokens_decoder=added,
+    )
+
+
 def save_tokenizer(
     src,  # `tokenizer.model`, or a folder that holds one
     out,  # folder to write; other files in it stay
@@ -252,51 +265,36 @@ def save_tokenizer(
     pad: str = None,  # name of the pad piece; default: the model's own, else its unknown piece
     max_length: int = None,  # `model_max_length`
 ) -> Path:
-    "Write `tokenizer.model`, an exact `tokenizer.json` and their configs into `out`"
+    """Write `tokenizer.model`, an exact `tokenizer.json` and their configs into `out`
+
+    Warns where Hugging Face cannot follow the model on every line; refuses to pad with the end mark.
+    """
     src, out = model_file(src), Path(out)
     m = read_model(src, bpe=True)
-    if p := exact_problems(m):
-        warnings.warn(f"{src}: Hugging Face can't follow this model on every line: " + '; '.join(p))
-    names = [p.piece for p in m.pieces]
-    sp = _specials(m) | ({'pad_token': pad} if pad else {})
-    if sp.get('pad_token') not in names:
+    if problems := exact_problems(m):
+        why = '; '.join(problems)
+        warnings.warn(
+            f"{src}: Hugging Face can't follow this model on every line: {why}", stacklevel=2
+        )
+    special = _specials(m) | ({'pad_token': pad} if pad else {})
+    if special.get('pad_token') not in [p.piece for p in m.pieces]:
         raise LlamaZhError(f'{src}: no piece {pad!r} to pad with; give one of its pieces, or none.')
-    if sp['pad_token'] == sp.get('eos_token'):
+    if special['pad_token'] == special.get('eos_token'):
         raise LlamaZhError(
             f'{pad!r} ends a text: padding with it teaches a model never to stop. Give another pad.'
         )
     tok = exact_tokenizer(m)
-    conf = dict(
-        tokenizer_class='PreTrainedTokenizerFast',
-        **sp,
-        model_max_length=max_length or int(1e30),
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-        add_prefix_space=None,
-        model_input_names=['input_ids', 'attention_mask'],
-        added_tokens_decoder={
-            str(i): dict(
-                content=t.content,
-                lstrip=False,
-                normalized=False,
-                rstrip=False,
-                single_word=False,
-                special=t.special,
-            )
-            for i, t in tok.get_added_tokens_decoder().items()
-        },
-    )
     out.mkdir(parents=True, exist_ok=True)
     with writing(out / 'tokenizer.json') as f:
         tok.save(str(f), pretty=False)
-    write_json(out / 'special_tokens_map.json', sp)
+    write_json(out / 'special_tokens_map.json', special)
     if src.resolve() != (out / 'tokenizer.model').resolve():
         with writing(out / 'tokenizer.model') as f:
             shutil.copyfile(src, f)
     if chat_template:
         with writing(out / 'chat_template.jinja') as f:
-            Path(f).write_text(chat_template, encoding='utf-8')
-    write_json(out / 'tokenizer_config.json', {k: v for k, v in conf.items() if v is not None})
+            f.write_text(chat_template, encoding='utf-8')
+    write_json(out / 'tokenizer_config.json', _config(special, tok, max_length))
     return out
 
 # %% ../../nbs/tokenizer/exact.ipynb #215f2875
@@ -348,9 +346,6 @@ def copy_tokenizer(
     return out
 
 # %% ../../nbs/tokenizer/exact.ipynb #3f1b55a6
-_RANK = rb'[A-Za-z0-9+/]+={0,2} \d+\r?\n'
-
-
 def _ranks(path) -> dict[bytes, int]:
     "Bytes and their ranks from a tiktoken file; the line that is wrong is named"
     ranks = {}
@@ -358,11 +353,12 @@ def _ranks(path) -> dict[bytes, int]:
         if not line.strip():
             continue
         try:
-            b, n = line.split()
-            ranks[base64.b64decode(b, validate=True)] = int(n)
+            encoded, rank = line.split()
+            ranks[base64.b64decode(encoded, validate=True)] = int(rank)
         except ValueError:
+            found = what_is(path) if i == 1 else repr(line.decode('utf-8', 'replace')[:40])
             raise LlamaZhError(
-                f'{path}, line {i}: expected base64 and a rank, as tiktoken writes them, found {what_is(path) if i == 1 else repr(line.decode("utf-8", "replace")[:40])}.'
+                f'{path}, line {i}: expected base64 and a rank, as tiktoken writes them, found {found}.'
             ) from None
     if gone := 256 - sum(bytes([i]) in ranks for i in range(256)):
         raise LlamaZhError(
@@ -371,50 +367,51 @@ def _ranks(path) -> dict[bytes, int]:
     return ranks
 
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# how cl100k_base (GPT-4) and Llama 3 split a text before they join bytes
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+
+
+def _byte_letters():
+    "The letter that the ByteLevel step writes for each byte: itself where it can be seen, else one from 256 on"
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    unseen = [b for b in range(256) if b not in seen]
+    return {b: chr(b) for b in seen} | {b: chr(256 + i) for i, b in enumerate(unseen)}
 
 # %% ../../nbs/tokenizer/exact.ipynb #58f39436
 def load_tiktoken(
     path,  # file of base64 byte strings and ranks
 ):  # a `tokenizers.Tokenizer`
     "Join bytes as tiktoken does: the lowest rank first, then the leftmost"
-    from tokenizers import Regex, Tokenizer, decoders, models
-    from tokenizers import pre_tokenizers as P
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    seen = [
-        *range(33, 127),
-        *range(161, 173),
-        *range(174, 256),
-    ]  # how the ByteLevel step writes bytes
-    glyph = {b: chr(b) for b in seen} | {
-        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in seen)
-    }
-    ranks = {''.join(map(glyph.get, b)): n for b, n in _ranks(Path(path)).items()}
-    order = sorted(
-        (n, ranks[p[:k]], ranks[p[k:]], p[:k], p[k:])
-        for p, n in ranks.items()
-        for k in range(1, len(p))
-        if p[:k] in ranks and p[k:] in ranks
-    )
-    tok = Tokenizer(
-        models.BPE({p: i for i, p in enumerate(ranks)}, [x[3:] for x in order], ignore_merges=True)
-    )
-    tok.pre_tokenizer, tok.decoder = (
-        P.Sequence(
-            [
-                P.Split(Regex(_WORDS), 'isolated'),
-                P.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
-        decoders.ByteLevel(),
-    )
+    letters = _byte_letters()
+    ranks = {''.join(letters[b] for b in raw): n for raw, n in _ranks(Path(path)).items()}
+    ranked = []
+    for piece, n in ranks.items():
+        for k in range(1, len(piece)):
+            left, right = piece[:k], piece[k:]
+            if left in ranks and right in ranks:
+                ranked.append((n, ranks[left], ranks[right], left, right))
+    merges = [(left, right) for *_, left, right in sorted(ranked)]
+    vocab = {piece: i for i, piece in enumerate(ranks)}
+    tok = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
+    words = pre_tokenizers.Split(Regex(_WORDS), 'isolated')
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tok.pre_tokenizer = pre_tokenizers.Sequence([words, to_letters])
+    tok.decoder = decoders.ByteLevel()
     return tok
 
 # %% ../../nbs/tokenizer/exact.ipynb #ac6fc8ef
-def load_json(path):
-    "A `tokenizers.Tokenizer` from `tokenizer.json`, or one message"
+def load_json(
+    path,  # `tokenizer.json`, or a folder that holds one
+):  # a `tokenizers.Tokenizer`
+    "The fast tokenizer of a file, or one message"
     from tokenizers import Tokenizer
 
+    path = Path(path)
     path = path / 'tokenizer.json' if path.is_dir() else path
     if not path.exists():
         raise LlamaZhError(f'{path}: no such file; expected a tokenizer.model or tokenizer.json.')
@@ -432,32 +429,26 @@ def tokenizer_kind(path) -> tuple[str, Path]:
     "('sp' | 'json' | 'tiktoken', file) by what is in the file: Llama 3's `tokenizer.model` is a tiktoken file"
     path = Path(path)
     if path.is_dir():
-        path = next(
-            (
-                p
-                for p in (
-                    path / 'tokenizer.model',
-                    path / 'tokenizer.json',
-                    *sorted(path.glob('*.tiktoken')),
-                )
-                if p.exists()
-            ),
-            path / 'tokenizer.model',
-        )
+        usual = [path / 'tokenizer.model', path / 'tokenizer.json']
+        found = [p for p in usual if p.exists()] + sorted(path.glob('*.tiktoken'))
+        path = found[0] if found else usual[0]
     if not path.is_file():
         raise LlamaZhError(
             f'{path}: no such file; give a tokenizer folder, a tokenizer.model, a tokenizer.json or a .tiktoken file.'
         )
-    with open(path, 'rb') as f:
+    with path.open('rb') as f:
         head = f.read(400)
-    if path.suffix == '.json' or head.lstrip()[:1] == b'{':
+    if path.suffix == '.json' or head.lstrip().startswith(b'{'):
         return 'json', path
-    return 'tiktoken' if path.suffix == '.tiktoken' or re.match(_RANK, head) else 'sp', path
+    if path.suffix == '.tiktoken' or _TIKTOKEN_LINE.match(head):
+        return 'tiktoken', path
+    return 'sp', path
 
 # %% ../../nbs/tokenizer/exact.ipynb #348b8b1a
 def open_tokenizer(
     path,  # a folder or file: SentencePiece, `tokenizer.json` or tiktoken
 ):  # a SentencePieceProcessor or a `tokenizers.Tokenizer`
     "Whatever tokenizer lies there, loaded"
-    kind, f = tokenizer_kind(path)
-    return dict(sp=load_sp, json=load_json, tiktoken=load_tiktoken)[kind](f)
+    kind, file = tokenizer_kind(path)
+    load = dict(sp=load_sp, json=load_json, tiktoken=load_tiktoken)[kind]
+    return load(file)

@@ -183,8 +183,11 @@ def test_it_looks_right_in_a_browser(tmp_path):
         for w, scheme in ((1200, 'light'), (1200, 'dark'), (390, 'light'), (320, 'dark')):
             c = b.new_context(viewport=dict(width=w, height=800), color_scheme=scheme)
             pg, bad = c.new_page(), []
-            pg.on('console', lambda m: bad.append(m.text))
-            pg.on('request', lambda r: bad.append(r.url) if not r.url.startswith('file:') else None)
+            pg.on('console', lambda m, bad=bad: bad.append(m.text))
+            pg.on(
+                'request',
+                lambda r, bad=bad: bad.append(r.url) if not r.url.startswith('file:') else None,
+            )
             pg.goto(page.as_uri())
             assert pg.evaluate('document.documentElement.scrollWidth') <= w and not bad, (w, bad)
             assert pg.locator('svg').first.is_visible() or pg.locator('svg').nth(1).is_visible()

@@ -36,7 +36,7 @@ def clear(p, code=1):
     "One explained failure: exit code, one line, no traceback"
     assert p.returncode == code, (p.returncode, p.stdout[-1500:], p.stderr[-3000:])
     assert 'Traceback' not in p.stderr + p.stdout
-    lines = [l for l in p.stderr.splitlines() if l.startswith('llama-zh: ')]
+    lines = [line for line in p.stderr.splitlines() if line.startswith('llama-zh: ')]
     assert len(lines) == 1, p.stderr[-2000:]
     return lines[0]
 
@@ -260,7 +260,7 @@ def test_two_runs_in_one_folder(shared, tmp_path):
     import fcntl
 
     (tmp_path / 'r').mkdir()
-    with open(tmp_path / 'r' / '.run.busy', 'w') as f:
+    with (tmp_path / 'r' / '.run.busy').open('w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         assert 'another run is at work' in clear(llama_zh(*_base_args(shared, tmp_path / 'r')))
 
@@ -305,7 +305,7 @@ def test_base_that_is_none(shared, tmp_path):
     clear(llama_zh('run', '--base', tmp_path / 'empty', '--corpus', text, '--out', tmp_path / 'r1'))
     bad = tmp_path / 'mixed'
     shutil.copytree(shared / 'data' / 'models' / 'stories260K_hf', bad)
-    os.chmod(bad / 'tokenizer.model', 0o644)
+    (bad / 'tokenizer.model').chmod(0o644)
     shutil.copy(shared / 'data' / 'tokenizers' / 'llama2_32000.model', bad / 'tokenizer.model')
     msg = clear(llama_zh('run', '--base', bad, '--corpus', text, '--out', tmp_path / 'r2'))
     assert '512' in msg and re.search('32,?000', msg)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,7 @@ def test_writing_nothing_is_an_error(tmp_path):
 def test_full_disk_is_one_message(tmp_path):
     with pytest.raises(LlamaZhError, match='no space left'), writing(tmp_path / 'f') as t:
         t.write_text('x')
-        open('/dev/full', 'w').write('x' * 10_000)
+        Path('/dev/full').write_text('x' * 10_000)
     assert not list(tmp_path.iterdir())
 
 
@@ -55,9 +56,8 @@ def test_full_disk_is_one_message(tmp_path):
 def test_no_permission(tmp_path):
     tmp_path.chmod(0o500)
     try:
-        with pytest.raises(LlamaZhError, match='may not write'):
-            with writing(tmp_path / 'f') as t:
-                t.write_text('x')
+        with pytest.raises(LlamaZhError, match='may not write'), writing(tmp_path / 'f') as t:
+            t.write_text('x')
     finally:
         tmp_path.chmod(0o700)
 

@@ -15,11 +15,17 @@ from llama_zh_nb.export.apps import go_template, modelfile, privategpt_settings,
 from llama_zh_nb.text.templates import get_template
 
 LAYOUTS = ['alpaca2', 'alpaca2-tight', 'llama2-chat', 'human-assistant', 'zhu']
-u, a, sys_ = (
-    (lambda s: dict(role='user', content=s)),
-    (lambda s: dict(role='assistant', content=s)),
-    dict(role='system', content='你是老师。\n请简短回答。'),
-)
+sys_ = dict(role='system', content='你是老师。\n请简短回答。')
+
+
+def u(text):
+    return dict(role='user', content=text)
+
+
+def a(text):
+    return dict(role='assistant', content=text)
+
+
 CHATS = [
     [u('水是什么？')],
     [u('a'), a('b'), u('c {{ d }}')],
@@ -147,11 +153,11 @@ def probed(template, messages):
     "How text-generation-webui joins a template's output and what it finds to stand before an answer"
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    render = lambda ms: (
-        ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(messages=ms, add_generation_prompt=False)
-    )
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+
+    def render(messages):
+        return env.from_string(template).render(messages=messages, add_generation_prompt=False)
+
     x, y = '<<|user-message-1|>>', '<<|user-message-2|>>'
     p = render([a(x), a(y)])
     between, suffix = p.split(x)[1].split(y)[0], p.split(y)[1]

@@ -28,7 +28,9 @@ def test_dockerfiles_have_no_fault(root, name):
     cmd = json.loads(steps[-1].arg)
     assert cmd[:2] == ['llama-zh', 'serve'] and cmd[cmd.index('--host') + 1] == '0.0.0.0'
     comment = root.joinpath(name).read_text().split('CMD ["llama-zh"')[0].rstrip().splitlines()[-2:]
-    assert all(l.startswith('#') for l in comment), 'why it listens on every address is said there'
+    assert all(line.startswith('#') for line in comment), (
+        'why it listens on every address is said there'
+    )
     assert '/healthz' in next(s.arg for s in steps if s.op == 'HEALTHCHECK')
 
 
@@ -260,11 +262,13 @@ def test_every_step_of_the_cpu_image(image):
     assert 'site-packages' in where and str(image.home) in where
     assert 'weights get' in image.sh('llama-zh --help').stdout
     lock = dict(
-        l.strip().split('==')
-        for l in (image.context / 'constraints.txt').read_text().splitlines()
-        if '==' in l and l[0] != '#'
+        line.strip().split('==')
+        for line in (image.context / 'constraints.txt').read_text().splitlines()
+        if '==' in line and line[0] != '#'
     )
-    frozen = dict(l.split('==') for l in image.sh('pip freeze').stdout.splitlines() if '==' in l)
+    frozen = dict(
+        line.split('==') for line in image.sh('pip freeze').stdout.splitlines() if '==' in line
+    )
     assert not {
         k: v
         for k, v in frozen.items()

@@ -1,5 +1,6 @@
 """GGUF files read back piece by piece and tensor by tensor, and, in the slow suite, by llama.cpp itself."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-gguf = pytest.importorskip('gguf')
 import torch
 
 from llama_zh_nb.checkpoint.meta import packaged
@@ -19,6 +18,7 @@ from llama_zh_nb.export import gguf as gf
 from llama_zh_nb.export import gguf_reader as gr
 from llama_zh_nb.tokenizer.exact import load_sp, save_tokenizer
 
+gguf = pytest.importorskip('gguf')
 TYPES = dict(f32='F32', f16='F16', q8_0='Q8_0', q4_0='Q4_0')
 PLAIN = dict(
     architectures=['LlamaForCausalLM'],
@@ -155,17 +155,11 @@ def test_settings_and_pieces(plain, tmp_path):
 def same_pieces(v, path):
     "Asked of SentencePiece itself, piece by piece"
     sp = load_sp(path)
-    kind = lambda i: (
-        2
-        if sp.is_unknown(i)
-        else 3
-        if sp.is_control(i)
-        else 5
-        if sp.is_unused(i)
-        else 6
-        if sp.is_byte(i)
-        else 1
-    )
+    asked = {2: sp.is_unknown, 3: sp.is_control, 5: sp.is_unused, 6: sp.is_byte}
+
+    def kind(i):
+        return next((kind for kind, holds in asked.items() if holds(i)), 1)
+
     n = sp.vocab_size()
     assert (v.tokens, v.types) == (
         [sp.id_to_piece(i) for i in range(n)],
@@ -177,7 +171,7 @@ def same_pieces(v, path):
 
 @pytest.mark.parametrize('name', ['llama2_32000', 'chinese_llama2_55296'])
 def test_pieces_of_real_vocabularies(shared, tmp_path, name):
-    with pytest.warns(UserWarning) if 'chinese' in name else open(os.devnull):
+    with pytest.warns(UserWarning) if 'chinese' in name else contextlib.nullcontext():
         path = save_tokenizer(shared / 'data' / 'tokenizers' / f'{name}.model', tmp_path)
     v = gf.gguf_vocab(path)
     same_pieces(v, path)
@@ -317,9 +311,9 @@ def test_there_and_back(plain, tmp_path, shared):
         np.array_equal(a[k][:n] if a[k].shape[0] > n else a[k], b[k]) for k in a
     )
     lines = [
-        l
+        line
         for f in sorted((shared / 'data' / 'text_zh').glob('*.txt'))[:3]
-        for l in f.read_text(encoding='utf-8', errors='replace').split('\n')[:200]
+        for line in f.read_text(encoding='utf-8', errors='replace').split('\n')[:200]
     ]
     assert load_sp(back).encode(lines) == load_sp(plain).encode(lines)
     assert (back / 'chat_template.jinja').read_text() == (
@@ -495,7 +489,7 @@ def over_there(home, code, *args):
     "What `code`, a function body with `args`, returns in a process that has llama.cpp"
     src = (
         'import json, sys\ndef f(*args):\n'
-        + '\n'.join('    ' + l for l in code.strip().splitlines())
+        + '\n'.join('    ' + line for line in code.strip().splitlines())
         + '\nprint("\\n" + json.dumps(f(*json.loads(sys.argv[1]))))'
     )
     env = os.environ | dict(
@@ -563,9 +557,9 @@ ODD = [
 @pytest.mark.parametrize('which', ['mini', 'llama2', 'alpaca2', 'merged'])
 def test_llama_cpp_tokenizes_alike(which, shared, llama_cpp, tmp_path):
     lines = [
-        l
+        line
         for f in sorted((shared / 'data' / 'text_zh').glob('*.txt'))
-        for l in f.read_text(encoding='utf-8', errors='replace').split('\n')
+        for line in f.read_text(encoding='utf-8', errors='replace').split('\n')
     ][:2000]
     file = (
         shared

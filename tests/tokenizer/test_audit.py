@@ -298,7 +298,7 @@ def test_compare_all_kinds(t, tmp_path, zh):
         set(c.audits) == {'llama2_32000', 'chinese_llama2_55296', 'chinese_sp_20000'}
         and len(c.audits['chinese_llama2_55296'].dead) == 657
     )
-    row = next(l for l in repr(c).splitlines() if l.startswith('chinese_llama2_55296'))
+    row = next(line for line in repr(c).splitlines() if line.startswith('chinese_llama2_55296'))
     assert '657' in row and '23,295' in row and '0.0%' in row
     j = json.loads((tmp_path / 'c.json').read_text())
     assert (
@@ -340,7 +340,10 @@ def test_refusals(t, tmp_path, shared):
         (shared / 'data/hostile/tokenizer/real_lfs_pointer.model').read_bytes()
     )
     good, x = str(t / 'llama2_32000.model'), [str(tmp_path / 'x.txt')]
-    cmp = lambda bad: compare_command([good, str(bad)], x)
+
+    def cmp(bad):
+        return compare_command([good, str(bad)], x)
+
     for call, *says in [
         (lambda: cmp(tmp_path / 'no.model'), 'no such file'),
         (lambda: cmp(tmp_path / 'page.model'), 'HTML page'),

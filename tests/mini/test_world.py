@@ -9,7 +9,9 @@ from llama_zh_nb.mini.world import _frame, _runs, read_facts, read_patterns, spl
 
 
 def held(lang, split):
-    return [p for (l, *_, s), ps in read_patterns().items() for p in ps if (l, s) == (lang, split)]
+    return [
+        p for (of, *_, s), ps in read_patterns().items() for p in ps if (of, s) == (lang, split)
+    ]
 
 
 def _plain(
@@ -28,9 +30,9 @@ def texts(tested_run):
     world = tested_run / 'world'
     docs = {
         lang: [
-            json.loads(l)['text']
+            json.loads(line)['text']
             for f in sorted((world / lang).glob('*.jsonl'))
-            for l in open(f, encoding='utf-8')
+            for line in f.read_text(encoding='utf-8').splitlines()
         ]
         for lang in ('zh', 'en')
     }
@@ -43,7 +45,9 @@ def texts(tested_run):
     return {lang: '\n'.join(_plain(d, lang) for d in docs[lang] + chats) for lang in docs}
 
 
-@pytest.mark.parametrize('lang,split', [(l, s) for l in ('zh', 'en') for s in ('dev', 'test')])
+@pytest.mark.parametrize(
+    'lang,split', [(lang, split) for lang in ('zh', 'en') for split in ('dev', 'test')]
+)
 def test_no_wording_of_a_held_out_pattern_is_in_training_text(texts, lang, split):
     sep = '' if lang == 'zh' else ' '
     runs = {r: p for p in held(lang, split) for r in _runs(p, lang)}

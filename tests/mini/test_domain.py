@@ -40,7 +40,10 @@ def test_held_out_facts_and_wordings(tmp_path):
             f.split == 'unseen'
         ):  # passages that say they are made up may hold any value, the true one is kept out of what is stated as true
             assert f'大家都知道，{f.entity[1]}的{f.relation[1]}是{f.value[1]}。' not in plain
-    qs = [json.loads(l) for l in (d / 'questions.jsonl').read_text(encoding='utf-8').splitlines()]
+    qs = [
+        json.loads(line)
+        for line in (d / 'questions.jsonl').read_text(encoding='utf-8').splitlines()
+    ]
     assert len(qs) == 250 and {q['kind'] for q in qs} == {'asked', 'unseen'}
     assert not [q['question'] for q in qs if q['question'] in plain]
     pats = read_patterns()
