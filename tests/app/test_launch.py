@@ -43,6 +43,16 @@ def recipe(base, tmp_path_factory):
     return f, run
 
 
+def test_words_and_a_recipe_become_settings(recipe, tmp_path):
+    f, run = recipe
+    _, kw = launch.call_by_recipe('pretrain', [str(f), '--engine', 'ddp', '--lr', '1e-3'])
+    assert (kw['compute'].engine, kw['args'].lr, kw['args'].block) == ('ddp', 1e-3, 64)
+    (tmp_path / 'c.json').write_text(json.dumps([dict(instruction='q', output='a')]))
+    words = ['--sft', str(tmp_path / 'c.json'), '--model-dir', str(run / 'resized')]
+    _, kw = launch.call_by_recipe('sft', [str(f), '--lr', '1e-3', '--sft-batch', '2', *words])
+    assert (kw['args'].lr, kw['args'].batch, kw['args'].block) == (1e-3, 2, 512)
+
+
 def test_accelerate_launch_takes_a_recipe(recipe):
     f, run = recipe
     yaml = TESTS.parent / 'configs' / 'ddp.yaml'
