@@ -18,7 +18,7 @@ from .launch import check_alone
 from .pipeline import STAGES, why_left_out
 from .report import report
 from .stages import Run, do_stage, stage_inputs, verdict
-from ..checkpoint.cards import leave_card
+from ..checkpoint.cards import try_card
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import read_run, update_run
 from ..core.settings import Recipe, flatten
@@ -169,7 +169,7 @@ def _write_card(run, stage):
         base, data = 'pretrained', {'chats': run.files('sft')}
     else:
         return
-    leave_card(run / stage.out, run / base, data)
+    try_card(run / stage.out, run / base, data)
 
 
 def _run_stage(run, stage, head, force):

@@ -65,7 +65,9 @@ def render_template(
     **values,  # what the template calls them; text is escaped, an `Html` is not
 ) -> Html:
     "A template filled in; a value that it misses is an error"
-    return Html(_templates().get_template(name).render(values))
+    page = _templates().get_template(name).render(values)
+    text = re.sub(r'\s*\n\s*', r'\n', re.sub('<[^>]*>', '', page)).strip()
+    return Html(page, text)
 
 # %% ../../nbs/core/show.ipynb #6c7b2807
 def show_number(

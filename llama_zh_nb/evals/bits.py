@@ -6,15 +6,15 @@
 __all__ = ['BitsTable', 'mostly_chinese', 'compare_bits']
 
 # %% ../../nbs/evals/bits.ipynb #197d5122
-import html
 import math
 from pathlib import Path
 
 from ..core.errors import LlamaZhError, write_json
+from ..core.show import ShownAsTable, Table
 from .measure import as_model, bits
 
 # %% ../../nbs/evals/bits.ipynb #04a3848b
-class BitsTable:
+class BitsTable(ShownAsTable):
     "`rows` of model, text, unit ('bpc' or 'bpb') and what `Bits` holds; changes are against the first model"
 
     def __init__(self, rows):
@@ -99,22 +99,16 @@ class BitsTable:
         per_token = row['chars'] / max(row['tokens'], 1)
         return [shown, change, f'{row["ppl"]:,.2f}', f'{per_token:.2f}']
 
-    def __repr__(self):
-        places = [(model, text) for model in self.models for text in self.texts]
-        return '\n'.join(f'{m:<12} {t:<4} ' + '  '.join(self._cells(m, t)) for m, t in places)
-
-    def _repr_html_(self):
-        head = ''.join(
-            f'<th>{html.escape(text)}: bits per {self.unit(text)}</th><th>change</th>'
-            '<th>perplexity</th><th>characters per token</th>'
-            for text in self.texts
-        )
-        body = ''
-        for model in self.models:
-            cells = [cell for text in self.texts for cell in self._cells(model, text)]
-            body += f'<tr><td>{html.escape(model)}</td>'
-            body += ''.join(f'<td>{cell}</td>' for cell in cells) + '</tr>'
-        return f'<table><tr><th></th>{head}</tr>{body}</table><p>{_NOTE}</p>'
+    def table(self) -> Table:
+        headers = ['']
+        for text in self.texts:
+            headers += [f'{text}: bits per {self.unit(text)}', 'change', 'perplexity']
+            headers.append('characters per token')
+        rows = [
+            [model, *(cell for text in self.texts for cell in self._cells(model, text))]
+            for model in self.models
+        ]
+        return Table(rows, headers, 'l' + 'r' * (len(headers) - 1), note=_NOTE)
 
 
 _NOTE = (

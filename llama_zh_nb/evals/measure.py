@@ -17,6 +17,7 @@ from typing import NamedTuple
 from ..checkpoint.folder import context_length, load, special_ids, stop_tokens
 from ..core.errors import LlamaZhError, need
 from ..core.machine import progress
+from ..core.show import ShownAsTable, Table
 from ..text.templates import encode_texts, get_template
 
 # %% ../../nbs/evals/measure.ipynb #73436fe8
@@ -301,7 +302,7 @@ def has_value(
     return re.search(pattern, text, re.I) is not None
 
 # %% ../../nbs/evals/measure.ipynb #928337d8
-class Scores:
+class Scores(ShownAsTable):
     "Each question with its answer and verdict; counts by any field, with intervals"
 
     def __init__(self, rows):
@@ -339,18 +340,14 @@ class Scores:
             for row in rows[::step][:n]
         ]
 
-    def _lines(self):
+    def table(self) -> Table:
+        "Counts by kind"
+        rows = []
         for kind, c in self.by().items():
             interval = f'{c["lo"]:.0%} to {c["hi"]:.0%}'
             right, named = f'{c["right"]}/{c["n"]}', f'{c["value"]}/{c["n"]}'
-            yield kind, right, f'{c["share"]:.0%}', interval, named
-
-    def __repr__(self):
-        return '\n'.join('  '.join(line[:4]) for line in self._lines())
-
-    def _repr_markdown_(self):
-        head = '| kind | right | share | 95 % interval | value named |\n|---|--:|--:|---|--:|\n'
-        return head + '\n'.join('| ' + ' | '.join(line) + ' |' for line in self._lines())
+            rows.append((kind, right, f'{c["share"]:.0%}', interval, named))
+        return Table(rows, ('kind', 'right', 'share', '95 % interval', 'value named'), 'lrrlr')
 
 # %% ../../nbs/evals/measure.ipynb #fa65e09d
 def score(
@@ -377,7 +374,7 @@ def as_model(
     return source if isinstance(source, tuple) else load(source, device, dtype)
 
 # %% ../../nbs/evals/measure.ipynb #a1ebd1d9
-class ModelTable:
+class ModelTable(ShownAsTable):
     "Models in rows: name, bytes, bits of held-out text, right answers by kind"
 
     def __init__(self, rows):
@@ -386,28 +383,22 @@ class ModelTable:
     def __getitem__(self, name):
         return next(row for row in self.rows if row['name'] == name)
 
-    def _table(self):
+    def table(self) -> Table:
         kinds = list(dict.fromkeys(kind for row in self.rows for kind in row['accuracy']))
-        yield ['', 'MB', 'bits/char (zh)', 'bits/byte (en)', *(f'right: {k}' for k in kinds)]
+        headers = ['', 'MB', 'bits/char (zh)', 'bits/byte (en)', *(f'right: {k}' for k in kinds)]
+        rows = []
         for row in self.rows:
-            size = '' if row['bytes'] is None else f'{row["bytes"] / 1e6:,.1f}'
-            bits = [f'{row[k]:.3f}' if row.get(k) else '' for k in ('bpc_zh', 'bpb_en')]
+            size = f'{row["bytes"] / 1e6:,.1f}' if row['bytes'] else ''
+            bits = [f'{row[k]:.3f}' if k in row else '' for k in ('bpc_zh', 'bpb_en')]
             right = [self._share(row['accuracy'].get(kind)) for kind in kinds]
-            yield [row['name'], size, *bits, *right]
+            rows.append([row['name'], size, *bits, *right])
+        return Table(rows, headers, 'l' + 'r' * (len(headers) - 1))
 
     @staticmethod
     def _share(c):
         if not c:
             return ''
         return f'{c["right"]}/{c["n"]} = {c["share"]:.1%} ({c["lo"]:.0%} to {c["hi"]:.0%})'
-
-    def __repr__(self):
-        return '\n'.join('  '.join(f'{cell:<16}' for cell in row) for row in self._table())
-
-    def _repr_markdown_(self):
-        head, *rows = ['| ' + ' | '.join(row) + ' |' for row in self._table()]
-        line = '|---|' + '--:|' * (head.count(' | '))
-        return '\n'.join([head, line, *rows])
 
 # %% ../../nbs/evals/measure.ipynb #dc07b2e3
 def measure_models(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..checkpoint.cards import check_push, leave_card, push_after
+from ..checkpoint.cards import check_push, push_after, try_card
 from ..core.errors import LlamaZhError, need
 from llama_zh_nb.training.distributed import (
     is_fsdp,
@@ -161,7 +161,7 @@ def finish_run(
         history.info |= trained.info | dict(trained=count, parameters=all_of_them, wall=seconds)
         history.save(out / 'history.json')
         finish()
-        leave_card(out, trained.base, trained.read)
+        try_card(out, trained.base, trained.read)
         shutil.rmtree(out / 'checkpoints', ignore_errors=True)
         publish(out)
     wait()

@@ -29,5 +29,6 @@ def test_strided_bits_are_bounded_by_documents(tiny):
     assert (
         t.difference('y', 'zh') == (0, 0, 0)
         and [r['unit'] for r in t.rows[:2]] == ['bpc', 'bpb']
+        and '0.0%' in repr(t)
         and '0.0%' in t._repr_html_()
     )

@@ -101,7 +101,7 @@ def test_too_long_prompts_lose_examples_then_their_middle(tiny):
     assert r.settings['cut'] == len(r.rows) and all(
         len(x['scores']) == len(x['options']) for x in r.rows
     )
-    assert 'lost their middle' in repr(r) and 'lost their middle' in r._repr_markdown_()
+    assert 'lost their middle' in repr(r) and 'lost their middle' in r._repr_html_()
 
 
 def test_a_killed_run_goes_on(tiny, tmp_path, monkeypatch):
