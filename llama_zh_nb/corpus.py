@@ -345,8 +345,8 @@ def build_corpus(
     with writing(out) as tmp:
         tmp.mkdir()
         with (
-            open(tmp / 'train.jsonl', 'w', encoding='utf-8') as train,
-            open(tmp / 'valid.jsonl', 'w', encoding='utf-8') as valid,
+            (tmp / 'train.jsonl').open('w', encoding='utf-8') as train,
+            (tmp / 'valid.jsonl').open('w', encoding='utf-8') as valid,
         ):
             for path, name in progress(files, 'corpus'):
                 for entry, place, text in _documents(path, name, report):

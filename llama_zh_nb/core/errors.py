@@ -110,7 +110,7 @@ def _clean_up(path):
         if kind not in ('partial', 'old') or not pid.isdigit() or _alive(int(pid)):
             continue
         if kind == 'old' and not path.exists():
-            os.rename(p, path)
+            p.rename(path)
         else:
             _remove(p)
 
@@ -118,11 +118,11 @@ def _clean_up(path):
 def _swap(tmp, path):
     "Put `tmp` in the place of `path`"
     if not (path.is_dir() or tmp.is_dir()):
-        return os.replace(tmp, path)
+        return tmp.replace(path)
     old = path.with_name(f'.{path.name}.old-{os.getpid()}')
     if path.exists():
-        os.rename(path, old)
-    os.rename(tmp, path)
+        path.rename(old)
+    tmp.rename(path)
     if old.exists():
         _remove(old)
     return None
@@ -271,7 +271,7 @@ def what_is(
     size = path.stat().st_size
     if not size:
         return 'empty'
-    with open(path, 'rb') as f:
+    with Path(path).open('rb') as f:
         b = f.read(4096)
     for magic, name in _MAGIC:
         if b.startswith(magic):
@@ -292,7 +292,7 @@ def what_is(
 # %% ../../nbs/core/errors.ipynb #5151c593
 def _digest(path, algo):
     h = hashlib.new(algo, usedforsecurity=False)
-    with open(path, 'rb') as f:
+    with Path(path).open('rb') as f:
         while b := f.read(1 << 20):
             h.update(b)
     return h.hexdigest()

@@ -62,9 +62,9 @@ def peak_rss() -> int:  # bytes
     "The largest resident memory this process has had"
     try:
         return next(
-            int(l.split()[1]) * 1024
-            for l in Path('/proc/self/status').read_text().splitlines()
-            if l.startswith('VmHWM')
+            int(line.split()[1]) * 1024
+            for line in Path('/proc/self/status').read_text().splitlines()
+            if line.startswith('VmHWM')
         )  # `ru_maxrss` would begin with the parent's
     except (OSError, StopIteration):
         pass

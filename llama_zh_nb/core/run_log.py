@@ -39,7 +39,7 @@ def _locked(path):
     except ImportError:
         yield
         return
-    with open(path, 'w') as f:
+    with Path(path).open('w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 

@@ -57,12 +57,14 @@ _ASKING = re.compile(  # what only makes a question of a sentence, in both scrip
 _NAMING_TAGS = 'nmtejx'  # jieba's first letters for nouns, numbers, times, and foreign words
 
 
+@functools.cache
 def _import_quietly(module):
-    "`need`, without the warnings that jieba gives while it is imported"
+    "`need`, without the warnings that jieba gives while it is imported for the first time"
     with quiet():
         return need(module, 'rag')
 
 
+@functools.cache
 def _jieba():
     "jieba, which loads its dictionary without saying so"
     jieba = _import_quietly('jieba')

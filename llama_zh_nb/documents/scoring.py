@@ -171,9 +171,7 @@ def evaluate_answers(
     "Retrieval and answers on the same questions"
     if not questions:
         raise LlamaZhError('no questions were given')
-    rows = [dict(q, answers=answers_of(q)) for q in questions]
-    for row in rows:
-        row.pop('context', None)  # it is long, and in the file of questions
+    rows = [_row_of(q) for q in questions]
     if bot.llm:
         unanswered = [q['question'] for q in questions if not answers_of(q)]
         if unanswered:
@@ -194,6 +192,14 @@ def evaluate_answers(
         max_new_tokens=getattr(llm, 'max_new_tokens', None) or getattr(llm, 'max_tokens', None),
     )
     return RagEval(rows, judge_retrieval(bot.index, questions), settings)
+
+
+def _row_of(question):
+    "What is kept of a question; its passage is long, and stands in the file of questions"
+    row = {k: question[k] for k in ('id', 'kind', 'entity', 'relation', 'value') if k in question}
+    if source := question.get('source') or question.get('paragraph'):
+        row['source'] = source
+    return row | dict(question=question['question'], answers=answers_of(question))
 
 
 def _judged(expected, answer):

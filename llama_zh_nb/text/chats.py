@@ -7,7 +7,6 @@ __all__ = ['language', 'Chats', 'read_chats']
 
 # %% ../../nbs/text/chats.ipynb #f3ef1507
 import json
-import os
 import re
 from collections import Counter
 from glob import glob
@@ -231,15 +230,14 @@ def _dataset(name):
 
 def _is_dataset(p):
     "A folder of `datasets`, or something that reads like owner/name and is not in the way of a local file."
-    if os.path.isdir(p):
+    if Path(p).is_dir():
         return any((Path(p) / f).exists() for f in ('dataset_dict.json', 'state.json'))
-    return (
-        p.startswith('hub:')
-        or bool(re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:\w+)?', p))
-        and not os.path.exists(p)
-        and not os.path.isdir(p.split('/')[0])
-        and not re.search(r'\.(jsonl?|csv|tsv|txt|parquet|gz)$', p, re.I)
-    )
+    if p.startswith('hub:'):
+        return True
+    looks_like_one = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+(:\w+)?', p)
+    local = Path(p).exists() or Path(p.split('/')[0]).is_dir()
+    named_as_file = re.search(r'\.(jsonl?|csv|tsv|txt|parquet|gz)$', p, re.I)
+    return bool(looks_like_one) and not local and not named_as_file
 
 # %% ../../nbs/text/chats.ipynb #0f5e6e60
 # keys of an object around a list of chats, and columns of which a table has at least one
@@ -322,45 +320,49 @@ class Chats(ShownAsTable, list):
 
 # %% ../../nbs/text/chats.ipynb #ad1baf67
 def _may_hold_chats(f):
-    "Whether a file found in a folder looks like chats; its name matters only for tables."
+    "Whether a file found in a folder looks like chats; its name matters only for tables"
     kind = what_is(f)
-    return (
-        f.suffix.lower() in ('.json', '.jsonl', '.csv', '.tsv', '.parquet')
-        or kind == 'JSON'
-        or kind == 'a gzip file'
-        and '.json' in f.name.lower()
-        or open(f, 'rb').read(4) == b'PAR1'
+    if f.suffix.lower() in ('.json', '.jsonl', '.csv', '.tsv', '.parquet'):
+        return True
+    if kind == 'a gzip file':
+        return '.json' in f.name.lower()
+    return kind in ('JSON', 'a Parquet file')
+
+
+def _in_folder(folder):
+    "(files that may hold chats, names of the others); hidden files and folders are passed over"
+    files = sorted(
+        f
+        for f in folder.rglob('*')
+        if f.is_file() and not any(part.startswith('.') for part in f.relative_to(folder).parts)
     )
+    chats = [f for f in files if _may_hold_chats(f)]
+    return chats, [f.name for f in files if f not in set(chats)]
 
 
 def _files(paths, left):
-    "{file: named by the user, not found in a folder}, in order; what a folder holds besides chats is added to `left`."
-    out = {}
-    for p in [paths] if isinstance(paths, (str, Path)) else paths:
-        p = os.path.expanduser(str(p))
-        if _is_dataset(p):
-            found = [p]
-        elif os.path.isdir(p):
-            all_files = sorted(
-                f
-                for f in Path(p).rglob('*')
-                if f.is_file() and not any(k.startswith('.') for k in f.relative_to(p).parts)
-            )
-            found = [str(f) for f in all_files if _may_hold_chats(f)]
-            left += [f.name for f in all_files if str(f) not in found]
-        else:
-            found = [p] if os.path.isfile(p) else sorted(glob(p, recursive=True))
-        if not found:
-            raise LlamaZhError(
-                f'no chats at {p}: there is no such file'
-                + (
-                    ', and no JSON, CSV or Parquet in that folder'
-                    if os.path.isdir(p)
-                    else ' or folder, and the pattern matches nothing'
-                )
-            )
-        out |= {f: not os.path.isdir(p) or f == p for f in found if f not in out}
-    return out
+    "{file: named by the user, not found in a folder}, in order; what a folder holds besides chats is added to `left`"
+    found = {}
+    for source in [paths] if isinstance(paths, (str, Path)) else paths:
+        path = Path(source).expanduser()
+        name = str(path) if not str(source).startswith('hub:') else str(source)
+        if _is_dataset(name):
+            found.setdefault(name, True)
+            continue
+        if path.is_dir():
+            files, others = _in_folder(path)
+            left += others
+        else:  # a name or a pattern, which may begin at the root: `Path.glob` takes no such one
+            files = [path] if path.is_file() else map(Path, sorted(glob(name, recursive=True)))  # noqa: PTH207
+        files = list(files)
+        if not files:
+            why = ' or folder, and the pattern matches nothing'
+            if path.is_dir():
+                why = ', and no JSON, CSV or Parquet in that folder'
+            raise LlamaZhError(f'no chats at {name}: there is no such file{why}')
+        for f in files:
+            found.setdefault(str(f), not path.is_dir())
+    return found
 
 # %% ../../nbs/text/chats.ipynb #1e3fa062
 def _take(out, name, row, shapes):
@@ -409,7 +411,7 @@ def read_chats(
             f'files of the folder that are no chats, left out ({", ".join(left[:4])}{", ..." if len(left) > 4 else ""})'
         ] = len(left)
     if not out:
-        why = '; '.join(f'{Path(f).name}, line {l}: {w}' for f, l, w in out.bad[:3])
+        why = '; '.join(f'{Path(f).name}, line {line}: {why}' for f, line, why in out.bad[:3])
         raise LlamaZhError(
             'no chats could be read' + (f': {why}' if why else ': the files hold no rows')
         )

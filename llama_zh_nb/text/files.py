@@ -14,7 +14,6 @@ import glob
 import gzip
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -70,7 +69,7 @@ BAD = re.compile('[\udc80-\udcff]')  # a byte that did not decode
 def _bad_bytes(path, encoding, keep=5):
     "Where `encoding` fails: (how many bytes, the first `keep` offsets, size, whether only the last character is cut off)"
     n, offsets, at = 0, [], 0
-    with open(path, 'rb') as f:
+    with Path(path).open('rb') as f:
         while block := b''.join(f.readlines(1 << 20)):
             text = block.decode(encoding, 'surrogateescape')
             for m in BAD.finditer(text):
@@ -92,7 +91,7 @@ _BOMS = [
 
 def _sample(path, n=1 << 16):
     "The first `n` bytes, without the last, possibly cut, line"
-    with open(path, 'rb') as f:
+    with Path(path).open('rb') as f:
         b = f.read(n)
     return b[: b.rfind(b'\n') + 1] or b if len(b) == n else b
 
@@ -102,7 +101,7 @@ def _check(path, encoding, most):
     n, offsets, size, cut = _bad_bytes(path, encoding)
     if not n:
         return []
-    with open(path, 'rb') as f:
+    with Path(path).open('rb') as f:
         high = sum(
             len(b) - len(b.translate(None, bytes(range(128, 256))))
             for b in iter(lambda: f.read(1 << 20), b'')
@@ -148,7 +147,7 @@ def detect(
 
 # %% ../../nbs/text/files.ipynb #714569a1
 def _byte_at(path, at):
-    with open(path, 'rb') as f:
+    with Path(path).open('rb') as f:
         f.seek(at)
         return '0x' + f.read(1).hex()
 
@@ -156,7 +155,7 @@ def _byte_at(path, at):
 def _given(path, encoding):
     "The encoding that the user or a byte-order mark names: it has to decode"
     try:
-        with open(path, encoding=encoding) as f:
+        with Path(path).open(encoding=encoding) as f:
             while f.read(1 << 20):
                 pass
     except LookupError:
@@ -177,7 +176,7 @@ def _given(path, encoding):
 
 def _where(path, encoding):
     dec, at = codecs.getincrementaldecoder(encoding)(), 0
-    with open(path, 'rb') as f:
+    with Path(path).open('rb') as f:
         while b := f.read(1 << 16):
             held = len(dec.getstate()[0])
             try:
@@ -316,7 +315,7 @@ def _open_text(path, encoding, newline=None):
     "Open for reading: a byte that is no text spoils its row, not the file; a byte-order mark is no text"
     if encoding.lower().replace('_', '-') in ('utf-8', 'utf8'):
         encoding = 'utf-8-sig'
-    return open(path, encoding=encoding, errors='surrogateescape', newline=newline)
+    return Path(path).open(encoding=encoding, errors='surrogateescape', newline=newline)
 
 
 def _first_line(path, encoding):
@@ -379,7 +378,7 @@ def _unpacked(path, folder):
     "The file inside a gzip file, written to `folder`"
     out = Path(folder) / path.stem
     try:
-        with gzip.open(path) as packed, open(out, 'wb') as f:
+        with gzip.open(path) as packed, Path(out).open('wb') as f:
             shutil.copyfileobj(packed, f)
     except (OSError, EOFError) as e:
         raise LlamaZhError(f'{path}: a gzip file that cannot be read ({e}); is it whole?') from None
@@ -417,18 +416,18 @@ def wrap_width(
     inner = [a.rstrip() for a, b in zip(lines, lines[1:]) if a.strip() and b.strip()]
     if len(inner) < 10:
         return 0
-    w = sorted(map(len, inner))[int(0.95 * len(inner))]
-    full = [l for l in inner if 0.85 * w <= len(l) <= 1.1 * w]
-    broken = [l for l in full if l[-1] not in _ENDS]
-    longer = sum(len(l) > 1.1 * w for l in inner)
-    return (
-        w
-        if w >= 15
+    width = sorted(map(len, inner))[int(0.95 * len(inner))]
+    full = [line for line in inner if 0.85 * width <= len(line) <= 1.1 * width]
+    broken = [line for line in full if line[-1] not in _ENDS]
+    longer = sum(len(line) > 1.1 * width for line in inner)
+    # the shares were set by trying books, poems and lists; most files are far from them
+    wrapped = (
+        width >= 15
         and len(full) >= 0.35 * len(inner)
         and len(broken) >= 0.6 * len(full)
         and longer <= 0.01 * len(inner)
-        else 0
     )
+    return width if wrapped else 0
 
 
 def unwrap(
@@ -436,23 +435,23 @@ def unwrap(
     width: int,  # from `wrap_width`; 0 leaves them as they are
 ) -> str:  # text
     "Join lines that were broken at `width`; a short line or an indent still ends a paragraph"
-    text = prev = ''
-    for l in lines:
-        s = l.strip()
+    text = previous = ''
+    for line in lines:
+        words = line.strip()
         if not text:
-            text = s
-        elif not width or l[:1] in ' \t\u3000' or len(prev) < 0.8 * width:
-            text += '\n' + s
+            text = words
+        elif not width or line[:1] in ' \t\u3000' or len(previous) < 0.8 * width:
+            text += '\n' + words
         else:
-            text += (' ' if text[-1].isascii() and s[:1].isascii() else '') + s
-        prev = l.rstrip()
+            text += (' ' if text[-1].isascii() and words[:1].isascii() else '') + words
+        previous = line.rstrip()
     return text
 
 # %% ../../nbs/text/files.ipynb #3005a78c
 def _txt_docs(f, unit, notes):
     "Documents of an open text file -> (line number, text)"
     head = list(itertools.islice(f, 2000))
-    blank = sum(not l.strip() for l in head)
+    blank = sum(not line.strip() for line in head)
     width = wrap_width(head)
     auto = (
         'paragraph'
@@ -555,7 +554,7 @@ def read_docs(
     if unit == 'auto' and suffix == '.md':
         unit = 'file'
     cut = any('ends in the middle' in note for note in found)
-    with open(path, encoding=enc, errors='surrogateescape') as f:
+    with Path(path).open(encoding=enc, errors='surrogateescape') as f:
         for n, text in _txt_docs(f, unit, notes):
             yield n, _without_cut_character(text) if cut else text
 
@@ -580,7 +579,8 @@ def _files_meant_by(source):
         return [f for f in inside if f.is_file() and not f.name.startswith('.')], path
     if path.is_file():
         return [path], path.parent
-    matching = map(Path, sorted(glob.glob(str(path), recursive=True)))
+    # `Path.glob` takes no pattern that begins at the root
+    matching = map(Path, sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
     return [f for f in matching if f.is_file()], path.parent
 
 
@@ -619,7 +619,7 @@ def read_texts(
     "The texts of a corpus; other files are read and cleaned, but neither filtered nor deduplicated"
     folder = Path(path)
     if (folder / 'train.jsonl').is_file() and (folder / 'valid.jsonl').is_file():
-        with open(folder / f'{split}.jsonl', encoding='utf-8') as f:
+        with (folder / f'{split}.jsonl').open(encoding='utf-8') as f:
             for line in f:
                 yield json.loads(line)['text']
         return
@@ -640,7 +640,7 @@ def are_files(
     if isinstance(first, Path):
         return True
     # a name in a file system has at most 255 bytes
-    if len(first) < 250 and '\n' not in first and os.path.exists(first):
+    if len(first) < 250 and '\n' not in first and Path(first).exists():
         return True
     if re.fullmatch(r'\S{1,240}\.(txt|md|jsonl?|csv|tsv|parquet)', first):
         raise LlamaZhError(f'{first}: no such file.')

@@ -78,67 +78,55 @@ class Template:
     "A chat layout. Every user turn starts with BOS, every answer ends with EOS."
 
     name: str
-    user: str  # layout of a user turn; holds {user}, and {system} where the system text stands inside it
-    system: str = ''  # layout of the system text: put in for {system}, or a turn of its own if `user` has no {system}
-    answer: str = '{answer}'  # layout of an answer, from the first learnt character
+    user: str  # a user turn; holds {user}, and {system} where the system text stands inside it
+    system: str = ''  # the system text: put in for {system}, or else a turn of its own
+    answer: str = '{answer}'  # an answer, from the first learnt character
     split: bool = False  # user turn, answer and system text each between their own BOS and EOS
     head: str = ''  # if `split`: what stands before the answer
-    own_text: bool = (
-        False  # the answer is encoded as a text of its own, with SentencePiece's dummy prefix
-    )
+    own_text: bool = False  # the answer is encoded as a text of its own, with the dummy prefix
     markers: tuple = ()  # strings of the layout that text must not be able to forge
-    default_system: str | None = (
-        None  # the system text that came with the layout; used if `system=True`
-    )
+    default_system: str | None = None  # the published system text; used if `system=True`
     aliases: tuple = ()
 
-    def _system(self, system):
-        return self.default_system if system is True else system
-
     def clean(self, text):  # text that is not ours
-        "`text` with the markers of the layout broken by a space after their first character."
+        "`text` with the markers of the layout broken by a space after their first character"
         for m in self.markers:
             text = text.replace(m, m[0] + ' ' + m[1:])
         return text
 
     def broken(self, messages):
-        "How many markers `clean` breaks in `messages`."
-        return sum(_content(m, i).count(k) for i, m in enumerate(messages) for k in self.markers)
+        "How many markers `clean` breaks in `messages`"
+        texts = [_content(m, i) for i, m in enumerate(messages)]
+        return sum(text.count(marker) for text in texts for marker in self.markers)
 
-    def segments(self, messages, add_generation_prompt=False, system=None):
-        "`messages` as a list of `Seg`."
-        system, turns = check_messages(messages, self._system(system))
+    def segments(self, messages, add_generation_prompt=False, system=None) -> list:
+        "`messages` as a list of `Seg`"
+        system, turns = check_messages(messages, self.default_system if system is True else system)
         if add_generation_prompt and turns[-1][0] != 'user':
             raise LlamaZhError(
-                'add_generation_prompt needs a conversation that ends with a user message; the last one is of the assistant'
+                'add_generation_prompt needs a conversation that ends with a user message; '
+                'the last one is of the assistant'
             )
-        inside, out = '{system}' in self.user, []
-        sys_text = self.system.replace('{system}', self.clean(system)) if system else ''
-        if sys_text and not inside:
-            out += [Seg('bos'), Seg('text', sys_text), Seg('eos')]
+        rules = self.system.replace('{system}', self.clean(system)) if system else ''
+        out = []
+        if rules and '{system}' not in self.user:
+            out += [Seg('bos'), Seg('text', rules), Seg('eos')]
         for i, (role, text) in enumerate(turns):
             if role == 'user':
-                run = (
-                    self.user.replace('{system}', sys_text if i == 0 else '', 1)
-                    if inside
-                    else self.user
-                )
-                out += [Seg('bos'), Seg('text', _fill(run, '{user}', self.clean(text)))]
-                if self.split:
-                    out.append(Seg('eos'))
-                if self.split and (i + 1 < len(turns) or add_generation_prompt):
+                is_last = i + 1 == len(turns)
+                out += self._question(text, rules if i == 0 else '')
+                if self.split and (not is_last or add_generation_prompt):
                     out += [Seg('bos'), Seg('text', self.head)]
             else:
-                out += [
-                    Seg(
-                        'text',
-                        _fill(self.answer, '{answer}', self.clean(text)),
-                        True,
-                        self.own_text,
-                    ),
-                    Seg('eos', learn=True),
-                ]
+                answer = _fill(self.answer, '{answer}', self.clean(text))
+                out += [Seg('text', answer, True, self.own_text), Seg('eos', learn=True)]
         return out
+
+    def _question(self, text, rules):
+        "The segments of a user turn; `rules`: the system text in its layout, or nothing"
+        layout = self.user.replace('{system}', rules, 1)
+        question = [Seg('bos'), Seg('text', _fill(layout, '{user}', self.clean(text)))]
+        return question + [Seg('eos')] if self.split else question
 
 # %% ../../nbs/07_templates.ipynb #655676a0
 def _fill(layout, slot, text):

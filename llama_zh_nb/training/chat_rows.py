@@ -18,7 +18,7 @@ from .packing import OpenRows
 def fit_chat(
     e: Encoded,  # ids and mask of a chat
     block: int,  # most ids
-    too_long: str = 'turns',  # 'turns': keep the first whole exchanges; 'cut': cut the ids, also inside an answer; 'drop': leave the chat out
+    too_long: str = 'turns',  # keep whole 'turns', 'cut' the ids, or 'drop' the chat
 ) -> Encoded | None:  # None if nothing can be learnt from what is left
     "`e` in at most `block` ids"
     if too_long not in ('turns', 'cut', 'drop'):

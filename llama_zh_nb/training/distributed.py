@@ -181,7 +181,10 @@ def join_processes(
 
 # %% ../../nbs/training/distributed.ipynb #521832a5
 def fsdp_on_cpu():
-    "accelerate knows FSDP2 only for accelerators, and takes DDP on a CPU without a word: let it see another kind of group, for tests"
+    """Let accelerate take FSDP2 on a CPU, for tests.
+
+    It knows FSDP2 only for accelerators, and takes DDP on a CPU without a word: so it is shown
+    another kind of group."""
     state = need('accelerate.state', 'train').PartialState._shared_state
     kinds = need('accelerate.utils', 'train').DistributedType
     if state.get('distributed_type') == kinds.MULTI_CPU:
@@ -242,7 +245,9 @@ def step_mark(args, step: Step) -> dict:
 
 # %% ../../nbs/training/distributed.ipynb #ae543441
 def liger_args(on, train) -> dict:
-    "The Trainer's arguments for Liger's kernels; its fused loss reads lm_head's weight itself, and would not see rows or LoRA that lie beside it"
+    """The Trainer's arguments for Liger's kernels.
+
+    Its fused loss reads lm_head's weight itself, and would not see rows or LoRA beside it."""
     if not on:
         return {}
     need('liger_kernel', 'scale')
@@ -304,7 +309,9 @@ def check_resume(
 # %% ../../nbs/training/distributed.ipynb #1c34004f
 @contextlib.contextmanager
 def trainable_after():
-    "Within, inference mode is `no_grad`: weights that were put together in inference mode cannot be trained with"
+    """Within, inference mode is `no_grad`.
+
+    Weights that were put together in inference mode cannot be trained with afterwards."""
     torch = need('torch', 'train')
     was, torch.inference_mode = torch.inference_mode, torch.no_grad
     try:
@@ -321,7 +328,9 @@ def shared_bits(
     texts,
     **kw,
 ):
-    "Held-out bits: each process measures its share of the texts; where weights are split, all measure all, for every forward pass needs every process"
+    """Held-out bits: each process measures its share of the texts.
+
+    Where weights are split, all measure all, for every forward pass needs every process."""
     if world_size() == 1 and engine is None:
         return bits(model, tokenizer, texts, **kw)
     if is_sharded(engine):

@@ -72,7 +72,10 @@ def _read(file):
 def zero_state(
     checkpoint,  # folder of a run with DeepSpeed
 ):  # yields (parameter, {'fp32': flat tensor, 'exp_avg': ..., 'exp_avg_sq': ..., 'step': ..., 'lrs': of all groups})
-    "What DeepSpeed's optimizers of all processes knew, a parameter at a time; the files are mapped into memory, not read at once. They are pickles: go on only from checkpoints of your own"
+    """What DeepSpeed's optimizers of all processes knew, a parameter at a time.
+
+    The files are mapped into memory, not read at once. They are pickles: go on only from
+    checkpoints of your own."""
     folder = Path(checkpoint)
     folder = folder / (folder / 'latest').read_text().strip()
     files = sorted(folder.glob('*_optim_states.pt'), key=_rank_of)

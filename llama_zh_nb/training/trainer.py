@@ -27,7 +27,9 @@ from .reshard import read_resharded
 
 # %% ../../nbs/training/trainer.ipynb #d65999d8
 class History(list):
-    "What a run measured: one dict a row, with `step` and what was known then (`loss`, `lr`, `tokens`, `flops`, `seconds`, `zh_bpc`, `en_bpb`)"
+    """What a run measured: one dict a row, with `step` and what was known then.
+
+    That is some of `loss`, `lr`, `tokens`, `flops`, `seconds`, `zh_bpc` and `en_bpb`."""
 
     def __init__(self, rows=(), **info):
         super().__init__(dict(r) for r in rows)
@@ -47,7 +49,9 @@ class History(list):
         return next(reversed(self.column(key)[1]), None)
 
     def at(self, key, **x):
-        "`key` at `step=`, `tokens=`, `flops=` or `seconds=` some value, interpolated between two measurements; None beyond the ends"
+        """`key` at `step=`, `tokens=`, `flops=` or `seconds=` some value.
+
+        Interpolated between two measurements; None beyond the ends."""
         ((name, value),) = x.items()
         points = [(r[name], r[key]) for r in self if r.get(key) is not None and name in r]
         for (x0, y0), (x1, y1) in zip(points, points[1:]):
