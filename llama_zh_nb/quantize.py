@@ -129,7 +129,9 @@ def check_layers(
     if len(left) == len(kinds):
         name, (outputs, inputs) = next(iter(layers.items()))
         raise LlamaZhError(
-            f'no matrix of {model_dir} fits the GPTQ format, which wants inputs divisible by {min(GROUPS)} and outputs by {_outputs_multiple(bits)} ({name} has {inputs:,} and {outputs:,}): use the model as it is, in 16 bits'
+            f'no matrix of {model_dir} fits the GPTQ format, which wants inputs divisible '
+            f'by {min(GROUPS)} and outputs by {_outputs_multiple(bits)} ({name} has '
+            f'{inputs:,} and {outputs:,}): use the model as it is, in 16 bits'
         )
     group = max(g for g in GROUPS if g <= group_size and _unfit(layers, g, bits) == left)
     return _layer_plan(layers, group, group_size, {k: s for k, s in kinds.items() if k in left})
@@ -237,7 +239,8 @@ def _layer_errors(log):
             loss = None  # gptqmodel fell back to rounding, and says so in this field
         if loss is not None and not math.isfinite(loss):
             raise LlamaZhError(
-                f'layer {r["layer"]}, {r["module"]}: the error is {loss}: use more calibration text or a higher damp'
+                f'layer {r["layer"]}, {r["module"]}: the error is {loss}: use more '
+                'calibration text or a higher damp'
             )
         damp = float(r.get('damp') or 0)
         rows.append(dict(layer=r['layer'], module=r['module'], loss=loss, damp=damp))
@@ -318,7 +321,8 @@ def _tell_damp(layers, damp):
     raised = [layer['damp'] for layer in layers if layer['damp'] > 1.01 * damp]
     if raised:
         print(
-            f'damping raised from {damp:g} to as much as {max(raised):g} in {len(raised)} of {len(layers)} matrices: their Hessian had no inverse; more calibration text helps',
+            f'damping raised from {damp:g} to as much as {max(raised):g} in {len(raised)} '
+            f'of {len(layers)} matrices: their Hessian had no inverse; more calibration text helps',
             flush=True,
         )
 

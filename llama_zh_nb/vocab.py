@@ -148,7 +148,7 @@ def merge(
     compat: str = None,  # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte, faults included
     corpus=None,  # texts or files to train pieces on, before those of `add`
     segment: str = 'none',  # for the corpus: 'none' for what saves most, 'words' for pieces within words
-    marks: str = 'edges',  # with 'none': punctuation at the edges of pieces and a digit in front; or 'punctuation', 'none'
+    marks: str = 'edges',  # with 'none' segments: what may stand at a piece's edges; or 'punctuation', 'none'
     weight: list = None,  # for the corpus: how much each file counts, instead of balanced
     words=(),  # for the corpus: words to keep whole
     pad: str = '<pad>',  # name of the pad piece, added as a control piece if the base lacks it
@@ -206,7 +206,7 @@ def merge_command(
     out: str = None,  # folder to write
     compat: str = None,  # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte
     segment: str = 'none',  # 'none', or 'words' for pieces within words
-    marks: str = 'edges',  # 'edges': punctuation at the edges of pieces, a digit in front; 'punctuation': no digits; 'none': Han only
+    marks: str = 'edges',  # 'edges': punctuation at the edges, a digit in front; 'punctuation': no digits; 'none'
     weight: list = None,  # how much each corpus file counts
     pad: str = '<pad>',  # name of the pad piece
     max_length: int = None,  # longest input, noted in the tokenizer's config

@@ -36,8 +36,8 @@ from .tasks import hub_rows, question_rows
 from ..text.templates import encode_texts
 
 # %% ../../nbs/evals/longbench.ipynb #917c1446
-_PUNCTUATION = set(string.punctuation) | set(  # as in LongBench's metrics.py
-    '！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃《》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏'
+_PUNCTUATION = set(string.punctuation) | set(  # as in LongBench's metrics.py, which has no 《
+    '！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏'
 )
 
 

@@ -472,7 +472,7 @@ def _world_question(scribe, fact, place, rng):
         return None
     values = [*rng.sample(sorted(wrong), 3), right]
     rng.shuffle(values)
-    sentence = scribe.pats[scribe.lang, 'fact', '*', 'seen'][0]
+    sentence = scribe.patterns[scribe.lang, 'fact', '*', 'seen'][0]
     names = dict(X=fact.entity[lang], R=fact.relation[lang])
     options = tuple(sentence.format(V=value, **names) for value in values)
     subject = 'unseen' if fact.split == 'unseen' else fact.kind

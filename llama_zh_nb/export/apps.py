@@ -31,7 +31,8 @@ def _layout(template):
     t = get_template(template)
     if t.own_text:
         raise LlamaZhError(
-            f'{t.name} encodes an answer as a text of its own, which a template of strings cannot say: choose another layout, or use llama-zh serve'
+            f'{t.name} encodes an answer as a text of its own, which a template of strings '
+            'cannot say: choose another layout, or use llama-zh serve'
         )
     return t
 

@@ -42,7 +42,8 @@ def file_type(
     wanted = str(type).strip().lower().replace('-', '_')
     if wanted not in kinds:
         raise LlamaZhError(
-            f'unknown GGUF type {type!r}: use {", ".join(TYPES)}, or with llama-cpp-python q4_K_M, q5_K_M, q6_K, ...'
+            f'unknown GGUF type {type!r}: use {", ".join(TYPES)}, or with llama-cpp-python '
+            'q4_K_M, q5_K_M, q6_K, ...'
         )
     name = short(kinds[wanted])
     return name[0].lower() + name[1:], int(kinds[wanted])
@@ -83,7 +84,8 @@ def _added_tokens(folder, first):
     for expected, token in enumerate(added, first):
         if token['id'] != expected:
             raise LlamaZhError(
-                f'{folder}/tokenizer.json: the added token {token["content"]!r} has id {token["id"]:,}, expected {expected:,}: ids must follow each other'
+                f'{folder}/tokenizer.json: the added token {token["content"]!r} has id '
+                f'{token["id"]:,}, expected {expected:,}: ids must follow each other'
             )
     return added
 
@@ -146,11 +148,14 @@ def gguf_rope(
         return settings | _yarn(rope, factor, trained)
     if kind != 'dynamic':
         raise LlamaZhError(
-            f'positions are scaled by {kind!r}, which is not written here: linear, yarn, and dynamic at one length are'
+            f'positions are scaled by {kind!r}, which is not written here: linear, yarn, '
+            'and dynamic at one length are'
         )
     if length is None:
         raise LlamaZhError(
-            f'dynamic NTK has another base for every length, and llama.cpp has one for all: choose a length (length={int(trained * factor)} for the whole reach), or scale by yarn or linear (llama-zh rope)'
+            'dynamic NTK has another base for every length, and llama.cpp has one for '
+            f'all: choose a length (length={int(trained * factor)} for the whole reach), '
+            'or scale by yarn or linear (llama-zh rope)'
         )
     # as transformers' _compute_dynamic_ntk_parameters
     dim = config.get('head_dim') or config['hidden_size'] // config['num_attention_heads']
@@ -188,7 +193,8 @@ class GGUF(ShownAsTable):
         except Exception as e:
             more = f' ({e})' if 'version' in str(e) else ''
             raise LlamaZhError(
-                f'{path}: {self.path.stat().st_size:,} bytes that begin like a GGUF file and then break off or are damaged; get or make it again{more}'
+                f'{path}: {self.path.stat().st_size:,} bytes that begin like a GGUF file '
+                f'and then break off or are damaged; get or make it again{more}'
             ) from None
         fields = reader.fields.items()
         self.meta = {k: f.contents() for k, f in fields if not k.startswith('GGUF.')}
@@ -443,12 +449,15 @@ def _check_config(folder):
     "config.json of a plain Llama, or one message why it is none"
     if not (folder / 'config.json').is_file():
         raise LlamaZhError(
-            f'{folder} is {what_is(folder)}{" without config.json" if folder.is_dir() else ""}: a Hugging Face model folder was expected'
+            f'{folder} is '
+            f'{what_is(folder)}{" without config.json" if folder.is_dir() else ""}: a '
+            'Hugging Face model folder was expected'
         )
     config = read_json(folder / 'config.json')
     if quantized := config.get('quantization_config'):
         raise LlamaZhError(
-            f'{folder} is already quantized ({quantized.get("quant_method", "?")}): start from the plain folder it was made from'
+            f'{folder} is already quantized ({quantized.get("quant_method", "?")}): start '
+            'from the plain folder it was made from'
         )
     if config.get('model_type') != 'llama':
         raise LlamaZhError(
@@ -490,7 +499,9 @@ def _open_source(model_dir, length):
     files, vocab = open_weights(folder), gguf_vocab(folder)
     if len(vocab.tokens) > config['vocab_size']:
         raise LlamaZhError(
-            f'{folder}: {len(vocab.tokens):,} pieces, but the weights have {config["vocab_size"]:,} rows: use the tokenizer that came with these weights, or resize the embeddings'
+            f'{folder}: {len(vocab.tokens):,} pieces, but the weights have '
+            f'{config["vocab_size"]:,} rows: use the tokenizer that came with these '
+            'weights, or resize the embeddings'
         )
     _check_tensors(folder, config, files)
     tensors = gguf_tensors(config, len(vocab.tokens))
@@ -546,7 +557,8 @@ def llama_cpp():
         import llama_cpp as package
     except ModuleNotFoundError:
         raise LlamaZhError(
-            f'this needs llama.cpp: run  pip install llama-cpp-python  (it is compiled, some minutes), or take one of the types {", ".join(TYPES)}'
+            'this needs llama.cpp: run  pip install llama-cpp-python  (it is compiled, '
+            f'some minutes), or take one of the types {", ".join(TYPES)}'
         ) from None
     return package
 
@@ -581,7 +593,8 @@ def _making(out, overwrite, *sources):
     not_over(out, *sources)
     if Path(out).is_file() and not overwrite:
         raise LlamaZhError(
-            f'{out} exists already: choose another file, or say --overwrite, and it is replaced once the new one is complete'
+            f'{out} exists already: choose another file, or say --overwrite, and it is '
+            'replaced once the new one is complete'
         )
     try:
         with writing(out) as tmp:
@@ -601,7 +614,8 @@ def quantize_gguf(
     (name, number), given = file_type(type), read_gguf(src)
     if not set(given.kinds()) <= {'F32', 'F16', 'BF16'}:
         raise LlamaZhError(
-            f'{src} holds {", ".join(given.kinds())}: start from an f32 or f16 file, since every quantization loses something'
+            f'{src} holds {", ".join(given.kinds())}: start from an f32 or f16 file, since '
+            'every quantization loses something'
         )
     with _making(out, overwrite, src) as tmp:
         notes = _requantize(src, tmp, name, number, threads)

@@ -97,7 +97,8 @@ def gguf_sp(
     meta = {k.removeprefix(prefix): v for k, v in g.meta.items() if k.startswith(prefix)}
     if meta.get('model') != 'llama' or 'scores' not in meta:
         raise LlamaZhError(
-            f"{g.path}: its vocabulary is of the kind {meta.get('model')!r}, one made from SentencePiece ('llama') was expected"
+            f'{g.path}: its vocabulary is of the kind {meta.get("model")!r}, one made from '
+            "SentencePiece ('llama') was expected"
         )
     m = pb.ModelProto()
     for piece, rank, kind in zip(meta['tokens'], meta['scores'], meta['token_type'], strict=True):

@@ -591,7 +591,7 @@ def audit_command(
     json: str = None,  # also write the result to this file
     picture: str = None,  # also draw it: .png, .svg, .pdf, or .html with everything in it
 ) -> Audit:
-    "Check what a vocabulary promises: dead pieces, English as before, one answer from both libraries, characters per token"
+    "Check what a vocabulary promises: dead pieces, English as before, one answer from both libraries"
     text = _check_files(text, picture)
     return _keep(audit(path, base, text or None), json, picture)
 

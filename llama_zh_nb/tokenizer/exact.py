@@ -85,7 +85,8 @@ def _refuse_other_kind(path, raw):
     _refuse(
         path,
         'a tiktoken vocabulary' if is_tiktoken else what_is(path),
-        "tiktoken, tokenizer.json and WordPiece vocabularies can't be read here: give the model's SentencePiece tokenizer.model",
+        "tiktoken, tokenizer.json and WordPiece vocabularies can't be read here: give the "
+        "model's SentencePiece tokenizer.model",
     )
 
 # %% ../../nbs/tokenizer/exact.ipynb #635dfdff
@@ -109,7 +110,7 @@ def load_sp(
 def merge_list(
     m,  # a `ModelProto`, BPE
 ) -> list[tuple[str, str]]:
-    "All splits of all pieces into two pieces, best score first, then by ids: what makes HF's BPE follow SentencePiece's"
+    "All splits of all pieces in two, best score first, then by ids: with them HF's BPE follows SentencePiece's"
     live = {p.piece: (i, p.score) for i, p in enumerate(m.pieces) if p.type == NORMAL}
     ranked = []
     for piece, (_, score) in live.items():
@@ -131,7 +132,8 @@ def exact_problems(
     ties = len(joined) - len({live[p] for p in joined})
     if ties:
         out.append(
-            f'{ties:,} pieces share their score with another: SentencePiece joins the leftmost first, Hugging Face the first in its list'
+            f'{ties:,} pieces share their score with another: SentencePiece joins the '
+            'leftmost first, Hugging Face the first in its list'
         )
     alone = [p for p in joined if any(c not in live for c in p)]
     if alone:
@@ -178,7 +180,7 @@ def _normalizer(n):
 
 # %% ../../nbs/tokenizer/exact.ipynb #c1cd44b7
 def _specials(m) -> dict[str, str]:
-    "Names of the special pieces; no `<pad>` of its own: unknown, which byte fallback never gives, and never the end mark"
+    "Names of the special pieces; without a `<pad>`: unknown, which byte fallback never gives, not the end mark"
 
     def special(i):
         is_one = 0 <= i < len(m.pieces) and m.pieces[i].type in (CONTROL, UNKNOWN)
@@ -434,7 +436,8 @@ def tokenizer_kind(path) -> tuple[str, Path]:
         path = found[0] if found else usual[0]
     if not path.is_file():
         raise LlamaZhError(
-            f'{path}: no such file; give a tokenizer folder, a tokenizer.model, a tokenizer.json or a .tiktoken file.'
+            f'{path}: no such file; give a tokenizer folder, a tokenizer.model, a '
+            'tokenizer.json or a .tiktoken file.'
         )
     with path.open('rb') as f:
         head = f.read(400)

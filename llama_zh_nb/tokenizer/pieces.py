@@ -43,7 +43,7 @@ def _cutter(words=()):
 
 # %% ../../nbs/tokenizer/pieces.ipynb #3c6ed90e
 def _runs(text, marks='', before='', longest=200):
-    "Runs of Han characters, with one of `before` in front and of `marks` behind (neither without `marks`); long ones in parts"
+    "Runs of Han characters with a mark at their edges (none if `marks` is empty); long ones in parts"
     for match in _HAN_RUN.finditer(text):
         start, end = match.span()
         if marks and start and text[start - 1] in before:

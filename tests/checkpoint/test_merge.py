@@ -615,11 +615,11 @@ def test_nf4_is_that_of_bitsandbytes():
 SLOWLY = """
 import sys, time
 import llama_zh_nb.checkpoint.merge as m, llama_zh_nb.checkpoint.adapter as ad
-old = m.read_rows
-def read_rows(*a):
+old = m.read_tensor_rows
+def read_tensor_rows(*a):
     print('portion', flush=True); time.sleep(.15)
     return old(*a)
-m.read_rows = read_rows
+m.read_tensor_rows = read_tensor_rows
 m.merge_lora(*sys.argv[1:4])
 """
 

@@ -1,5 +1,10 @@
 "longbench: the metrics, the real file, the cut in the middle"
 
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
 import pytest
 from helpers.byte_model import byte_model
 
@@ -85,3 +90,39 @@ def test_longbench_rows_of_the_real_file(tiny, shared, tmp_path):
         ],
         form='base',
     ).rows[0]['tokens'] == 1 + len('文问'.encode())
+
+
+@pytest.fixture
+def published(monkeypatch):
+    "LongBench's own metrics, as lm-eval carries them; two packages that it wants are not needed here"
+    spec = importlib.util.find_spec('lm_eval')
+    rouge = pytest.importorskip('rouge_chinese')
+    if spec is None:
+        pytest.skip('lm-eval is not installed')
+    fuzzy = types.ModuleType('fuzzywuzzy')
+    fuzzy.fuzz = None
+    monkeypatch.setitem(sys.modules, 'fuzzywuzzy', fuzzy)
+    monkeypatch.setitem(sys.modules, 'rouge', rouge)
+    file = Path(spec.submodule_search_locations[0]) / 'tasks' / 'longbench' / 'metrics.py'
+    spec = importlib.util.spec_from_file_location('longbench_metrics', file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_scores_agree_with_the_published_metrics(published, shared):
+    rows = read_longbench(shared / 'data' / 'eval' / 'longbench' / 'multifieldqa_zh.jsonl')[:60]
+    truths = [row['answers'][0] for row in rows]
+    answers = truths[1:] + [t[: len(t) // 2] + '，' + t for t in truths]
+    pairs = list(zip(answers, truths[:-1] + truths))
+    for answer, truth in pairs:
+        assert word_f1(answer, truth) == pytest.approx(published.qa_f1_zh_score(answer, truth))
+        same = published.rouge_zh_score(answer, truth)
+        assert rouge_l(answer, truth, unique=False) == pytest.approx(same, abs=1e-6)
+    classes = ['体育', '娱乐', '财经']
+    for answer in ('体育', '体育、娱乐', '没有', '财经'):
+        theirs = published.classification_score(answer, '体育', all_classes=classes)
+        assert class_score(answer, '体育', classes) == theirs
+    for answer in ('段落3', '3和4', '段落13', '不知道'):
+        theirs = published.retrieval_zh_score(answer, '段落3')
+        assert retrieval_score(answer, '段落3') == theirs
