@@ -90,7 +90,7 @@ def main():
             shutil.rmtree(d / 'out', ignore_errors=True)
             subprocess.run(['sync'])
             s, peak, _ = child(
-                f'import os; os.chdir({str(d)!r})\nimport torch, llama_zh_nb.convert as c\n'
+                f'import os; os.chdir({str(d)!r})\nimport torch, llama_zh_nb.checkpoint.meta as c\n'
                 + timed(code)
             )
             rows.append(dict(way=name, seconds=round(s, 2), peak_MiB=peak))

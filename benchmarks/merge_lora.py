@@ -75,7 +75,7 @@ def cache(folder, cold):
     "Bring a folder into the page cache, or put it out"
     subprocess.run(['sync'])
     for p in sorted(folder.rglob('*.*')):
-        with open(p, 'rb') as f:
+        with p.open('rb') as f:
             if cold:
                 os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             else:
@@ -133,7 +133,7 @@ def main():
                     s, peak = time.time() - t, None
                 else:
                     s, peak, _ = child(
-                        f'import os; os.chdir({str(d)!r})\nimport torch, llama_zh_nb.merge as m\n'
+                        f'import os; os.chdir({str(d)!r})\nimport torch, llama_zh_nb.checkpoint.merge as m\n'
                         + timed(code)
                     )
                 if s < best.get(name, (1e9,))[0]:

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 
 from .checkpoint.folder import check_sizes
-from .checkpoint.grow import copy_file, write_configs, write_grown
+from .checkpoint.grow import copy_file, write_grown, write_grown_configs
 from .checkpoint.meta import EMBED, HEAD, not_over
 from llama_zh_nb.checkpoint.tensors import (
     SafeFile,
@@ -258,7 +258,7 @@ def resize(
         index = model_dir / 'model.safetensors.index.json'
         if index.exists():
             write_index(tmp, read_json(index)['weight_map'], size)
-        write_configs(model_dir, tokenizer_dir, tmp, rows)
+        write_grown_configs(model_dir, tokenizer_dir, tmp, rows)
         # training asks it which rows are new
         record = dict(old_rows=keep, pieces=spelt.n_new, rows=rows, init=init, seed=seed)
         write_json(tmp / 'resize.json', record)

@@ -18,6 +18,8 @@ from llama_zh_nb.documents.scoring import (
 from llama_zh_nb.rag import open_assistant, rag_ask, rag_eval
 from llama_zh_nb.text.questions import read_questions
 
+pytest_plugins = ['helpers.documents']  # its fixtures
+
 
 def test_server_as_model(index, monkeypatch):
     pytest.importorskip('langchain_openai')

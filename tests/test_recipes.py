@@ -114,9 +114,9 @@ def test_new_fields_change_nothing_on_mini():
 
 def test_fine_tuning_does_as_pretraining_unless_it_is_told():
     "The flat recipes of old had one `accum`, `eval_every`, `save_every` for both"
-    r = get_recipe('mini', accum=3, eval_every=7, save_every=9, sft_save_every=11)
+    r = get_recipe('llama2-7b-24gb', accum=3, eval_every=7, save_every=9, sft_save_every=11)
     assert (r.sft.accum, r.sft.eval_every, r.sft.save_every) == (3, 7, 11)
-    assert get_recipe('mini', sft_warmup=None).sft.warmup == r.pretrain.warmup
+    assert get_recipe(r, sft_warmup=None).sft.warmup == r.pretrain.warmup
 
 
 def test_every_preset_as_yaml_and_back(tmp_path):

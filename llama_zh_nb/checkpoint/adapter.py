@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NF4', 'NF4_BLOCK', 'open_adapter', 'check_adapter', 'check_base', 'check_config', 'lora_scale', 'Change',
            'LoraChange', 'RowsChange', 'WholeChange', 'adapter_changes', 'ChangedTensor', 'apply_changes', 'row_blocks',
-           'read_rows', 'nearest', 'blocks_of', 'double_quantize', 'Nf4Change', 'nf4_changes']
+           'read_tensor_rows', 'nearest', 'blocks_of', 'double_quantize', 'Nf4Change', 'nf4_changes']
 
 # %% ../../nbs/checkpoint/adapter.ipynb #bfb9c349
 import contextlib
@@ -265,7 +265,7 @@ class WholeChange(Change):
 
     def read(self, lo, hi):
         "Rows of the new matrix, in the type in which the adapter has them"
-        return read_rows(self.file, self.key, slice(lo, hi))
+        return read_tensor_rows(self.file, self.key, slice(lo, hi))
 
     def start(self, under, name):
         dtype = dtype_of(under.spec(name)[0])
@@ -371,7 +371,7 @@ class ChangedTensor:
         for block in row_blocks(shape):
             if block.stop <= lo or block.start >= hi:
                 continue
-            w = None if self.change.shape else read_rows(self.under, name, block)
+            w = None if self.change.shape else read_tensor_rows(self.under, name, block)
             new = new_rows(w, block.start, block.stop)
             parts.append(new[max(0, lo - block.start) : hi - block.start])
         return parts[0] if len(parts) == 1 else need('torch', 'train').cat(parts)
@@ -400,7 +400,7 @@ def row_blocks(
 _torch_file_lock = threading.Lock()
 
 
-def read_rows(
+def read_tensor_rows(
     file,  # `SafeFile`, `TorchFile` or `ChangedTensor`
     name,  # of a tensor
     rows=slice(None),  # consecutive ones
@@ -499,7 +499,7 @@ class Nf4Change(Change):
         own = dtype_of(code_of(self.dtype) if self.dtype else code)
         absmax = []
         for lo in range(0, n, 1024):
-            w = read_rows(under, name, slice(lo, min(lo + 1024, n)))
+            w = read_tensor_rows(under, name, slice(lo, min(lo + 1024, n)))
             absmax.append(blocks_of(w.to(own).float(), NF4_BLOCK).abs().amax(1))
         absmax = torch.cat(absmax)  # (n * columns / 64,)
         scale = double_quantize(absmax) if self.double else absmax

@@ -32,7 +32,7 @@ from llama_zh_nb.checkpoint.adapter import (
     check_base,
     check_config,
     nf4_changes,
-    read_rows,
+    read_tensor_rows,
     row_blocks,
 )
 from .cards import write_card
@@ -290,7 +290,7 @@ def byte_reader(
     workers = 1 if small else torch.get_num_threads()
 
     def compute(name, tensor, rows):
-        t = read_rows(weights[tensor], tensor, rows)
+        t = read_tensor_rows(weights[tensor], tensor, rows)
         return as_bytes(transform(name, t) if transform else t)
 
     def jobs():

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'world_size', 'rank', 'is_main', 'print_once', 'wait', 'main_first', 'ds_config', 'pick_engine', 'is_zero',
-           'is_fsdp', 'zero_stage', 'is_sharded', 'join_processes', 'fsdp_on_cpu', 'trainer_args', 'Step', 'plan_step',
-           'step_mark', 'liger_args', 'model_holder', 'check_engine', 'check_resume', 'trainable_after', 'shared_bits']
+           'is_fsdp', 'zero_stage', 'is_sharded', 'join_processes', 'fsdp_on_cpu', 'trainer_args', 'StepPlan',
+           'plan_step', 'step_mark', 'liger_args', 'model_holder', 'check_engine', 'check_resume', 'trainable_after',
+           'shared_bits']
 
 # %% ../../nbs/training/distributed.ipynb #fc870b46
 import contextlib
@@ -217,27 +218,27 @@ def trainer_args(engine, device) -> dict:
     return dict(ddp_find_unused_parameters=False)
 
 # %% ../../nbs/training/distributed.ipynb #2914cb89
-class Step(NamedTuple):
+class StepPlan(NamedTuple):
     "How the rows of a step are shared out"
 
     accum: int  # batches that a process adds up
     rows: int  # in a step of all processes together
 
 
-def plan_step(batch, accum, global_batch=None) -> Step:
+def plan_step(batch, accum, global_batch=None) -> StepPlan:
     "What each process does in a step"
     each = batch * world_size()
     if global_batch is None:
-        return Step(accum, each * accum)
+        return StepPlan(accum, each * accum)
     if global_batch % each:
         raise LlamaZhError(
             f'global_batch {global_batch} is no multiple of batch {batch} '
             f'x {world_size()} processes = {each}'
         )
-    return Step(global_batch // each, global_batch)
+    return StepPlan(global_batch // each, global_batch)
 
 
-def step_mark(args, step: Step) -> dict:
+def step_mark(args, step: StepPlan) -> dict:
     "How a step is written into a run's mark, so that it may go on with another number of processes"
     if args.global_batch is None and world_size() == 1:
         return dict(batch=args.batch, accum=step.accum)

@@ -90,7 +90,7 @@ def test_what_was_assumed_is_said():
         and '5,000 tokens of the corpus' in estimate(r, tokens=5000).note
     )
     assert (
-        '600 steps of 2,048 tokens' in estimate(get_recipe('mini'), gpu='cpu').note
+        '240 steps of 2,048 tokens' in estimate(get_recipe('mini'), gpu='cpu').note
         and 'an assumption' in estimate(r, gpu='h100').note
     )
     assert (

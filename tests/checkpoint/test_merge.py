@@ -615,11 +615,11 @@ def test_nf4_is_that_of_bitsandbytes():
 SLOWLY = """
 import sys, time
 import llama_zh_nb.checkpoint.merge as m, llama_zh_nb.checkpoint.adapter as ad
-old = m.read_rows
-def read_rows(*a):
+old = m.read_tensor_rows
+def read_tensor_rows(*a):
     print('portion', flush=True); time.sleep(.15)
     return old(*a)
-m.read_rows = read_rows
+m.read_tensor_rows = read_tensor_rows
 m.merge_lora(*sys.argv[1:4])
 """
 
@@ -684,7 +684,7 @@ tokenizers(d); make(d/'m', '70b-layer'); adapter(d/'a', '70b-layer', 16)
 def test_memory_does_not_grow_with_the_model(root, tmp_path):
     "Two layers' worth of 70B, 2.7 GB: within 1.5 GB, with torch and all"
     subprocess.run([sys.executable, '-c', BIG, root / 'benchmarks', tmp_path], check=True)
-    code = 'import sys, llama_zh_nb.merge as m; m.merge_lora(*sys.argv[1:4]); print(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))'
+    code = 'import sys, llama_zh_nb.checkpoint.merge as m; m.merge_lora(*sys.argv[1:4]); print(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM")))'
     for name in ('m', 'meta'):
         out = subprocess.run(
             [
