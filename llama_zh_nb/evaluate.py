@@ -73,11 +73,12 @@ def model_names(
 
 # %% ../nbs/13_evaluate.ipynb #505a2b2d
 class Evaluation(ShownAsTable):
-    "Models side by side: `lines` of the table, `results` with all evidence, `leaks` of tasks in a corpus"
+    "Models side by side"
 
     def __init__(self, results, leaks=()):
-        self.results, self.leaks = results, list(leaks)
-        self.lines = result_lines(results)
+        self.results = results  # with all evidence
+        self.leaks = list(leaks)  # which questions stand in a corpus
+        self.lines = result_lines(results)  # what the table shows
 
     def table(self) -> Table:
         rows = [
