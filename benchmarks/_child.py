@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 SHAPES = {  # layers, hidden, feed-forward, heads, kv heads, files
     'tiny': (2, 256, 768, 4, 4, 2),
@@ -70,5 +71,5 @@ def show(title, rows, path=None, **more):
     for t in [cols, *text]:
         print('  '.join(x.ljust(w) for x, w in zip(t, width)))
     if path:
-        with open(path, 'w') as f:
+        with Path(path).open('w') as f:
             json.dump(dict(title=title, rows=rows, **more), f, indent=1)

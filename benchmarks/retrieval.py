@@ -145,10 +145,13 @@ def many(a, tmp):
         ],
     )
     weights = list(itertools.accumulate(1 / (i + 3) for i in range(len(chars))))
-    text = lambda: ''.join(
-        ''.join(rng.choices(chars, cum_weights=weights, k=rng.randint(8, 30))) + '。'
-        for _ in range(40)
-    )
+
+    def text():
+        return ''.join(
+            ''.join(rng.choices(chars, cum_weights=weights, k=rng.randint(8, 30))) + '。'
+            for _ in range(40)
+        )
+
     (tmp / 'docs').mkdir()
     for i in range(a.documents):
         (tmp / 'docs' / f'{i}.txt').write_text(f'第{i}号文件。\n{text()}', encoding='utf-8')

@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import time
+from pathlib import Path
 
 
 def batches(items, size):
@@ -170,7 +171,7 @@ def main():
         machine=platform.machine(),
     )
     if a.json:
-        open(a.json, 'w').write(json.dumps(out, indent=1))
+        Path(a.json).write_text(json.dumps(out, indent=1))
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ import json
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 
 def main():
@@ -151,7 +152,7 @@ def main():
             f'{k:14} {v["wall_ms"]:13.1f} {v["cpu_ms"]:12.1f} {a.batch * a.block / v["wall_ms"] * 1e3:9,.0f} {v["cpu_ms"] / out["bare loop"]["cpu_ms"] - 1:16.1%}'
         )
     if a.json:
-        open(a.json, 'w').write(
+        Path(a.json).write_text(
             json.dumps(
                 dict(
                     args=vars(a),

@@ -229,7 +229,7 @@ def chat(
     temperature: float = None,  # chance of unlikely words, instead of the preset's
     top_k: int = None,  # only the so many likeliest words, instead of the preset's
     top_p: float = None,  # only the likeliest words with this share, instead of the preset's
-    repetition_penalty: float = None,  # above 1: what was said is less likely; instead of the preset's
+    repetition_penalty: float = None,  # above 1: less of what was said; instead of the preset's
     guidance: float = 1.0,  # above 1: away from what the negative prompt would bring
     negative: str = None,  # negative prompt: a system text
     too_long: str = 'refuse',  # a message that does not fit: refuse, or cut its beginning

@@ -41,7 +41,7 @@ _WORD = re.compile(r'[^\W\d_]+')
 
 
 def _chinese(text):
-    "Han characters, to each word in other letters; Japanese has Han too, but never goes long without kana"
+    "By Han characters to each word in other letters; Japanese has Han too, but with kana between"
     han, kana = len(HAN.findall(text)), len(_KANA.findall(text))
     return kana <= 0.1 * han and han >= 0.3 * (han + len(_WORD.findall(HAN.sub(' ', text))))
 
@@ -81,7 +81,7 @@ _A |= np.uint64(1)
 def minhash(
     text: str,  # at least five characters
 ) -> np.ndarray:  # (64,) uint32
-    "Signature whose share of equal places estimates the Jaccard index of two texts' five-character runs"
+    "The share of equal places in two signatures estimates the Jaccard index of the texts' runs"
     codes = np.frombuffer(text.encode('utf-32-le', 'ignore'), np.uint32).astype(np.uint64)
     runs = np.zeros(len(codes) - _RUN + 1, np.uint64)  # (runs,): a hash of each five characters
     for i in range(_RUN):
@@ -197,7 +197,8 @@ class CorpusReport:
         reasons = [f'{v["count"]:,} {k} (first: {v["first"]})' for k, v in self.dropped.items()]
         notes = [f'{f["name"]}: {", ".join(f["notes"])}' for f in self.files[:5]]
         raise LlamaZhError(
-            f'no document is left of {len(self.files)} file(s): {"; ".join(reasons + self.problems + notes)}'
+            f'no document is left of {len(self.files)} file(s): '
+            f'{"; ".join(reasons + self.problems + notes)}'
         )
 
     def to_dict(self):
@@ -209,7 +210,10 @@ class CorpusReport:
 
     def _kept(self):
         share = self.han / max(1, self.chars)
-        return f'kept {self.train:,} + {self.valid:,} held out = {self.chars:,} characters, {share:.0%} Chinese, in {show_seconds(self.seconds)}'
+        return (
+            f'kept {self.train:,} + {self.valid:,} held out = {self.chars:,} characters, '
+            f'{share:.0%} Chinese, in {show_seconds(self.seconds)}'
+        )
 
     def _remarks(self):
         remarks = []
@@ -217,7 +221,8 @@ class CorpusReport:
             remarks.append(f'{self.invisible:,} invisible characters removed')
         if self.space_marks:
             remarks.append(
-                f'{self.space_marks:,} of the character U+2581 kept: SentencePiece will read it as a space'
+                f'{self.space_marks:,} of the character U+2581 kept: '
+                'SentencePiece will read it as a space'
             )
         return remarks + [f'PROBLEM {p}' for p in self.problems]
 
@@ -254,7 +259,7 @@ class CorpusReport:
 
 # %% ../nbs/03_corpus.ipynb #977e5864
 def _documents(path, name, report):
-    "(entry of the file, place, text) of each clean document that passes the filters; the rest is counted in the report"
+    "(entry of the file, place, text) of each document that passes; the report counts the rest"
     a = report.settings
     entry = dict(name=name, bytes=path.stat().st_size, documents=0, kept=0, notes=[])
     try:

@@ -30,7 +30,8 @@ def _conversation(item):
     if isinstance(item, list) and item and all(isinstance(m, dict) for m in item):
         return item
     raise LlamaZhError(
-        f'calibration needs chats ({{"messages": [...]}}) or texts; this is neither: {str(item)[:80]!r}'
+        f'calibration needs chats ({{"messages": [...]}}) or texts; '
+        f'this is neither: {str(item)[:80]!r}'
     )
 
 # %% ../nbs/09_quantize.ipynb #8c491224
@@ -43,7 +44,7 @@ def calibration(
     max_len: int = 2048,  # longest example in tokens
     seed: int = 0,  # of the draw
 ) -> list:  # of lists of ids
-    "What the model reads while it is quantized: chats with their answers in the template, texts after BOS"
+    "What the model reads while quantized: chats with answers in the template, texts after BOS"
     items = list(chats_or_texts)
     if not items:
         raise LlamaZhError(
@@ -90,7 +91,7 @@ def _kind(name):
 
 
 def _outputs_multiple(bits):
-    "Zero points lie in 32-bit words: 32 outputs fill 3 words of 3 bits; 16 are enough for 2, 4, 8 bits"
+    "Zero points lie in 32-bit words: at 3 bits 32 outputs fill three, else 16 are enough"
     return 32 if bits == 3 else 16
 
 
@@ -108,9 +109,9 @@ def check_layers(
     group_size: int = 128,  # input columns that share a scale
     bits: int = 4,
 ) -> LayerPlan:
-    """Look, before any work, at what the kernels can run: inputs divisible by the group size, outputs by 16
+    """What the kernels can run, before any work: inputs divisible by the group size, outputs by 16
 
-    Raises `LlamaZhError` for a model that is quantized already, is no Llama, or of which nothing fits.
+    Raises `LlamaZhError` for a model that is quantized, is no Llama, or of which nothing fits.
     """
     if bits not in BITS:
         raise LlamaZhError(f'bits={bits}: use one of {", ".join(map(str, BITS))}')
@@ -218,7 +219,8 @@ def _to_half(path):
             return tensor
         if (largest := tensor.abs().max()) > _FLOAT16_MAX:
             raise LlamaZhError(
-                f'{name} holds {largest:.3g}, more than float16 can: the model has diverged in training'
+                f'{name} holds {largest:.3g}, more than float16 can: '
+                'the model has diverged in training'
             )
         return tensor.half()
 
@@ -230,7 +232,7 @@ def _to_half(path):
 
 # %% ../nbs/09_quantize.ipynb #d377aa54
 def _layer_errors(log):
-    "gptqmodel's account of each matrix: {'layer', 'module', 'loss', 'damp'}; one without a finite error is refused"
+    "gptqmodel's 'layer', 'module', 'loss', 'damp' of each matrix; the error must be finite"
     rows = []
     for r in next(iter(log.values())) if isinstance(log, dict) else log:
         try:
@@ -255,12 +257,12 @@ def quantize(
     *,
     chat: ChatArgs = ChatArgs(),  # layout and system text of the calibration chats
     max_len: int = 2048,  # longest example in tokens
-    damp: float = 0.05,  # share of the mean added to the Hessian's diagonal; raised by itself where that is too little
+    damp: float = 0.05,  # share of the mean added to the Hessian's diagonal; raised if too low
     device: str = 'auto',  # 'auto', 'cpu', 'cuda'
     seed: int = 0,  # of the draw of examples
     verbose: bool = False,  # let gptqmodel print
 ) -> Path:  # `out`
-    """GPTQ: every layer's matrices in few bits; embeddings, norms, lm_head and what does not fit stay as they are.
+    """GPTQ: the layers' matrices in few bits; embeddings, norms, lm_head and what does not fit stay
 
     A group size that does not divide all widths is made smaller; what is not as asked is printed.
     """

@@ -134,7 +134,7 @@ def rag_ask(
 @delegates(open_assistant)
 def rag_chat(
     index,  # folder made by `rag index`
-    rewrite: str = 'auto',  # who completes follow-ups: model, rules, off; auto: who cites, else rules
+    rewrite: str = 'auto',  # completes follow-ups: model, rules, off; auto: who cites, else rules
     **kwargs,
 ):
     "Ask an index in the terminal, one question after another; lines may also come through a pipe"
@@ -157,7 +157,7 @@ def rag_chat(
 @delegates(open_assistant)
 def rag_eval(
     index,  # index folder; for a SQuAD file, which brings its paragraphs, it is made if missing
-    questions: str = None,  # SQuAD's layout (CMRC 2018, DRCD), or JSON lines with question and answer
+    questions: str = None,  # SQuAD's layout (CMRC, DRCD), or JSON lines: question, answer
     max_new_tokens: int = 64,  # longest answer
     limit: int = None,  # so many of the questions, evenly spread
     chunk_tokens: int = 256,  # of an index that is made here

@@ -59,7 +59,8 @@ def _read_python(path):
         return d
     found = 'nothing called recipe' if d is None else type(d).__name__
     raise LlamaZhError(
-        f"{path}: expected  recipe = dict(base_recipe='mini', ...)  or  recipe = Recipe(...), found {found}"
+        f"{path}: expected  recipe = dict(base_recipe='mini', ...)  "
+        f'or  recipe = Recipe(...), found {found}'
     )
 
 
@@ -113,10 +114,10 @@ def _without_world(d, given):
 
 # %% ../nbs/01_recipes.ipynb #7fa09da9
 def get_recipe(
-    source=None,  # a preset, a YAML or Python file, or a `Recipe`; None: LLAMA_ZH_RECIPE, else 'mini'
+    source=None,  # preset, YAML or Python file, or `Recipe`; None: LLAMA_ZH_RECIPE, else 'mini'
     **overrides,  # settings by their flat names
 ) -> Recipe:
-    "A preset or a file, with `overrides` on top; unknown names and values of the wrong type are refused"
+    "A preset or a file, with `overrides` on top; unknown names and wrong types are refused"
     given = flatten(overrides)
     if isinstance(source, Recipe):
         return make_recipe(flatten(source) | given)
@@ -158,7 +159,7 @@ def resolve(
     recipe: Recipe,
     paths,  # one path or a list
 ) -> list:  # of str
-    "The real paths: `world:x` and `herbs:x` lie in the run, generated on first use; `run:name/x` in another"
+    "The real paths: `world:x`, `herbs:x` in the run, made on first use; `run:name/x` in another"
     if paths is None:
         return []
     paths = [paths] if isinstance(paths, (str, Path)) else paths
@@ -182,7 +183,9 @@ def _path_in_other_run(rest):
     name = rest.split('/')[0]
     if not (runs_root() / name).is_dir():
         raise LlamaZhError(
-            f'run:{rest} is a folder of another run, and there is no {runs_root() / name}: make it first with llama-zh run --recipe {name}'
+            f'run:{rest} is a folder of another run, '
+            f'and there is no {runs_root() / name}: '
+            f'make it first with llama-zh run --recipe {name}'
         )
     return str(runs_root() / rest)
 

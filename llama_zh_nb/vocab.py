@@ -41,7 +41,7 @@ def published_merge(
 
 # %% ../nbs/04_vocab.ipynb #5aa4398d
 def lowest_score(m) -> int:
-    "The lowest regular score of a BPE model; runs of spaces stand far below at -1e9 and don't count"
+    "The lowest regular score of a BPE model; runs of spaces, far below at -1e9, don't count"
     return int(min(p.score for p in m.pieces if p.type == NORMAL and p.score > -1e8))
 
 # %% ../nbs/04_vocab.ipynb #17775815
@@ -50,7 +50,7 @@ def append_pieces(
     pieces,  # new pieces, best first
     pad: str = '<pad>',  # control piece put right after the base's; None for none
 ):  # a new `ModelProto`
-    "Base pieces, then `pad`, then `pieces` with descending scores below every regular score of the base"
+    "Base pieces, then `pad`, then `pieces`, whose scores fall from below the base's lowest"
     m = type(base).FromString(base.SerializeToString())
     have = {p.piece for p in base.pieces}
     if pad and pad not in have:
@@ -132,7 +132,8 @@ def _write_folder(m, out, chat_template, max_length):
     other = sorted(f.name for f in out.iterdir() if f.name not in ours) if out.is_dir() else []
     if other:
         raise LlamaZhError(
-            f'{out} holds other files ({other[0]}, ...): give an empty or new folder for the merged tokenizer.'
+            f'{out} holds other files ({other[0]}, ...): '
+            'give an empty or new folder for the merged tokenizer.'
         )
     with writing(out) as tmp:
         tmp.mkdir()
@@ -142,22 +143,23 @@ def _write_folder(m, out, chat_template, max_length):
 # %% ../nbs/04_vocab.ipynb #cb792f01
 def merge(
     base_model,  # the base's tokenizer.model or folder, SentencePiece BPE
-    add,  # SentencePiece models to take pieces from, BPE or UNIGRAM, best first; may be empty with a corpus
+    add,  # SentencePiece models (BPE, UNIGRAM) to take pieces from, best first; empty with a corpus
     out_dir,  # folder to write
     size: int = None,  # pieces in all; default: every usable one, at most 20,000 from a corpus
-    compat: str = None,  # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte, faults included
+    compat: str = None,  # 'chinese-llama', 'chinese-alpaca': the published rule, faults included
     corpus=None,  # texts or files to train pieces on, before those of `add`
-    segment: str = 'none',  # for the corpus: 'none' for what saves most, 'words' for pieces within words
-    marks: str = 'edges',  # with 'none' segments: what may stand at a piece's edges; or 'punctuation', 'none'
+    segment: str = 'none',  # for the corpus: 'none' saves most, 'words' keeps within words
+    marks: str = 'edges',  # with 'none' segments, at a piece's edges; or 'punctuation', 'none'
     weight: list = None,  # for the corpus: how much each file counts, instead of balanced
     words=(),  # for the corpus: words to keep whole
     pad: str = '<pad>',  # name of the pad piece, added as a control piece if the base lacks it
     chat_template: str = None,  # kept in the folder
     max_length: int = None,  # `model_max_length`
 ) -> MergedVocab:
-    """Extend a base vocabulary: old ids stay, old text keeps its encoding, every new piece is reachable
+    """Extend a vocabulary: old ids stay, old text keeps its encoding, every new piece is reachable
 
-    Raises `LlamaZhError` where a model cannot be read, `size` is below the base's, or the folder holds other files.
+    Raises `LlamaZhError` where a model cannot be read, `size` is below the base's, or the folder
+    holds other files.
     """
     if marks not in ('edges', 'punctuation', 'none'):
         raise LlamaZhError(f"marks={marks!r}: expected 'edges', 'punctuation' or 'none'.")
@@ -167,7 +169,8 @@ def merge(
     adds_pad = bool(pad) and pad not in names
     if size is not None and size < n + adds_pad:
         raise LlamaZhError(
-            f'size {size:,} is smaller than the base: its {n:,} pieces and the pad stay; ask for more.'
+            f'size {size:,} is smaller than the base: '
+            f'its {n:,} pieces and the pad stay; ask for more.'
         )
     if compat:
         m = _merge_published(base, models, compat, pad if pad != '<pad>' else None)
@@ -206,7 +209,7 @@ def merge_command(
     out: str = None,  # folder to write
     compat: str = None,  # 'chinese-llama' or 'chinese-alpaca': the published rule, byte for byte
     segment: str = 'none',  # 'none', or 'words' for pieces within words
-    marks: str = 'edges',  # 'edges': punctuation at the edges, a digit in front; 'punctuation': no digits; 'none'
+    marks: str = 'edges',  # 'edges' (marks, a first digit), 'punctuation' (no digits), 'none'
     weight: list = None,  # how much each corpus file counts
     pad: str = '<pad>',  # name of the pad piece
     max_length: int = None,  # longest input, noted in the tokenizer's config
@@ -215,7 +218,8 @@ def merge_command(
     for name, value in dict(base=base, out=out).items():
         if not value:
             raise LlamaZhError(
-                f'--{name} is missing: llama-zh vocab merge --base MODEL --corpus FILES --size N --out DIR'
+                f'--{name} is missing: '
+                'llama-zh vocab merge --base MODEL --corpus FILES --size N --out DIR'
             )
     if not corpus and not add:
         raise LlamaZhError('nothing to add: give --corpus FILES, or --add a SentencePiece model.')

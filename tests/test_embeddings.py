@@ -1,6 +1,5 @@
 """Embeddings: resizing on disk equals resizing in memory, touches nothing else, and leaves nothing behind when killed."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -150,7 +149,7 @@ def test_only_the_files_that_change_are_written(tmp_path, toks):
     src, w = make(tmp_path / 'm', toks[0], shard_bytes=60_000)
     (src / 'LICENSE').write_text('terms')
     out = resize(src, toks[1], tmp_path / 'out', link=True)
-    same = {p.name: os.path.samefile(p, out / p.name) for p in src.glob('*.safetensors')}
+    same = {p.name: p.samefile(out / p.name) for p in src.glob('*.safetensors')}
     holds = {f.path.name for k, f in open_weights(src).items() if k in (EMBED, HEAD)}
     assert (
         {n for n, s in same.items() if not s} == holds
@@ -158,7 +157,7 @@ def test_only_the_files_that_change_are_written(tmp_path, toks):
         and (out / 'LICENSE').exists()
     )
     copy = resize(src, toks[1], tmp_path / 'copy')
-    assert not any(os.path.samefile(p, copy / p.name) for p in src.glob('*.safetensors'))
+    assert not any(p.samefile(copy / p.name) for p in src.glob('*.safetensors'))
 
 
 def test_rows_and_pieces_of_other_sizes(tmp_path, toks):
@@ -260,7 +259,11 @@ def test_spelling_has_no_dummy_prefix(toks):
 def test_dictionary_finds_translations(toks):
     base, big = toks
     d, sp = translations(TOY, base, big), load_sp(big)
-    best = lambda z: sp.id_to_piece(max(d[sp.piece_to_id(z)].items(), key=lambda x: x[1])[0])
+
+    def best(piece):
+        weights = d[sp.piece_to_id(piece)]
+        return sp.id_to_piece(max(weights.items(), key=lambda x: x[1])[0])
+
     assert 'Suzhou'.startswith(best('苏州').strip('▁')) and set(d) <= set(
         range(len(load_sp(base)), len(sp))
     )

@@ -2,9 +2,9 @@
 
 import http.server
 import json
-import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,7 @@ def random_meta(
 ):
     "A random checkpoint cut the way Meta's model-parallel layers are; gives the whole tensors."
     torch.manual_seed(0)
-    kv, hd = p.get('n_kv_heads') or p['n_heads'], p['dim'] // p['n_heads']
+    kv = p.get('n_kv_heads') or p['n_heads']
     c = dict(
         hidden_size=p['dim'],
         num_attention_heads=p['n_heads'],
@@ -109,25 +109,35 @@ def reference(w, p, ids):
         torch.arange(n).float(), 1 / p.get('rope_theta', 10000.0) ** (torch.arange(0, hd, 2) / hd)
     )
     fr = torch.polar(torch.ones_like(angle), angle)[:, None]
-    norm = lambda x, g: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + p['norm_eps']) * g
-    turn = lambda x: torch.view_as_real(
-        torch.view_as_complex(x.reshape(n, -1, hd // 2, 2)) * fr
-    ).flatten(2)
+
+    def norm(x, g):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + p['norm_eps']) * g
+
+    def turn(x):
+        pairs = torch.view_as_complex(x.reshape(n, -1, hd // 2, 2))
+        return torch.view_as_real(pairs * fr).flatten(2)
+
+    def weight(layer, name):
+        return w[f'layers.{layer}.{name}.weight']
+
     x = w['tok_embeddings.weight'][ids]
     for i in range(p['n_layers']):
-        g = lambda k: w[f'layers.{i}.{k}.weight']
-        y = norm(x, g('attention_norm'))
-        q, k, v = [(y @ g(f'attention.w{o}').T).view(n, -1, hd) for o in 'qkv']
+        y = norm(x, weight(i, 'attention_norm'))
+        q, k, v = [(y @ weight(i, f'attention.w{o}').T).view(n, -1, hd) for o in 'qkv']
         q, k, v = turn(q), turn(k).repeat_interleave(h // kv, 1), v.repeat_interleave(h // kv, 1)
         att = torch.einsum('ahd,bhd->hab', q, k) / hd**0.5 + torch.full((n, n), float('-inf')).triu(
             1
         )
-        x = x + torch.einsum('hab,bhd->ahd', att.softmax(-1), v).flatten(1) @ g('attention.wo').T
-        y = norm(x, g('ffn_norm'))
         x = (
             x
-            + (F.silu(y @ g('feed_forward.w1').T) * (y @ g('feed_forward.w3').T))
-            @ g('feed_forward.w2').T
+            + torch.einsum('hab,bhd->ahd', att.softmax(-1), v).flatten(1)
+            @ weight(i, 'attention.wo').T
+        )
+        y = norm(x, weight(i, 'ffn_norm'))
+        x = (
+            x
+            + (F.silu(y @ weight(i, 'feed_forward.w1').T) * (y @ weight(i, 'feed_forward.w3').T))
+            @ weight(i, 'feed_forward.w2').T
         )
     return norm(x, w['norm.weight']) @ w['output.weight'].T
 
@@ -189,7 +199,7 @@ def test_tied_model_to_meta(tmp_path, spm):
     write_safetensors(
         tmp_path / 't', {k: f.spec(k) for k, f in w.items() if k != HEAD}, lambda k: w[k].get(k)
     )
-    os.replace(tmp_path / 't', hf / 'model.safetensors')
+    (tmp_path / 't').replace(hf / 'model.safetensors')
     write_json(hf / 'config.json', read_json(hf / 'config.json') | dict(tie_word_embeddings=True))
     back = convert_meta(to_meta(hf, tmp_path / 'm2', dtype=None), tmp_path / 'hf2')
     ids = torch.arange(20)
@@ -231,7 +241,10 @@ def _refused(tmp_path, call, *words):
 
 
 def test_broken_meta_folders(tmp_path, spm):
-    make = lambda n, **kw: (random_meta(tmp_path / n, spm, 2, **kw), tmp_path / n)[1]
+    def make(name, **kw):
+        random_meta(tmp_path / name, spm, 2, **kw)
+        return tmp_path / name
+
     d = make('gap')
     (d / 'consolidated.00.pth').unlink()
     _refused(tmp_path, lambda: convert_meta(d, tmp_path / 'out'), 'consolidated.00.pth missing')
@@ -273,7 +286,7 @@ def _edit(folder, name, change):
     t[name] = change(t[name])
     new = folder / 'edited'
     write_safetensors(new, {k: (f.spec(k)[0], tuple(v.shape)) for k, v in t.items()}, t.get)
-    os.replace(new, f.path)
+    new.replace(f.path)
 
 
 def _set(i, v):
@@ -329,7 +342,6 @@ def test_padding_rows_may_be_zero(hf):
 
 
 def test_verify_files(hf):
-    ok = hf / 'model-00001-of-00006.safetensors'
     f = next(hf.glob('model-00002-of-*'))
     shutil.copyfile(f, hf / 'model-99999.safetensors')
     assert 'model-99999.safetensors is not in the index' in verify(hf).problems[0]
@@ -355,7 +367,7 @@ def _problem(folder, *words):
 
 
 def test_verify_index_against_files(hf):
-    up, gone = 'model.layers.1.mlp.up_proj.weight', 'model.layers.0.mlp.up_proj.weight'
+    up = 'model.layers.1.mlp.up_proj.weight'
     _index(hf, lambda m: m.update({up: m[EMBED]}))
     _problem(hf, 'index.json', up, 'not there')
 
@@ -381,7 +393,7 @@ def test_verify_dtype(hf, dtype, ok):
     write_safetensors(
         hf / 'new', {k: (code if k == name else 'F32', tuple(v.shape)) for k, v in t.items()}, t.get
     )
-    os.replace(hf / 'new', f.path)
+    (hf / 'new').replace(f.path)
     if ok:
         assert [(s, f'1 in {code}' in d) for w, s, d in verify(hf).rows if w == 'dtype'] == [
             ('note', True)
@@ -442,13 +454,12 @@ def test_acquire_folders(tmp_path, hf):
     out = acquire(hf, tmp_path / 'out', link=True)
     a, b = open_weights(hf), open_weights(out)
     assert (
-        all(os.path.samefile(a[k].path, b[k].path) for k in a)
+        all(a[k].path.samefile(b[k].path) for k in a)
         and (out / 'chat_template.jinja').read_text() == '{{ messages }}'
         and (out / 'LICENSE.txt').exists()
     )
     assert not any(
-        os.path.samefile(f.path, a[k].path)
-        for k, f in open_weights(acquire(hf, tmp_path / 'copy')).items()
+        f.path.samefile(a[k].path) for k, f in open_weights(acquire(hf, tmp_path / 'copy')).items()
     )
     state = {k: f.get(k) for k, f in a.items()} | {
         'model.layers.0.self_attn.rotary_emb.inv_freq': torch.ones(4)
@@ -468,7 +479,7 @@ def test_acquire_refuses(tmp_path, hf, spm):
         (spm, ('a SentencePiece model', 'folder')),
         (tmp_path, ('neither config.json', 'meta')),
     ):
-        _refused(tmp_path, lambda: acquire(source, tmp_path / 'out'), *words)
+        _refused(tmp_path, partial(acquire, source, tmp_path / 'out'), *words)
     _edit(hf, 'model.norm.weight', _set(0, float('nan')))
     _refused(tmp_path, lambda: acquire(hf, tmp_path / 'out'), 'NaN', str(hf))
     write_json(hf / 'config.json', read_json(hf / 'config.json') | dict(model_type='qwen2'))
@@ -653,18 +664,20 @@ def test_errors_in_the_middle_of_a_download(tmp_path, hub, monkeypatch):
 
     import huggingface_hub as h
 
-    for e, words in (
+    def failing(error):
+        def fail(*a, **k):
+            raise error
+
+        return fail
+
+    for error, words in (
         (OSError(errno.ENOSPC, 'No space left'), ('no space left', 'HF_HOME')),
         (
             OSError('Consistency check failed: file should be of size 9'),
             ('broke off', 'same command'),
         ),
     ):
-
-        def fail(*a, **k):
-            raise e
-
-        monkeypatch.setattr(h, 'snapshot_download', fail)
+        monkeypatch.setattr(h, 'snapshot_download', failing(error))
         _refused(tmp_path, lambda: acquire('some/model', tmp_path / 'out'), *words)
 
 

@@ -490,7 +490,10 @@ def _recipe_parser(name, about):
     parser.add_argument(
         '--recipe',
         metavar='NAME_OR_FILE',
-        help=f"a preset ({', '.join(presets())}), a YAML or a Python file; default: the environment's LLAMA_ZH_RECIPE, else mini",
+        help=(
+            f'a preset ({", ".join(presets())}), a YAML or a Python file; '
+            "default: the environment's LLAMA_ZH_RECIPE, else mini"
+        ),
     )
     return parser
 

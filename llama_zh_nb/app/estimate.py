@@ -236,7 +236,10 @@ def _training_time(recipe, step, tokens, gpu, tflops, measure):
         cuda = pick_device(recipe.compute.device).startswith('cuda')
         here = replace(step, half=on_gpu(recipe) and step.half and cuda)
         one = probe(here, recipe.compute.device)
-        words = f'steps timed on this machine now ({one:.2g} s each, {step.tokens / one:,.0f} tokens a second); measuring and saving during the run come on top'
+        words = (
+            f'steps timed on this machine now ({one:.2g} s each, {step.tokens / one:,.0f} tokens a second); '
+            'measuring and saving during the run come on top'
+        )
         return one * tokens / (step.tokens * gpus), words
     speed, words = _speed(gpu, step.gpu, tflops)
     flops = step_flops(step)

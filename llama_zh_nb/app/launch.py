@@ -68,7 +68,10 @@ def _parse(stage, argv):
     "(recipe's source, {argument: folder that was named}, {option: value})"
     parser = argparse.ArgumentParser(
         f'python -m llama_zh_nb.app.launch {stage}',
-        description='Train by a recipe, in one process or many. Other options are settings of the recipe, or arguments of the function: --lr 1e-4 --engine fsdp2',
+        description=(
+            'Train by a recipe, in one process or many. Other options are settings of the recipe, '
+            'or arguments of the function: --lr 1e-4 --engine fsdp2'
+        ),
     )
     parser.add_argument('recipe', help='a preset or a YAML file')
     for name, folder in _FOLDERS[stage].items():
@@ -89,7 +92,8 @@ def _find_folders(stage, run, source, named):
             out[k] = None
             continue
         raise LlamaZhError(
-            f'{folder} is not there: make it with  llama-zh run --recipe {source} --only {_MADE_BY[stage]}  or name another with --{k.replace("_", "-")}-dir'
+            f'{folder} is not there: make it with  llama-zh run --recipe {source} --only {_MADE_BY[stage]}  '
+            f'or name another with --{k.replace("_", "-")}-dir'
         )
     return out
 
@@ -289,12 +293,13 @@ def check_alone(
     raise LlamaZhError(
         f'recipe {recipe.name!r} is trained by engine {compute.engine!r} on {gpus}, and this is one process. '
         f'Type these one after the other{each}:\n  {commands}\n'
-        '(configs/ is written by  python -m llama_zh_nb.app.launch;  to train in one process all the same: --engine none)'
+        '(configs/ is written by  python -m llama_zh_nb.app.launch;  '
+        'to train in one process all the same: --engine none)'
     )
 
 # %% ../../nbs/app/launch.ipynb #9b1e0a14
 def launch_main(argv=None) -> int:
-    "`python -m llama_zh_nb.app.launch [pretrain | sft] [recipe]`: train; or print the commands of a recipe, and write configs/"
+    "`python -m llama_zh_nb.app.launch [pretrain | sft] [recipe]`: train; or print a recipe's commands, write configs/"
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in _FUNCTION:
         return train_by_recipe(argv[0], argv[1:])

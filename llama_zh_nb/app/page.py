@@ -418,7 +418,7 @@ def _settings_panel(labels, max_new_tokens) -> dict:  # of Gradio's parts
 
 # %% ../../nbs/app/page.ipynb #dd1ace22
 def escape_messages(messages: list) -> list:
-    "For Gradio's box, which reads its text as HTML: signs like < are escaped, so that everything is seen as it was written"
+    "For Gradio's box, which reads its text as HTML: signs like < are escaped, so that all is seen as written"
     return [dict(role=m['role'], content=html.escape(m['content'], quote=False)) for m in messages]
 
 

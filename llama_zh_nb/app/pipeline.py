@@ -20,15 +20,11 @@ from ..checkpoint.tensors import open_weights
 from ..core.errors import LlamaZhError, need
 from ..core.run_log import record
 from ..corpus import build_corpus
-from ..documents.assistant import Assistant
-from ..documents.index import build_index, open_index
-from ..documents.recall import pick_threshold
 from ..embeddings import resize
 from ..evals.measure import ask, heldout_bits, score
 from ..evaluate import evaluate_models
 from ..pretrain import pretrain
 from ..quantize import check_layers, quantize
-from ..rag import judge_rag
 from ..recipes import heldout, questions, sample_questions
 from ..sft import finetune
 from ..text.chats import read_chats
@@ -310,6 +306,9 @@ def last_model(run) -> str:  # folder of the run
 # %% ../../nbs/app/pipeline.ipynb #c15f04b0
 def index_documents(run):
     "An index of the recipe's documents"
+    # here, and not at the top: a run without documents needs none of LangChain
+    from llama_zh_nb.documents.index import build_index
+
     recipe, args = run.recipe, run.recipe.rag
     build_index(
         run.files('docs'),
@@ -324,6 +323,12 @@ def index_documents(run):
 
 def measure_answers(run):
     "Retrieval and answers over the documents, by the last model"
+    # here, as in `index_documents`
+    from llama_zh_nb.documents.assistant import Assistant
+    from llama_zh_nb.documents.index import open_index
+    from llama_zh_nb.documents.recall import pick_threshold
+    from llama_zh_nb.rag import judge_rag
+
     recipe, args, qs = run.recipe, run.recipe.rag, questions(run.recipe)
     known = [q for q in qs if q.get('value') and q['kind'] != 'unseen']
     known = known[::3]  # the threshold is not fitted to the questions it is judged by

@@ -229,7 +229,10 @@ def _english_is_kept(s):
     before, after, chat = (s(stage, 'bpb_en') for stage in ('weights', 'pretrain', 'sft'))
     if not before or not after:
         return None
-    text = f'English on held-out text: {before:.2f} bits a byte before, {after:.2f} after pretraining ({after / before - 1:+.0%})'
+    text = (
+        f'English on held-out text: {before:.2f} bits a byte before, '
+        f'{after:.2f} after pretraining ({after / before - 1:+.0%})'
+    )
     if chat:
         text += f', {chat:.2f} after SFT ({chat / before - 1:+.0%})'
     return Claim(text, after <= 1.1 * before)
@@ -239,7 +242,10 @@ def _facts_are_answered(s):
     asked = s.accuracy('sft', 'asked')
     if not asked:
         return None
-    text = f'Facts that were asked in training, in phrasings that no training text holds: {asked["right"]} of {asked["n"]} right ({asked["share"]:.0%})'
+    text = (
+        'Facts that were asked in training, in phrasings that no training text holds: '
+        f'{asked["right"]} of {asked["n"]} right ({asked["share"]:.0%})'
+    )
     return Claim(text, asked['share'] >= 0.8)
 
 
@@ -286,7 +292,11 @@ def _claims(s):
 def claims_part(s):
     "What a run should show, and whether this one does"
     claims = _claims(s)
-    about = 'A tick where the run shows what it should. A bit is one yes-or-no question: so many does the model need on average to know the next character (Chinese) or byte (English), so lower is better.'
+    about = (
+        'A tick where the run shows what it should. A bit is one yes-or-no question: '
+        'so many does the model need on average '
+        'to know the next character (Chinese) or byte (English), so lower is better.'
+    )
     return Part('claims', 'In short', dict(claims=claims), about) if claims else None
 
 # %% ../../nbs/app/report.ipynb #12bce6b9
@@ -314,7 +324,10 @@ def vocab_part(s):
             data['summary'] += ' English is cut as before.'
     if not any(data.values()):
         return None
-    about = 'A sentence as both vocabularies cut it; small grey tiles are single bytes, three of which make one Chinese character.'
+    about = (
+        'A sentence as both vocabularies cut it; '
+        'small grey tiles are single bytes, three of which make one Chinese character.'
+    )
     return Part('vocab', 'Characters per token', data, about, '04_vocab')
 
 # %% ../../nbs/app/report.ipynb #da1f655c
@@ -323,7 +336,10 @@ def _change(value, first):
 
 
 def _bits_note(s, en):
-    note = 'Held-out text that no stage has read. Perplexities of different vocabularies cannot be compared; bits per character can. Lower is better.'
+    note = (
+        'Held-out text that no stage has read. Perplexities of different vocabularies cannot be compared; '
+        'bits per character can. Lower is better.'
+    )
     if s('control', 'bpc_zh') is None:
         return note
     note += ' The control kept the base vocabulary and took fewer steps'
@@ -331,7 +347,10 @@ def _bits_note(s, en):
         note += '; the curves below compare them step by step'
     note += '.'
     if en.get('control') and en.get('pretrain') and en['control'] < en['pretrain']:
-        note += f' It reads English better ({en["control"]:.3f} against {en["pretrain"]:.3f}), having read less Chinese.'
+        note += (
+            ' It reads English better '
+            f'({en["control"]:.3f} against {en["pretrain"]:.3f}), having read less Chinese.'
+        )
     return note
 
 
@@ -376,7 +395,11 @@ def _english_turns(s):
     last = points[-1][1]
     if last < 1.01 * best:
         return None
-    return f'English is read best at step {step} ({best:.3f} bits a byte) and a little worse at the end ({last:.3f}): the more Chinese, the more is forgotten. A larger share of English text (replay) keeps more of it.'
+    return (
+        f'English is read best at step {step} ({best:.3f} bits a byte) and a little worse at the end ({last:.3f}): '
+        'the more Chinese, the more is forgotten. '
+        'A larger share of English text (replay) keeps more of it.'
+    )
 
 
 def curves_part(s):
@@ -401,7 +424,8 @@ def curves_part(s):
     remarks = [_english_turns(s)]
     if _points(pretrained, 'zh_bpc') or _points(pretrained, 'en_bpb'):
         remarks.append(
-            'Measured on a part of the held-out text, so that measuring stays short; the table above is measured on all of it.'
+            'Measured on a part of the held-out text, so that measuring stays short; '
+            'the table above is measured on all of it.'
         )
     data = dict(figures=figures, remarks=list(filter(None, remarks)))
     return Part('curves', 'Learning', data, 'Lower is better in all of them.', '06_pretrain')

@@ -128,7 +128,8 @@ def _alone(folder):
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise LlamaZhError(
-                f'another run is at work in {folder}: wait for it, or choose another folder with --out'
+                f'another run is at work in {folder}: '
+                'wait for it, or choose another folder with --out'
             ) from None
         yield
 
@@ -156,7 +157,8 @@ def _check_needs(run, stage):
         maker = next((s for s in STAGES.values() if s.out == folder), None)
         if maker and not (run / folder).exists() and not why_left_out(run, maker):
             raise LlamaZhError(
-                f'{stage.name} needs {run / folder}, which is not there: run stage {maker.name} first'
+                f'{stage.name} needs {run / folder}, which is not there: '
+                f'run stage {maker.name} first'
             )
 
 
@@ -199,7 +201,7 @@ def run(
     force: bool = False,  # also what is done and unchanged
     source: str = None,  # preset or file that the recipe was got from, for what is said about it
 ) -> dict:  # run.json
-    "All stages from one recipe: weights, corpus, vocab, embeddings, pretrain, control, sft, quantize, rag, evaluate, report"
+    "All stages from one recipe, from the weights to the report; returns what run.json holds"
     recipe, only = recipe or get_recipe(), _chosen(only)
     check_inputs(recipe)
     check_alone(recipe, only, source)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 # %% ../../nbs/core/errors.ipynb #35893db9
 class LlamaZhError(Exception):
-    "A problem with the user's input or machine, explained in one message: what was found, what was expected, what to do"
+    "A problem with the user's input or machine, in one message: what was found, what was expected, what to do"
 
 # %% ../../nbs/core/errors.ipynb #72eb11e7
 def did_you_mean(

@@ -36,7 +36,8 @@ def pick_device(
         raise LlamaZhError(f"unknown device {device!r}: use 'auto', 'cpu', 'cuda' or 'mps'")
     if int(n or 0) >= have[kind]:
         raise LlamaZhError(
-            f'device {device!r} was asked for, but this machine has {have[kind]} of kind {kind!r}: use --device cpu or auto'
+            f'device {device!r} was asked for, '
+            f'but this machine has {have[kind]} of kind {kind!r}: use --device cpu or auto'
         )
     return str(device)
 

@@ -73,7 +73,7 @@ def stage(
     run,  # run folder
     name: str,  # the stage
 ):  # yields a dict for its metrics
-    "Run a block as a stage: its seconds, its peak memory and the metrics put into the dict go to run.json when it succeeds"
+    "Run a block as a stage: on success its seconds, peak memory and the metrics in the dict go to run.json"
     m = {}
     with Meter() as meter:
         yield m

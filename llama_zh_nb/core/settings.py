@@ -213,7 +213,8 @@ class Recipe:
             n, batch = args.global_batch, args.batch
             if n is not None and (n < 1 or n % batch):
                 raise LlamaZhError(
-                    f'recipe field {prefix}global_batch is {n}: a multiple of {prefix}batch, which is {batch}, was expected, and of {prefix}batch x GPUs when it is run'
+                    f'recipe field {prefix}global_batch is {n}: a multiple of {prefix}batch, which is {batch}, '
+                    f'was expected, and of {prefix}batch x GPUs when it is run'
                 )
 
 # %% ../../nbs/core/settings.ipynb #f4ffb244

@@ -328,7 +328,10 @@ def lines(
     return Html(f'<figure class="chart">{caption}{legend}{svg}</figure>', '\n'.join(text))
 
 # %% ../../nbs/core/show.ipynb #c121f62b
-_TRACK = 'position:relative;flex:1 1 8em;min-width:3em;height:1.15em;background:color-mix(in srgb,currentColor 9%,transparent);border-radius:4px;overflow:hidden'
+_TRACK = (
+    'position:relative;flex:1 1 8em;min-width:3em;height:1.15em;'
+    'background:color-mix(in srgb,currentColor 9%,transparent);border-radius:4px;overflow:hidden'
+)
 _NAME = 'flex:0 1 9em;min-width:4em;text-align:right;font-size:.92em'
 _VALUE = 'flex:0 0 8.2em;white-space:nowrap;font-variant-numeric:tabular-nums;font-size:.92em'
 
@@ -402,7 +405,11 @@ def tokens(
         text = byte or piece.replace('▁', '␣')
         colour = '#8888' if byte else COLOURS[turn % len(COLOURS)] + '55'
         turn += not byte
-        style = f'background:{colours[i] if colours else colour};border-radius:4px;padding:.05em .28em;margin:.12em;display:inline-block'
+        background = colours[i] if colours else colour
+        style = (
+            f'background:{background};border-radius:4px;'
+            'padding:.05em .28em;margin:.12em;display:inline-block'
+        )
         if byte:
             style += ';font-size:.68em;opacity:.8'
         if framed and framed[i]:

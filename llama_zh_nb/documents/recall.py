@@ -149,7 +149,8 @@ def known_passage(
     return rest
 
 # %% ../../nbs/documents/recall.ipynb #2d675284
-# between what `pick_threshold` gives on CMRC 2018 (trial) and on DRCD (dev), see benchmarks/retrieval.py; measure your own
+# between what `pick_threshold` gives on CMRC 2018 (trial) and on DRCD (dev), see
+# benchmarks/retrieval.py; measure your own
 DEFAULT_THRESHOLD = 0.35
 HASHED_THRESHOLDS = dict(dense=0.19, hybrid=0.27)  # the same for vectors that need no model
 STANDS_OUT = 2.2  # times the next score; chosen on mini's development questions

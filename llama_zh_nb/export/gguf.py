@@ -63,7 +63,10 @@ def _cannot(m):
     "Why llama.cpp cannot follow a SentencePiece model"
     normalizer, bytes_ = m.normalizer_spec, {p.piece for p in m.pieces if p.type == BYTE}
     if normalizer.precompiled_charsmap:
-        return f'its normaliser {normalizer.name!r} rewrites characters, which llama.cpp does not do for such vocabularies'
+        return (
+            f'its normaliser {normalizer.name!r} rewrites characters, '
+            'which llama.cpp does not do for such vocabularies'
+        )
     if normalizer.remove_extra_whitespaces:
         return 'it throws surplus spaces away, which llama.cpp does not'
     if len(bytes_) != 256:

@@ -64,7 +64,7 @@ def _cut_down(model, layers):
 
 
 def _distil_step(model, draft, batch):
-    "Kullback-Leibler divergence of the draft from the model on the learnt tokens, and the share where both choose the same"
+    "Kullback-Leibler divergence of draft from model on the learnt tokens, and the share where both agree"
     torch = need('torch', 'train')
     # a token is learnt at the place before it
     learnt = batch['labels'][:, 1:] != -100  # (batch, positions - 1)

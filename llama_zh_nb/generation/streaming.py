@@ -13,7 +13,7 @@ from ..core.errors import need
 
 # %% ../../nbs/generation/streaming.ipynb #57e0000b
 class IncrementalDecoder:
-    "Token ids in, whole characters out, as `codecs.IncrementalDecoder` does for bytes; `done` once a stop string was met"
+    "Token ids in, whole characters out, as `codecs.IncrementalDecoder` for bytes; `done` after a stop string"
 
     # A UTF-8 character has at most four bytes, and the smallest token is one byte: what is still broken
     # after five tokens holds a byte that belongs to no character, and is shown as it is.

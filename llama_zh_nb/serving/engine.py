@@ -126,7 +126,10 @@ class Job:
             raise self.error
 
     def listen(self, f):
-        "`f(piece)` for every piece, also those already there, and `f(None)` at the end; it is called in the engine's thread and must return at once"
+        """`f(piece)` for every piece, also those already there, and `f(None)` at the end
+
+        It is called in the engine's thread and must return at once.
+        """
         with self._lock:
             for item in self._items:
                 f(item)

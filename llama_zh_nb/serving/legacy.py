@@ -31,7 +31,7 @@ def clock() -> str:
 
 # %% ../../nbs/serving/legacy.ipynb #fc91fa65
 class LinkSoulRequest(BaseModel):
-    "Body of LinkSoul's POST /; `history` is pairs of question and answer, `max_length` counts prompt and answer together"
+    "Body of LinkSoul's POST /; `history`: pairs of question and answer, `max_length`: prompt and answer together"
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
     prompt: Text

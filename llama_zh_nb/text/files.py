@@ -25,7 +25,8 @@ from ..core.errors import LlamaZhError, need, what_is
 
 # %% ../../nbs/text/files.ipynb #60e80ec3
 _INVISIBLE = re.compile(
-    '[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]'
+    '[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u200e\u200f\u202a-\u202e'
+    '\u2060\u2066-\u2069\ufeff\ufdd0-\ufdef\ufffe\uffff\ud800-\udfff]'
 )
 
 # %% ../../nbs/text/files.ipynb #5b2b52c5
@@ -58,7 +59,7 @@ def _everyday():
 def familiar(
     text: str,  # decoded text
 ) -> float:  # 0 to 1; 0 where there is no Chinese character
-    "Share of the Chinese characters in `text` that are everyday ones, on the mainland or in Taiwan (the larger of the two)"
+    "Share of everyday ones among the Chinese characters of `text`, mainland or Taiwan, whichever is larger"
     han = HAN.findall(text)
     return max(sum(c in t for c in han) for t in _everyday()) / max(1, len(han))
 
@@ -67,7 +68,7 @@ BAD = re.compile('[\udc80-\udcff]')  # a byte that did not decode
 
 
 def _bad_bytes(path, encoding, keep=5):
-    "Where `encoding` fails: (how many bytes, the first `keep` offsets, size, whether only the last character is cut off)"
+    "Where `encoding` fails: (how many bytes, first `keep` offsets, size, whether only the last character is cut)"
     n, offsets, at = 0, [], 0
     with Path(path).open('rb') as f:
         while block := b''.join(f.readlines(1 << 20)):
@@ -112,7 +113,8 @@ def _check(path, encoding, most):
         ]
     if n <= most * high:
         return [
-            f'{n} byte(s) are not {encoding}, the first at byte {offsets[0]:,}: the documents that hold them are dropped'
+            f'{n} byte(s) are not {encoding}, the first at byte {offsets[0]:,}: '
+            'the documents that hold them are dropped'
         ]
     return None
 
@@ -229,7 +231,8 @@ def _array(text, path):
         except (json.JSONDecodeError, RecursionError) as e:
             column = f', column {e.colno}' if hasattr(e, 'colno') else ''
             raise LlamaZhError(
-                f'{path}, line {getattr(e, "lineno", line)}: not valid JSON ({getattr(e, "msg", e)}{column}); the row begins in line {line}. '
+                f'{path}, line {getattr(e, "lineno", line)}: not valid JSON ({getattr(e, "msg", e)}{column}); '
+                f'the row begins in line {line}. '
                 'Is the file whole? If it holds one object a line, take the [ at its beginning away.'
             ) from None
         yield Row(line, value)
@@ -334,7 +337,8 @@ def _text_rows(path, encoding, inside=(), known=(), what='rows', strict=False, e
     header = {name.strip(' "') for name in re.split('[,\t]', first)}
     if known and not header & set(known):
         raise LlamaZhError(
-            f'{path} holds no {what}: neither JSON, nor a table with one of the columns {", ".join(sorted(known))}; it begins with {first[:40]!r}'
+            f'{path} holds no {what}: neither JSON, nor a table with one of the columns {", ".join(sorted(known))}; '
+            f'it begins with {first[:40]!r}'
         )
     with _open_text(path, encoding, newline='') as f:
         yield from _table_rows(f, path, strict, exact)
@@ -412,7 +416,7 @@ _ENDS = '。！？；：，、.!?;:,"”’』」）)】》'
 def wrap_width(
     lines: list,  # consecutive lines
 ) -> int:  # characters to a line; 0: not wrapped
-    "The width of hard-wrapped text: most lines that have a next one are equally long, and most of those break off in mid-sentence"
+    "The width of hard-wrapped text: most lines before the last are equally long, most break off in mid-sentence"
     inner = [a.rstrip() for a, b in zip(lines, lines[1:]) if a.strip() and b.strip()]
     if len(inner) < 10:
         return 0
@@ -635,7 +639,7 @@ def read_texts(
 def are_files(
     source,  # a path, a string, or a list of either
 ) -> bool:
-    "Do these name files (paths), or are they texts? The first one tells; a name that looks like a file and isn't there is refused"
+    "Do these name files, or are they texts? The first one tells; what looks like a file and isn't there is refused"
     first = source if isinstance(source, (str, Path)) else next(iter(source), '')
     if isinstance(first, Path):
         return True

@@ -120,13 +120,15 @@ def read_questions(
                         take(place, row, context=text, paragraph=name)
             except (KeyError, TypeError, AttributeError) as e:
                 raise LlamaZhError(
-                    f"{path}: looks like SQuAD's layout, but a paragraph or question in it is not as expected ({type(e).__name__}: {e})"
+                    f"{path}: looks like SQuAD's layout, "
+                    f'but a paragraph or question in it is not as expected ({type(e).__name__}: {e})'
                 ) from None
         else:
             take(line, value)
     if not got:
         reasons = '; '.join(f'line {line}: {why}' for line, why in list(got.why.items())[:3])
         raise LlamaZhError(
-            f'{path} holds no questions{f" ({reasons})" if reasons else ""}: expected rows with "question" and "answer", or SQuAD\'s layout'
+            f'{path} holds no questions{f" ({reasons})" if reasons else ""}: '
+            'expected rows with "question" and "answer", or SQuAD\'s layout'
         )
     return got

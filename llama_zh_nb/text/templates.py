@@ -39,7 +39,7 @@ def check_messages(
     ],  # OpenAI messages: an optional system message, then user and assistant in turn
     system: str | None = None,  # used where the messages bring no system text of their own
 ) -> tuple[str | None, list[tuple[str, str]]]:  # system text or None, [(role, text), ...]
-    "Check order and types of `messages`; raise `LlamaZhError` naming the first message that is wrong."
+    "Check order and types of `messages`; `LlamaZhError` names the first message that is wrong."
     if not isinstance(messages, (list, tuple)) or not messages:
         raise LlamaZhError(
             'a conversation is a list of messages with at least one user message; got '
@@ -53,7 +53,8 @@ def check_messages(
             continue
         if role != want:
             raise LlamaZhError(
-                f'message {i}: role {role!r}, expected {want!r}; after an optional system message, user and assistant take turns'
+                f'message {i}: role {role!r}, expected {want!r}; '
+                'after an optional system message, user and assistant take turns'
             )
         turns.append((role, _content(m, i).strip()))
         want = 'assistant' if want == 'user' else 'user'
@@ -148,13 +149,20 @@ LONG_ANSWER = '请你提供专业、有逻辑、内容真实、有价值的详�
 
 # %% ../../nbs/07_templates.ipynb #78dc958f
 _STANFORD = (
-    'Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n'
+    'Below is an instruction that describes a task. '
+    'Write a response that appropriately completes the request.\n\n'
     '### Instruction:\n{user}\n\n### Response: '
 )
 _META = (
-    'You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe. Your answers should not include any harmful, unethical, '
-    'racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\nIf a question does not make any '
-    "sense, or is not factually coherent, explain why instead of answering something not correct. If you don't know the answer to a question, please don't share false information."
+    'You are a helpful, respectful and honest assistant. '
+    'Always answer as helpfully as possible, while being safe. '
+    'Your answers should not include any harmful, unethical, '
+    'racist, sexist, toxic, dangerous, or illegal content. '
+    'Please ensure that your responses are socially unbiased and positive in nature.\n\n'
+    'If a question does not make any '
+    'sense, or is not factually coherent, '
+    'explain why instead of answering something not correct. '
+    "If you don't know the answer to a question, please don't share false information."
 )
 _TEMPLATES = {
     t.name: t
@@ -199,7 +207,7 @@ _TEMPLATES = {
 
 # %% ../../nbs/07_templates.ipynb #c5b5e456
 def get_template(
-    name: 'str|Template' = 'alpaca2',  # a name, an alias (atom, literary, linksoul, stanford), or a `Template`
+    name: 'str|Template' = 'alpaca2',  # name, alias (atom, literary, linksoul, stanford) or object
     **changes,  # fields to change, as in `get_template('alpaca2', own_text=True)`
 ) -> Template:
     "The template called `name`; an unknown name raises `LlamaZhError` with the nearest ones."
@@ -374,7 +382,8 @@ def jinja(
             own_turn,
             '{%- for m in turns -%}',
             "{%- if m.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}",
-            "{{ raise_exception('user and assistant must take turns, after an optional system message') }}",
+            "{{ raise_exception('user and assistant must take turns, "
+            "after an optional system message') }}",
             '{%- endif -%}',
             f"{{%- if m.role == 'user' -%}}{{{{ bos_token + {user}{end} }}}}",
             f'{{%- if not loop.last or add_generation_prompt -%}}{{{{ {head} }}}}{{%- endif -%}}',
@@ -397,7 +406,7 @@ def add_template(
     tokenizer,  # a Hugging Face tokenizer; changed in place
     template: 'str|Template' = 'alpaca2',  # the layout
 ):
-    "Put `template` into `tokenizer`, so that `apply_chat_template` gives the ids of `Template.encode`."
+    "Put `template` into `tokenizer`: `apply_chat_template` then gives `Template.encode`'s ids."
     tokenizer.chat_template = get_template(template).jinja()
     tokenizer.split_special_tokens = False
     tokenizer.init_kwargs['split_special_tokens'] = False
@@ -414,7 +423,7 @@ def write_template(
     folder,  # a model or tokenizer folder with a `tokenizer_config.json`
     template: 'str|Template' = 'alpaca2',  # the layout
 ) -> Path:  # the folder
-    "Put `template` into a folder on disk, as `add_template` does in memory; all other files stay as they are."
+    "Put `template` into a folder on disk, as `add_template` does in memory; other files stay."
     folder, t = Path(folder), get_template(template)
     conf = read_json(folder / 'tokenizer_config.json')
     with writing(folder / 'chat_template.jinja') as f:

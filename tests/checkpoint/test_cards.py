@@ -5,11 +5,6 @@ import re
 import shutil
 
 import pytest
-
-torch = pytest.importorskip('torch')
-hub = pytest.importorskip('huggingface_hub')
-yaml = pytest.importorskip('yaml')
-
 from helpers.tiny import ZH, make, small
 
 from llama_zh_nb.checkpoint import cards
@@ -22,6 +17,10 @@ from llama_zh_nb.checkpoint.cards import (
     write_card,
 )
 from llama_zh_nb.core.errors import LlamaZhError
+
+torch = pytest.importorskip('torch')
+hub = pytest.importorskip('huggingface_hub')
+yaml = pytest.importorskip('yaml')
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +93,10 @@ def test_the_card_is_what_the_hub_reads(trained):
 def test_which_text_a_figure_was_measured_on(trained, tmp_path):
     d = shutil.copytree(trained, tmp_path / 'run' / 'chat')
     h = json.loads((d / 'history.json').read_text())
-    card = lambda: write_card(d, licence='llama2', name='thin').read_text(encoding='utf-8')
+
+    def card():
+        return write_card(d, licence='llama2', name='thin').read_text(encoding='utf-8')
+
     before = card()
     assert (
         'Measured during training, on the held-out documents that training was given' in before

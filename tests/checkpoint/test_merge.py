@@ -8,10 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-torch = pytest.importorskip('torch')
-peft = pytest.importorskip('peft')
-
 from helpers.tiny import make, tensors
 
 from llama_zh_nb.checkpoint.adapter import apply_changes, nf4_changes
@@ -23,6 +19,9 @@ from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.core.machine import quiet
 from llama_zh_nb.core.settings import ComputeArgs
 from llama_zh_nb.training.lora import load_base, prepare, save_adapter
+
+torch = pytest.importorskip('torch')
+peft = pytest.importorskip('peft')
 
 
 def cast(base, out, dtype):
@@ -194,11 +193,12 @@ def test_blocks_and_threads_change_nothing(base, tmp_path, monkeypatch):
     b = cast(base, tmp_path / 'b', torch.bfloat16)
     a = random_adapter(b, tmp_path / 'a', use_dora=True)
     want = tensors(merge_lora(b, a, tmp_path / 'm'))
-    small = lambda shape: (
-        [slice(i, min(i + 24, shape[0])) for i in range(0, shape[0], 24)]
-        if shape
-        else [slice(None)]
-    )
+
+    def small(shape):
+        if not shape:
+            return [slice(None)]
+        return [slice(i, min(i + 24, shape[0])) for i in range(0, shape[0], 24)]
+
     monkeypatch.setattr(ad, 'row_blocks', small)
     monkeypatch.setattr(mg, 'row_blocks', small)
     monkeypatch.setattr(mg, '_SMALL_MODEL', 0)
@@ -578,26 +578,28 @@ def test_qlora_that_cannot_be_followed(base, wide, tmp_path):
         merge_lora(q, a, tmp_path / 'm')
 
 
+class OneTensor:
+    "Stands for an open weight file that holds one tensor under any name"
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def spec(self, name):
+        code = {torch.float32: 'F32', torch.bfloat16: 'BF16', torch.float16: 'F16'}
+        return code[self.tensor.dtype], tuple(self.tensor.shape)
+
+    def get(self, name, rows=slice(None)):
+        return self.tensor[rows]
+
+
 def test_nf4_is_that_of_bitsandbytes():
     F = pytest.importorskip('bitsandbytes.functional')
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         w = (torch.randn(512, 704) * 0.02).to(dtype)
-
-        class One:
-            spec, get = (
-                (
-                    lambda s, n: (
-                        dict(float32='F32', bfloat16='BF16', float16='F16')[str(dtype)[6:]],
-                        tuple(w.shape),
-                    )
-                ),
-                (lambda s, n, rows=slice(None): w[rows]),
-            )
-
         for double in (False, True):
             ours = apply_changes(
-                {'q_proj.weight': One()}, nf4_changes(['q_proj.weight'], dict(double=double))
+                {'q_proj.weight': OneTensor(w)}, nf4_changes(['q_proj.weight'], dict(double=double))
             )['q_proj.weight'].get('q_proj.weight')
             theirs = F.dequantize_4bit(
                 *F.quantize_4bit(w, quant_type='nf4', compress_statistics=double)

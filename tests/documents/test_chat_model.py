@@ -70,9 +70,11 @@ def test_messages(llm):
 def test_server_failures(index, monkeypatch):
     pytest.importorskip('langchain_openai')
     monkeypatch.delenv('OPENAI_API_KEY', raising=False)
-    with fake_server(lambda p: '', models=('a', 'b')) as (url, _):
-        with pytest.raises(LlamaZhError, match='a, b.*--llm-model'):
-            load_chat(url)
+    with (
+        fake_server(lambda p: '', models=('a', 'b')) as (url, _),
+        pytest.raises(LlamaZhError, match='a, b.*--llm-model'),
+    ):
+        load_chat(url)
     with fake_server(lambda p: '', status=401) as (url, _):
         llm = load_chat(url, max_retries=0)
         for f in (

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import signal
 import subprocess
@@ -86,7 +85,7 @@ def test_only_what_changed_is_read(tmp_path, monkeypatch):
     (d / '003.txt').unlink()
     (d / '005.txt').write_text('新的一句话，和原来的不同。')
     (d / '020.txt').write_text('后来的船。')
-    os.rename(d / '007.txt', d / '107.txt')
+    (d / '007.txt').rename(d / '107.txt')
     (d / 'broken.txt').write_text('修好了。')
     read.clear()
     ix = build_index(d, out)
@@ -124,10 +123,13 @@ def test_killed_and_resumed(tmp_path, old):
         write(d, 3)
         build_index(d, out, args=RagArgs(embedding='none'))
     write(d, 40)
-    run = lambda pause: subprocess.Popen(
-        [sys.executable, '-W', 'ignore', '-c', KILLED, d, out, log, pause],
-        stderr=subprocess.DEVNULL,
-    )
+
+    def run(pause):
+        return subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-c', KILLED, d, out, log, pause],
+            stderr=subprocess.DEVNULL,
+        )
+
     p = run('.05')
     while not (log.exists() and len(log.read_text().split()) >= 18):
         assert p.poll() is None
@@ -165,7 +167,8 @@ def test_workers_end_with_their_parent(tmp_path):
     code = KILLED.replace("embedding='none')", "embedding='none'), workers=2")
     run = tmp_path / 'run.py'
     run.write_text(
-        'if __name__ == "__main__":\n' + ''.join(f'    {l}\n' for l in code.strip().split('\n'))
+        'if __name__ == "__main__":\n'
+        + ''.join(f'    {line}\n' for line in code.strip().split('\n'))
     )
     p = subprocess.Popen(
         [
@@ -198,9 +201,11 @@ def test_workers_end_with_their_parent(tmp_path):
 
 def test_one_builder_at_a_time(tmp_path):
     write(tmp_path / 'd', 2)
-    with indexing._working(tmp_path / '.ix.parts', {}):
-        with pytest.raises(LlamaZhError, match='already'):
-            build_index(tmp_path / 'd', tmp_path / 'ix', args=RagArgs(embedding='none'))
+    with (
+        indexing._working(tmp_path / '.ix.parts', {}),
+        pytest.raises(LlamaZhError, match='already'),
+    ):
+        build_index(tmp_path / 'd', tmp_path / 'ix', args=RagArgs(embedding='none'))
     assert len(build_index(tmp_path / 'd', tmp_path / 'ix', args=RagArgs(embedding='none'))) == 2
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import zipfile
-from pathlib import Path
 
 import pytest
 from helpers.documents import pdf
@@ -125,10 +124,12 @@ def test_docx(tmp_path):
 
 
 def test_bombs_and_sizes(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / 'bomb.docx', 'w', zipfile.ZIP_DEFLATED) as z:
-        with z.open('word/document.xml', 'w') as f:
-            for _ in range(documents.MAX_UNPACKED // (1 << 22) + 1):
-                f.write(bytes(1 << 22))
+    with (
+        zipfile.ZipFile(tmp_path / 'bomb.docx', 'w', zipfile.ZIP_DEFLATED) as z,
+        z.open('word/document.xml', 'w') as f,
+    ):
+        for _ in range(documents.MAX_UNPACKED // (1 << 22) + 1):
+            f.write(bytes(1 << 22))
     assert (tmp_path / 'bomb.docx').stat().st_size < 1 << 20
     with pytest.raises(LlamaZhError, match='unpack'):
         read_file(tmp_path / 'bomb.docx')
@@ -163,15 +164,14 @@ def test_names_and_links(tmp_path):
     (tmp_path / 'secret.txt').write_text('秘密')
     (tmp_path / 'far').mkdir()
     (tmp_path / 'far' / 'x.txt').write_text('远')
-    os.symlink(tmp_path / 'secret.txt', d / 'link.txt')
-    os.symlink(tmp_path / 'far', d / 'folder')
-    os.symlink(d / 'nothing', d / 'dead.txt')
-    os.symlink('甲/说明.txt', d / 'same.txt')
+    (d / 'link.txt').symlink_to(tmp_path / 'secret.txt')
+    (d / 'folder').symlink_to(tmp_path / 'far')
+    (d / 'dead.txt').symlink_to(d / 'nothing')
+    (d / 'same.txt').symlink_to('甲/说明.txt')
     os.mkfifo(d / 'pipe.txt')
     for n in ('a\nb.txt', 'a\u202egnp.txt', b'\xff.txt', '\\xff.txt'):
-        Path(
-            os.fsdecode(os.path.join(os.fsencode(d), n if isinstance(n, bytes) else n.encode()))
-        ).write_text(f'内容{n!r}', encoding='utf-8')
+        name = os.fsdecode(n if isinstance(n, bytes) else n.encode())
+        (d / name).write_text(f'内容{n!r}', encoding='utf-8')
     docs = load_documents(d)
     names = [x.metadata['source'] for x in docs]
     assert len(names) == len(set(names)) == 6 and not any(

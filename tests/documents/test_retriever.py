@@ -115,7 +115,10 @@ def test_langchain_standard(poems):
         retriever_query_example = '杭州西湖在哪，茶和山也要'
 
     t = Ours()
-    make = lambda: t.retriever_constructor(**t.retriever_constructor_params)
+
+    def make():
+        return t.retriever_constructor(**t.retriever_constructor_params)
+
     t.test_k_constructor_param()
     t.test_invoke_with_k_kwarg(make())
     t.test_invoke_returns_documents(make())

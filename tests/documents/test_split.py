@@ -53,7 +53,10 @@ def test_budget_and_ends_on_real_text(shared, folder):
     cs, count = list(chunks(text, tok, 200, 40)), token_counter(tok)
     assert max(count([c.text for c in cs])) <= 200 and all(c.cost <= 200 for c in cs)
     assert not [c.text for c in cs if c.text[0] in '。！？…，、；：”’』」）》']
-    squeeze = lambda s: ''.join(s.split())
+
+    def squeeze(s):
+        return ''.join(s.split())
+
     assert ''.join(squeeze(c) for c in split_text(text, tok, 200)) == squeeze(text)
 
 
@@ -95,10 +98,10 @@ def test_rows_and_code_are_not_cut():
     )
     want = set((table + code).strip().split('\n'))
     got = [
-        l
+        line
         for c in split_text(f'# 表\n{table}\n# 码\n{code}', chunk_tokens=64)
-        for l in c.split('\n')
-        if not l.startswith('# ')
+        for line in c.split('\n')
+        if not line.startswith('# ')
     ]
     assert set(got) == want and len(got) == len((table + code).strip().split('\n'))
 

@@ -68,8 +68,10 @@ def test_strategies_stream_as_they_answer(index):
 
 
 def test_fold_halves_and_keeps_order():
-    length = lambda ts: [len(t) for t in ts]
     texts, seen = [f'<{i:03}>' for i in range(41)], []
+
+    def length(ts):
+        return [len(t) for t in ts]
 
     def join(gs):
         seen.append([len(g) for g in gs])

@@ -46,7 +46,7 @@ DOCS = {
 
 def pdf(pages):
     "A PDF whose pages hold lines of any text: a font without outlines, whose letters are named by a ToUnicode table"
-    chars = sorted({c for p in pages for l in p for c in l})
+    chars = sorted({c for p in pages for line in p for c in line})
     code = {c: i + 1 for i, c in enumerate(chars)}
     cmap = (
         'begincmap 1 begincodespacerange <0000> <FFFF> endcodespacerange '
@@ -54,7 +54,10 @@ def pdf(pages):
         + ' '.join(f'<{code[c]:04X}> <{c.encode("utf-16-be").hex()}>' for c in chars)
         + ' endbfchar endcmap'
     )
-    stream = lambda s: f'<</Length {len(s)}>>\nstream\n{s}\nendstream'
+
+    def stream(s):
+        return f'<</Length {len(s)}>>\nstream\n{s}\nendstream'
+
     objs = [
         '<</Type/Catalog/Pages 2 0 R>>',
         f'<</Type/Pages/Count {len(pages)}/Kids[{" ".join(f"{6 + 2 * i} 0 R" for i in range(len(pages)))}]>>',
@@ -65,7 +68,7 @@ def pdf(pages):
     for i, lines in enumerate(pages):
         body = (
             'BT /F1 12 Tf 72 720 Td 14 TL '
-            + ' '.join(f'<{"".join(f"{code[c]:04X}" for c in l)}> Tj T*' for l in lines)
+            + ' '.join(f'<{"".join(f"{code[c]:04X}" for c in line)}> Tj T*' for line in lines)
             + ' ET'
         )
         objs += [

@@ -189,8 +189,13 @@ STANFORD = 'Below is an instruction that describes a task. Write a response that
 
 def published(sp, name, texts, system=None):
     "Ids of a dialogue; one that ends with a question ends with what stands before its answer."
-    ids = lambda text: sp.encode(text)  # a text of its own, with its dummy prefix
-    goes_on = lambda text: sp.encode('\n' + text)[len(sp.encode('\n')) :]
+
+    def ids(text):  # a text of its own, with its dummy prefix
+        return sp.encode(text)
+
+    def goes_on(text):  # a text that follows another one, without that prefix
+        return sp.encode('\n' + text)[len(sp.encode('\n')) :]
+
     out, turns = [], [texts[i : i + 2] for i in range(0, len(texts), 2)]
     if name in ('human-assistant', 'zhu'):  # every turn between its own <s> and </s>, one text each
         user, bot, sys = {
