@@ -310,7 +310,9 @@ def finetune(
     push_to_hub=None,  # a repository on the Hub, owner/name, that the folder goes to at the end
     **more,  # see `run_training` and `make_trainer`
 ) -> History:
-    "Fine-tune `model` on chats; leaves out/adapter and a merged model with its template in `out`"
+    """Fine-tune `model` on conversations; leaves out/adapter and a plain merged model
+    with its chat template in `out`
+    """
     began, model, out = time.perf_counter(), Path(model), Path(out)
     template = get_template(chat.template)
     engine, device = distributed.join_processes(compute.engine, compute.device)
