@@ -26,7 +26,7 @@ _PLACES = {  # name here: module and name there
     'finetune': 'sft.finetune',
     'quantize_model': 'quantize.quantize',
     'build_index': 'documents.index.build_index',
-    'evaluate_model': 'evals.choice.evaluate',
+    'measure_task': 'evals.choice.measure_task',
     # their settings
     'TrainArgs': 'core.settings.TrainArgs',
     'SftArgs': 'core.settings.SftArgs',

@@ -146,7 +146,7 @@ def test_stop_strings_and_length(mini):
 
 
 def run_cli(folder, *args, **kw):
-    code = "import sys; from llama_zh_nb.app import cli; cli.COMMANDS['chat'] = ('chat.chat', ''); sys.exit(cli.main(sys.argv[1:]))"
+    code = 'import sys; from llama_zh_nb.app import cli; sys.exit(cli.main(sys.argv[1:]))'
     return [
         sys.executable,
         '-c',

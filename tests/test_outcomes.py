@@ -43,4 +43,4 @@ def test_report_and_notebooks_are_there(tested_run):
     page = (tested_run / 'report.html').read_text(encoding='utf-8')
     assert 'A Llama learns Chinese' in page
     assert not any(x in page for x in ('src="http', "src='http", '<link'))
-    assert len(list((tested_run / 'notebooks').glob('*.ipynb'))) >= 30
+    assert len(list((tested_run / 'notebooks').rglob('*.ipynb'))) >= 60

@@ -30,7 +30,7 @@ for _module in ('fastapi', 'uvicorn', 'prometheus_client', 'httpx'):
     pytest.importorskip(_module)
 import httpx  # noqa: E402  (the tests are skipped above where it is missing)
 
-CODE = "import sys; from llama_zh_nb.app import cli; cli.COMMANDS['serve'] = ('serve.serve', ''); sys.exit(cli.main(sys.argv[1:]))"
+CODE = 'import sys; from llama_zh_nb.app import cli; sys.exit(cli.main(sys.argv[1:]))'
 
 
 @pytest.fixture(scope='module')

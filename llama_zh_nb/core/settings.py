@@ -166,7 +166,7 @@ class RagArgs:
     "Answering from documents"
 
     embedding: str = 'lexical'  # 'lexical' needs no download; or a Hub embedding model
-    chunk_tokens: int = 200  # longest chunk
+    chunk_tokens: int = 256  # longest chunk
     chunk_overlap: int = 0  # tokens that two neighbours share
     k: int = 3  # passages given to the model
     threshold: float | None = None  # a best passage below this says nothing; None: measured

@@ -100,7 +100,7 @@ def test_every_tensor(plain, tmp_path, type):
             np.ascontiguousarray(t.data).tobytes()
             == gguf.quants.quantize(w, gguf.GGMLQuantizationType[q]).tobytes()
         ), k
-    assert g.bits < 33 and repr(g) and 'MB' in g._repr_markdown_()
+    assert g.bits < 33 and repr(g) and 'MB' in g._repr_html_()
 
 
 KEYS = [

@@ -79,7 +79,7 @@ def test_race(mini, draft):
     )
     assert (
         [r.same(k) for k in r.done] == [3] * 4
-        and '| plain |' in r._repr_markdown_()
+        and 'plain' in r._repr_html_()
         and 'forwards' in repr(r)
     )
 
