@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from notebooks import all_notebooks, module_of, sidebar
+from sphinx_site import dead_links, html_pages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,8 +121,6 @@ def test_everything_handed_to_quarto_is_lines(site):
 
 
 def test_no_dead_links(site):
-    from sphinx_site import dead_links
-
     assert dead_links(site) == []
 
 
@@ -133,9 +132,7 @@ def test_nothing_from_elsewhere(site):
         r'<(?:script|img|iframe|link rel="(?:stylesheet|preload)")[^>]*?(?:src|href)="((?:https?:)?//[^"]+)"'
     )
     assert {
-        p.name: m
-        for p in site.rglob('*.html')
-        if (m := loads.findall(p.read_text(encoding='utf-8')))
+        p.name: m for p in html_pages(site) if (m := loads.findall(p.read_text(encoding='utf-8')))
     } == {}
 
 

@@ -356,7 +356,7 @@ def config(site, src):
 def relative_links(out, site):
     "Links to the site's public address become links inside this folder"
     public = re.escape(site.url)
-    for path in out.rglob('*.html'):
+    for path in html_pages(out):
         up = '../' * (len(path.relative_to(out).parts) - 1)
         html = re.sub(
             rf'class="([\w ]*)\breference external\b([\w ]*)" href="{public}',
@@ -380,6 +380,11 @@ class _Page(HTMLParser):
                 self.refs.append(v)
 
 
+def html_pages(out):
+    "The pages of the site; the theme keeps templates of its own among its static files"
+    return [p for p in out.rglob('*.html') if p.relative_to(out).parts[0] != '_static']
+
+
 def leads_somewhere(page, ref, pages, out):
     "Is there a file, and on it the anchor, that the link `ref` on `page` names?"
     url = urlsplit(ref)
@@ -396,8 +401,7 @@ def leads_somewhere(page, ref, pages, out):
 def dead_links(out):
     "`[(page, link)]` of links inside the site that lead nowhere"
     pages = {
-        p.relative_to(out).as_posix(): _Page(p.read_text(encoding='utf-8'))
-        for p in out.rglob('*.html')
+        p.relative_to(out).as_posix(): _Page(p.read_text(encoding='utf-8')) for p in html_pages(out)
     }
     dead = {
         (page, ref)
