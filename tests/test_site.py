@@ -111,6 +111,16 @@ def test_texts_are_lists_of_lines():
     assert ''.join(notebook['cells'][0]['source']) == text
 
 
+def test_a_link_in_a_link_is_one_link():
+    from docs import tidy
+
+    text = 'see [[`fill_blocks`](https://x.io/packing.html)](training/packing.ipynb)'
+    cell = dict(cell_type='markdown', source=text)
+    assert tidy(dict(cells=[cell]))['cells'][0]['source'] == [
+        'see [`fill_blocks`](training/packing.ipynb)'
+    ]
+
+
 def test_everything_handed_to_quarto_is_lines(site):
     "The site's sources, as the build left them in _proc/."
     made = sorted((ROOT / '_proc').rglob('*.ipynb'))

@@ -91,6 +91,8 @@ def pages():
 BADGE = re.compile(
     r'\[(?:!\[Open in Colab\]\([^)]*\)|Open in Colab)\]\((https://colab\.research\.google\.com/[^)]*)\)'
 )
+# nbdev links a name in backticks even where it stands in a link already
+LINK_IN_LINK = re.compile(r'\[\[(`[^`]+`)\]\([^)]*\)\](?=\()')
 LINKED_NAME = re.compile(r'\[`([^`]+)`\]\(https?://[^)]*\)')
 
 
@@ -114,6 +116,7 @@ def tidy(notebook):
         if cell['cell_type'] == 'markdown':
             # the badge is an image on Google's servers: a plain link does without
             source = BADGE.sub(r'[Open in Colab](\1){.colab}', source)
+            source = LINK_IN_LINK.sub(r'[\1]', source)
         cell['source'] = as_lines(source)
         for output in cell.get('outputs', []):
             data = output.get('data', {})
