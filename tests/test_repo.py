@@ -3,6 +3,7 @@
 import ast
 import builtins
 import configparser
+import itertools
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from notebooks import all_notebooks, module_of, name, rooms, sidebar, stages
+from notebooks import all_notebooks, module_of, name, sidebar, stages, sub_package_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -104,7 +105,7 @@ def test_no_notebook_is_overlooked():
     there = {p for p in (ROOT / 'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
     home = {ROOT / 'nbs' / f'{page}.ipynb' for page in ('index', 'index_zh')}
     assert set(NBS) == there - home
-    assert len(stages()) >= 14 and len(rooms()) >= 60
+    assert len(stages()) >= 14 and len(sub_package_notebooks()) >= 60
     listed = [f for _, files in sidebar() for f in files]
     # reference.qmd is the page that `make docs` writes
     wanted = {p.relative_to(ROOT / 'nbs').as_posix() for p in there} | {'reference.qmd'}
@@ -132,13 +133,36 @@ def test_a_module_stands_where_its_notebook_does():
     assert wrong == {}
 
 
+def next_notebook(nb):
+    "The notebook that the first link under 'Next' at the end of a notebook leads to"
+    text = '\n'.join(''.join(c['source']) for c in cells(nb)[-5:] if c['cell_type'] == 'markdown')
+    link = re.search(r'\*\*Next:\*\*[^(]*\(([^)#]+)\)', text)
+    return (nb.parent / link[1]).resolve() if link else None
+
+
+def test_each_notebook_leads_to_the_next():
+    "From stage to stage; in a folder from its first notebook through all others and back to a stage."
+    for a, b in itertools.pairwise(stages()):
+        assert next_notebook(a) == b, name(a)
+    folders = {}
+    for nb in sub_package_notebooks():
+        folders.setdefault(nb.parent.name, []).append(nb)
+    for folder, notebooks in folders.items():
+        passed, here = [], notebooks[0]
+        while here.parent.name == folder and here not in passed:
+            passed.append(here)
+            here = next_notebook(here)
+        assert sorted(passed) == sorted(notebooks), folder
+        assert here in stages(), folder
+
+
 @pytest.mark.parametrize('name', READMES)
 def test_table_of_stages(name):
     "The README names the stages, and each folder, in the order of the site's sidebar."
     table = re.findall(r'^\| \[(\w+)\]\(nbs/(\w+)\.ipynb\) \|', read(name), re.M)
     assert [a for a, _ in table] == [b for _, b in table] == [p.stem for p in stages()]
     folders = re.findall(r'^\| \[(\w+)/\]\(nbs/(\w+)/\w+\.ipynb\) \|', read(name), re.M)
-    in_order = list(dict.fromkeys(p.parent.name for p in rooms()))
+    in_order = list(dict.fromkeys(p.parent.name for p in sub_package_notebooks()))
     assert [a for a, _ in folders] == [b for _, b in folders] == in_order
 
 

@@ -749,8 +749,33 @@ def test_key_line_and_end(folder, known, tmp_path):
         assert s.p.wait(20) == 0 and 'Traceback' not in ''.join(s.log)
 
 
+def test_no_route_is_left_open(mini):
+    "Every route is guarded, a new one too; without a key only the two that say how the server is"
+    from fastapi.testclient import TestClient
+
+    from llama_zh_nb.serve import guarded_paths, make_app
+
+    with Engine(mini) as engine:
+        app = make_app(engine, 'mini', api_key='key', max_body=10)
+        client = TestClient(app)
+        routes = [(r.path, m) for r in app.routes for m in r.methods]
+        assert len(routes) > 10
+        free = {p for p, m in routes if client.request(m, p).status_code != 401}
+        assert free == {'/healthz', '/readyz'}
+        key = {'authorization': 'Bearer key'}
+        posts = [p for p, m in routes if m == 'POST']
+        assert posts
+        for p in posts:
+            assert client.post(p, content=b'x' * 11, headers=key).status_code == 413, p
+        app.get('/new')(lambda: {})
+        assert '/new' in guarded_paths(app)
+        app.get('/new/{name}')(lambda name: {})
+        with pytest.raises(ValueError, match='below /v1/'):
+            guarded_paths(app)
+
+
 def test_wrong_starts(folder, tmp_path, monkeypatch):
-    from llama_zh_nb import serve as room
+    from llama_zh_nb.serve import serve
 
     (tmp_path / 'empty').write_text('')
     (tmp_path / 'two').write_text('a\nb\n')
@@ -772,13 +797,13 @@ def test_wrong_starts(folder, tmp_path, monkeypatch):
         (dict(template='nonsense'), 'template'),
     ):
         with pytest.raises(LlamaZhError, match=word):
-            room.serve(**{'model': str(folder), 'port': 0, 'device': 'cpu', **kw})
+            serve(**{'model': str(folder), 'port': 0, 'device': 'cpu', **kw})
     taken.close()
     monkeypatch.setenv('PATH', '')
     with pytest.raises(LlamaZhError, match='pip install vllm'):
-        room.serve(str(folder), engine='vllm')
+        serve(str(folder), engine='vllm')
     with pytest.raises(LlamaZhError, match='nowhere is not a model: there is no such folder'):
-        room.serve('nowhere', engine='vllm')
+        serve('nowhere', engine='vllm')
 
 
 def test_vllm_gets_the_folder(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""The plan of the package: three storeys with arrows only down, ordinary imports, one place for a name."""
+"""The plan of the package: four layers with imports only down, ordinary imports, one place for a name."""
 
 import ast
 from collections import defaultdict
@@ -14,13 +14,13 @@ STAGES = (
 FACE = '__init__'  # offers names by their addresses, loaded on first use
 
 
-def storey(module):
-    "0: core, 1: a room, 2: a stage, 3: app; the package's face stands above all"
-    room = module.split('.')[0]
+def layer(module):
+    "0: core, 1: another sub-package, 2: a stage, 3: app; the package's face stands above all"
+    top = module.split('.')[0]
     if module == FACE:
         return 4
-    if room in ('core', 'app'):
-        return 3 * (room == 'app')
+    if top in ('core', 'app'):
+        return 3 * (top == 'app')
     return 2 if module in STAGES else 1
 
 
@@ -74,7 +74,7 @@ def arrows(trees):
 
 def test_arrows_only_go_down(arrows):
     climbing = [
-        f'{a} -> {b}' for a, targets in arrows.items() for b in targets if storey(b) > storey(a)
+        f'{a} -> {b}' for a, targets in arrows.items() for b in targets if layer(b) > layer(a)
     ]
     late = [
         f'{a} -> {b}'

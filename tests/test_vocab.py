@@ -1,4 +1,4 @@
-"The vocabulary rooms on real tokenizers and real text: exactness, the merge's guarantees, the published files, refusals."
+"The vocabulary on real tokenizers and real text: exactness, the merge's guarantees, the published files, refusals."
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Where the notebooks are: the fourteen stages at the top of nbs/, then a folder for each room. Every tool and test that goes over notebooks asks here, so that none overlooks a folder."""
+"""Where the notebooks are: the fourteen stages at the top of nbs/, then a folder for each sub-package. Every tool and test that goes over notebooks asks here, so that none overlooks a folder."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def sidebar():
     return sections
 
 
-def rooms():
+def sub_package_notebooks():
     "The other notebooks, folder by folder in the order of the sidebar"
     listed = [NBS / f for _, section in sidebar() for f in section if '/' in f]
     there = {p for p in NBS.glob('*/*.ipynb') if not p.parent.name.startswith(('.', '_'))}
@@ -49,8 +49,8 @@ def rooms():
 
 
 def all_notebooks():
-    "Stages and rooms; the two home pages (index, index_zh) are no part of it"
-    return [*stages(), *rooms()]
+    "Stages and sub-packages; the two home pages (index, index_zh) are no part of it"
+    return [*stages(), *sub_package_notebooks()]
 
 
 def code_cells(path):

@@ -221,7 +221,7 @@ def run_folder(jobs, save):
     return peaks
 
 
-def run_rooms(jobs, at_a_time, save):
+def run_sub_packages(jobs, at_a_time, save):
     "The other notebooks, `at_a_time` folders at the same time; yields peaks in MB"
     lanes = [list(folder) for _, folder in groupby(jobs, lambda job: job.path.parent)]
     with ProcessPoolExecutor(at_a_time) as pool:
@@ -245,7 +245,9 @@ def arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument('notebooks', nargs='*', help='only these: names or beginnings of names')
-    p.add_argument('--stages', action='store_true', help='the stages alone, and not the rooms')
+    p.add_argument(
+        '--stages', action='store_true', help='the stages alone, and not the sub-packages'
+    )
     p.add_argument('--recipe', default='mini', help='recipe: a preset or a YAML file')
     p.add_argument('--runs', type=Path, default=ROOT / 'runs', help='holds the run folders')
     p.add_argument('--fresh', action='store_true', help='empty the run folder first')
@@ -280,7 +282,7 @@ def main():
     pipeline = [j for j in jobs if j.path.parent == NBS]
     peaks = list(run_stages(pipeline, done, a.save))
     took = clock(time.time() - start)
-    peaks += run_rooms(jobs[len(pipeline) :], a.jobs, a.save)
+    peaks += run_sub_packages(jobs[len(pipeline) :], a.jobs, a.save)
     total = clock(time.time() - start)
     print(
         f'{len(jobs)} notebooks in {total} (stages {took}), '

@@ -78,6 +78,20 @@ def add_option(parser, name, kind, default, text, several=False, choices=()):
         parser.add_argument(f'--{name}', help=argparse.SUPPRESS, **how)
 
 # %% ../../nbs/app/cli.ipynb #6e29eb5a
+def _choices_of(name):
+    "The names in the table that a setting chooses from, if it does"
+    # not in `core.settings`: the tables lie in layers above it; imported only when help is built
+    if name == 'init':
+        from llama_zh_nb.embeddings import INITS
+
+        return INITS
+    if name == 'template':
+        from llama_zh_nb.text.templates import template_names
+
+        return template_names()
+    return ()
+
+
 def _group_of(cls):
     "The group of a recipe that a settings class belongs to, or None"
     return next((g for g, c in groups().items() if c is cls), None)
@@ -100,6 +114,7 @@ def _add_settings_object(parser, parameter, cls, hide=()):
         several = kind is tuple
         kind = bool if kind is bool else str  # what was typed is checked when the object is made
         dest = f'{parameter.name}.{_option_of(group, f.name)}'
+        choices = choices or _choices_of(flat)
         add_option(part, dest, kind, f.default, explain()[flat], several, choices)
 
 
@@ -156,7 +171,7 @@ def add_arguments(
         elif required:
             parser.add_argument('--out', required=True, metavar='OUT', help=text.replace('%', '%%'))
         else:
-            add_option(parser, name, kind, p.default, text, several)
+            add_option(parser, name, kind, p.default, text, several, _choices_of(name))
 
 # %% ../../nbs/app/cli.ipynb #55305619
 COMMANDS = {}  # words -> Command
@@ -480,6 +495,7 @@ def add_settings(
                 kind, choices, _ = unpack_type(s.type)
                 several = kind is tuple
                 kind = bool if kind is bool else str
+                choices = choices or _choices_of(flat)
                 add_option(part, flat, kind, s.default, explain()[flat], several, choices)
 
 

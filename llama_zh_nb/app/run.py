@@ -26,6 +26,7 @@ from ..embeddings import INITS
 from ..evaluate import check_tasks
 from ..recipes import get_recipe
 from ..text.files import find_files
+from ..text.templates import get_template
 
 # %% ../../nbs/14_run.ipynb #9954be53
 def check_inputs(
@@ -45,6 +46,7 @@ def check_inputs(
     init = recipe.embeddings.init
     if init not in INITS:
         raise LlamaZhError(f'init is {init!r}: use one of {", ".join(INITS)}')
+    get_template(recipe.chat.template)  # refuses an unknown name
     check_tasks(recipe.evaluate.tasks)
     for setting in ('heldout_zh', 'heldout_en', 'questions'):
         for path in run.files(setting):

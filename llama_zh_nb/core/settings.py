@@ -147,7 +147,7 @@ class SftArgs:
 class ChatArgs:
     "How the model is talked to, from the chats it learns to the questions it is asked"
 
-    template: str = 'alpaca2'  # prompt format: 'alpaca2', 'llama2-chat', 'human-assistant', ...
+    template: str = 'alpaca2'  # prompt format, by its name in `text.templates`
     system: str | None = None  # system prompt
 
 

@@ -36,6 +36,7 @@ from .split import ZhTextSplitter
 from llama_zh_nb.documents.stores import (
     embedding_name,
     get_embeddings,
+    is_folder,
     open_store,
     parse_store_address,
 )
@@ -370,7 +371,7 @@ def _store_of(out, store, embedding):
     if store is None:
         return None, 'documents'
     address, collection = parse_store_address(store)
-    if not re.match('https?:|milvus:', address):
+    if is_folder(address):
         raise LlamaZhError(
             f'store={store!r}: give http://host:port, milvus://host:port or milvus:///file.db, '
             'or leave it out for a folder inside the index'

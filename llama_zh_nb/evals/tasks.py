@@ -345,7 +345,8 @@ class HubTask(NamedTuple):
     split: str  # with the questions
     dev: str = None  # with the examples
     subjects: tuple = ('',)  # its configurations
-    style: str = None  # None: by its subjects
+    style: str = None  # None: by its subjects; 'english' where lang is 'en'
+    lang: str = 'zh'  # 'zh' or 'en': the language in which it is asked
 
 
 _GAOKAO = ('chinese', 'english', 'geography', 'history', 'biology', 'chemistry', 'mathqa')
@@ -378,9 +379,15 @@ def hub_rows(
         ) from None
 
 
+def _split_name(hub, split):
+    "A split as the dataset calls it: 'val' and 'validation' are the same one"
+    same = {'val', 'validation'}
+    return hub.split if not split or {split, hub.split} <= same else split
+
+
 def _read_hub(name, split, subjects):
     hub = HUB.get(name) or HubTask(name, 'test')
-    split = split or hub.split
+    split = _split_name(hub, split)
     last = name.split('/')[-1]
 
     def files(of_split):
@@ -393,13 +400,15 @@ def _read_hub(name, split, subjects):
     questions = _collect(files(split), dropped)
     if hub.dev and hub.dev != split:
         shots = _collect(files(hub.dev), {})
-    about = {'style': hub.style} if hub.style else {}
+    about = dict(lang=hub.lang)
+    if style := hub.style or ('english' if hub.lang == 'en' else None):
+        about['style'] = style
     return _make_task(last, questions, shots, hub.id, dropped, **about)
 
 
 def read_task(
     source,  # folder, file, a name of `HUB`, world-zh, world-en, or a dataset id with a slash
-    split: str = None,  # folder's or dataset's split; None: val, else test
+    split: str = None,  # folder's split, or as the dataset calls it; None: val, else test
     subjects: list = None,  # only these
 ) -> Task:
     "Read a task"

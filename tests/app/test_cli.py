@@ -18,6 +18,8 @@ from llama_zh_nb.core.settings import (
     TrainArgs,
     settings,
 )
+from llama_zh_nb.embeddings import INITS
+from llama_zh_nb.text.templates import template_names
 
 
 def cli(*args, **kw):
@@ -47,6 +49,22 @@ def test_run_help_is_light_and_names_every_field():
     assert p.returncode == 0 and 'HEAVY []' in p.stdout
     for f in settings():
         assert re.search(f'--{f.replace("_", "-")}[ ,]', p.stdout), f
+
+
+@pytest.mark.parametrize(
+    'cmd, choices',
+    [
+        ('run', INITS),
+        ('run', template_names()),
+        ('embeddings resize', INITS),
+        ('sft', template_names()),
+        ('chat', template_names()),
+    ],
+)
+def test_help_lists_what_a_table_holds(cmd, choices, capsys, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '300')
+    assert main([*cmd.split(), '--help']) == 0
+    assert f'({", ".join(choices)})' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('cmd', sorted(COMMANDS))

@@ -288,6 +288,7 @@ def test_wrong_paths_before_anything_is_done(tmp_path, shared):
         (dict(corpus=str(text), docs=str(tmp_path / 'empty')), 'docs'),
         (dict(corpus=str(text), heldout_zh='no.jsonl'), 'heldout_zh'),
         (dict(corpus=str(text), init='zeros'), 'init'),
+        (dict(corpus=str(text), template='alpaca3'), 'chat template'),
     ):
         with pytest.raises(LlamaZhError, match=word):
             check_inputs(

@@ -7,6 +7,7 @@ from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.evals.choice import prompt_text
 from llama_zh_nb.evals.tasks import (
     HUB,
+    HubTask,
     Question,
     parse_row,
     read_task,
@@ -143,3 +144,38 @@ def test_a_dataset_of_the_hub_reads_like_files(monkeypatch):
     )
     t = read_task('ceval', subjects=['law', 'logic'])
     assert (len(t), len(t.shots['law']), t.names['law'], t.style) == (2, 5, '法学', 'ceval')
+
+
+def test_an_english_dataset_is_asked_in_english(monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    row = dict(question='Which is a river?', A='Thames', B='Dover', C='Kent', D='Bath', answer='A')
+    monkeypatch.setattr(datasets, 'load_dataset', lambda id, config, split: [row])
+    monkeypatch.setitem(HUB, 'rivers', HubTask('nobody/rivers', 'test', lang='en'))
+    english, chinese = read_task('rivers'), read_task('nobody/rivers')
+    assert (english.lang, english.style, chinese.lang) == ('en', 'english', 'zh')
+    asked = ''.join(prompt_text(english, english.questions()[0]))
+    assert asked.isascii() and 'Answer:' in asked
+
+
+@pytest.mark.parametrize(
+    'name, split, read',
+    [
+        ('c3', None, 'validation'),
+        ('c3', 'val', 'validation'),
+        ('c3', 'validation', 'validation'),
+        ('c3', 'train', 'train'),
+        ('ceval', 'validation', 'val'),
+        ('nobody/nothing', 'validation', 'validation'),
+    ],
+)
+def test_a_split_by_either_name(name, split, read, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    asked = []
+
+    def load_dataset(id, config, split):
+        asked.append(split)
+        return [dict(question='题', A='1', B='2', C='3', D='4', answer='D')]
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    read_task(name, split)
+    assert asked[0] == read
