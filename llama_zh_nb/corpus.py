@@ -12,7 +12,6 @@ import re
 import time
 from dataclasses import dataclass
 from dataclasses import field as dc_field
-from pathlib import Path
 
 import numpy as np
 

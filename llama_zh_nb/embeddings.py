@@ -24,7 +24,7 @@ from llama_zh_nb.checkpoint.tensors import (
 from .checkpoint.translations import translations
 from .core.errors import LlamaZhError, need, read_json, write_json, writing
 from .text.files import read_texts
-from .tokenizer.exact import NORMAL, USER_DEFINED, load_sp, read_model
+from .tokenizer.exact import NORMAL, USER_DEFINED, read_model
 
 # %% ../nbs/05_embeddings.ipynb #d10565e7
 def plain_sp(

@@ -11,13 +11,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from llama_zh_nb.checkpoint.folder import (
-    check_sizes,
-    fingerprint,
-    load_tokenizer,
-    new_rows,
-    tokenizer_hash,
-)
+from .checkpoint.folder import check_sizes, load_tokenizer, new_rows
 from .core.errors import read_back, read_json, write_json
 from .core.settings import ComputeArgs, LoraArgs, TrainArgs
 from .training import distributed
@@ -31,37 +25,9 @@ from llama_zh_nb.training.packing import (
     pack_blocks,
     reading_order,
 )
-from .training.trainer import History, run_training
+from .training.trainer import History, run_training, training_mark
 
 # %% ../nbs/06_pretrain.ipynb #fa3ed246
-def _mark(model, args, lora, compute, step, *, packed, rows, share, seed, skip):
-    "What the result depends on"
-    mark = dict(
-        base=fingerprint(model),
-        tokenizer=tokenizer_hash(model),
-        blocks=[blocks.report for blocks in packed],
-        replay=share,
-        train=args.train,
-        rows=rows,
-        lora=[lora.r, lora.alpha, lora.dropout],
-        **distributed.step_mark(args, step),
-        lr=args.lr,
-        embed_lr=args.embed_lr,
-        steps=args.max_steps,
-        warmup=args.warmup,
-        schedule=args.schedule,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        seed=seed,
-        mix=args.mix_documents,
-        dtype=str(compute.dtype),
-        in_4bit=compute.load_in_4bit,
-    )
-    if skip:
-        mark['skip'] = skip
-    return mark
-
-
 def _finished(out, mark):
     "The history of a finished run with the same mark, or None"
     out = Path(out)
@@ -159,18 +125,11 @@ def pretrain(
         steps = max(1, int(args.epochs * len(packed[0]) / (1 - share)) // step.rows)
     warmup = args.warmup if steps > 1 else 0.0  # else the only step would be taken at rate 0
     args = replace(args, accum=step.accum, max_steps=steps, warmup=warmup)
-    mark = _mark(
-        model,
-        args,
-        lora,
-        compute,
-        step,
-        packed=packed,
-        rows=rows,
-        share=share,
-        seed=seed,
-        skip=skip,
-    )
+    data = dict(blocks=[b.report for b in packed], replay=share, mix=args.mix_documents)
+    if skip:
+        data['skip'] = skip
+    in_4bit = compute.load_in_4bit
+    mark = training_mark(model, args, lora, compute, step, rows, seed, in_4bit=in_4bit, **data)
     if resume and (history := _finished(out, mark)):
         return history
     order = reading_order(len(packed[0]), len(packed[-1]), share, skip + steps * step.rows, seed)[

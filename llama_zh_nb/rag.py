@@ -6,7 +6,6 @@
 __all__ = ['judge_rag', 'open_assistant', 'rag_ask', 'rag_chat', 'rag_eval', 'rag_summary']
 
 # %% ../nbs/10_rag.ipynb #4ea1c87d
-import json
 import sys
 from pathlib import Path
 

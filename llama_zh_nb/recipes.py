@@ -6,7 +6,6 @@
 __all__ = ['presets', 'get_recipe', 'runs_root', 'run_dir', 'resolve', 'heldout', 'questions', 'sample_questions']
 
 # %% ../nbs/01_recipes.ipynb #130a156a
-import json
 import os
 from importlib import resources
 from pathlib import Path

@@ -16,14 +16,12 @@ from pathlib import Path
 from llama_zh_nb.checkpoint.folder import (
     check_sizes,
     context_length,
-    fingerprint,
     load_tokenizer,
     new_rows,
     pad_id,
-    tokenizer_hash,
 )
 from .core.errors import LlamaZhError, need, read_json, write_json
-from .core.settings import ChatArgs, ComputeArgs, LoraArgs, SftArgs, TrainArgs
+from .core.settings import ChatArgs, ComputeArgs, LoraArgs, SftArgs
 from .evals.measure import ask, score
 from .text.chats import Chats, read_chats
 from .text.files import read_texts
@@ -33,7 +31,7 @@ from .training import distributed
 from .training.artifacts import Trained, finish_run, publisher, share_out
 from .training.chat_rows import ChatCollate, Packed, examples, with_texts
 from .training.lora import load_base, prepare, trains
-from .training.trainer import History, run_training
+from .training.trainer import History, run_training, training_mark
 
 # %% ../nbs/08_sft.ipynb #8ee5c866
 def add_learn_argument(model):
@@ -234,37 +232,6 @@ def _load_padded(model):
     return tok
 
 # %% ../nbs/08_sft.ipynb #65c19717
-def _mark(model, args, lora, compute, step, *, data, packed, template, system, rows, seed):
-    "What the result depends on"
-    return dict(
-        base=fingerprint(model),
-        tokenizer=tokenizer_hash(model),
-        data=data.report,
-        rows_hash=_hash(packed),
-        template=template.jinja(),
-        system=system,
-        train=args.train,
-        rows=rows,
-        lora=[lora.r, lora.alpha, lora.dropout],
-        block=args.block,
-        **distributed.step_mark(args, step),
-        lr=args.lr,
-        embed_lr=args.embed_lr,
-        steps=args.max_steps,
-        warmup=args.warmup,
-        schedule=args.schedule,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        prompt_weight=args.prompt_weight,
-        text_share=args.text_share,
-        en_share=args.en_share,
-        too_long=args.too_long,
-        pack=args.pack,
-        seed=seed,
-        dtype=str(compute.dtype),
-    )
-
-
 def _hash(packed):
     "Ids and masks in training order"
     h = hashlib.sha256()
@@ -352,22 +319,26 @@ def finetune(
         multiple=step.rows,
     )
     steps = len(packed) // step.rows
-    warmup = TrainArgs().warmup if args.warmup is None else args.warmup
-    if steps == 1:
-        warmup = 0.0  # else the only step would be taken at rate 0
+    warmup = args.warmup if steps > 1 else 0.0  # else the only step would be taken at rate 0
     args = replace(args, accum=step.accum, max_steps=steps, warmup=warmup)
-    mark = _mark(
+    mark = training_mark(
         model,
         args,
         lora,
         compute,
         step,
-        data=data,
-        packed=packed,
-        template=template,
+        rows,
+        seed,
+        data=data.report,
+        rows_hash=_hash(packed),
+        template=template.jinja(),
         system=chat.system,
-        rows=rows,
-        seed=seed,
+        block=args.block,
+        prompt_weight=args.prompt_weight,
+        text_share=args.text_share,
+        en_share=args.en_share,
+        too_long=args.too_long,
+        pack=args.pack,
     )
 
     # the model, trained

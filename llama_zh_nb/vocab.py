@@ -5,7 +5,6 @@
 # %% ../nbs/04_vocab.ipynb #46d94fa7
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 

@@ -28,7 +28,14 @@ from llama_zh_nb.checkpoint.meta import (
     packaged,
 )
 from .checkpoint.tensors import SafeFile, nbytes, open_weights, write_shards
-from .core.errors import LlamaZhError, read_json, what_is, write_json, writing
+from llama_zh_nb.core.errors import (
+    LlamaZhError,
+    read_json,
+    what_is,
+    what_lies_in,
+    write_json,
+    writing,
+)
 from .core.show import Html, ShownAsTable, Table
 
 # %% ../nbs/02_weights.ipynb #ca1f7f2d
@@ -129,13 +136,9 @@ def _open_either(folder):
     if (folder / 'params.json').exists():
         m = MetaFiles(folder)
         return dict.fromkeys(m, m), llama_config(m)
-    if folder.is_dir():
-        found = ', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'
-    else:
-        found = what_is(folder)
     raise LlamaZhError(
         f"{folder}: neither config.json (Hugging Face) nor params.json (Meta's layout); "
-        f'found: {found}'
+        f'found: {what_lies_in(folder)}'
     )
 
 # %% ../nbs/02_weights.ipynb #04b7dd82

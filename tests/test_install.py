@@ -74,10 +74,12 @@ def test_wheel_carries_mini_and_nothing_else(dist):
     assert any(n.endswith('licenses/LICENSE') for n in names)
 
 
-def test_fresh_environment_gets_the_command(dist, tmp_path):
+def test_fresh_environment_gets_the_command(dist, tmp_path, monkeypatch):
     "Only the wheel is installed there; what it requires is borrowed from this environment, so that no network is needed."
     venv.create(tmp_path / 'env', with_pip=True)
     py = tmp_path / 'env' / 'bin' / 'python'
+    # a checkout on the caller's path would be found before what is installed
+    monkeypatch.delenv('PYTHONPATH', raising=False)
     sh(py, '-m', 'pip', 'install', '--no-deps', '--no-index', dist[1])
     site = sh(py, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))').strip()
     import yaml

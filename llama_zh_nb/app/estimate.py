@@ -19,7 +19,7 @@ from llama_zh_nb.app.step_cost import (
     step_flops,
     trained_params,
 )
-from ..core.errors import LlamaZhError, did_you_mean, need
+from ..core.errors import LlamaZhError, did_you_mean
 from ..core.machine import pick_device
 from ..core.settings import Recipe, flatten
 from ..core.show import show_seconds

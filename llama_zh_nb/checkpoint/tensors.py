@@ -11,7 +11,14 @@ import json
 import math
 from pathlib import Path
 
-from ..core.errors import LlamaZhError, need, read_json, what_is, write_json
+from llama_zh_nb.core.errors import (
+    LlamaZhError,
+    need,
+    read_json,
+    what_is,
+    what_lies_in,
+    write_json,
+)
 
 # %% ../../nbs/checkpoint/tensors.ipynb #b14f5965
 _CODES = dict(
@@ -294,13 +301,9 @@ def open_weights(
         if (folder / name).exists():
             file = cls(folder / name)
             return dict.fromkeys(file, file)
-    if folder.is_dir():
-        found = ', '.join(sorted(p.name for p in folder.iterdir())[:8]) or 'nothing'
-    else:
-        found = what_is(folder)
     raise LlamaZhError(
         f'{folder}: no model.safetensors, no pytorch_model.bin and no index of either; '
-        f'found: {found}'
+        f'found: {what_lies_in(folder)}'
     )
 
 

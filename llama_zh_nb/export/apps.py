@@ -15,7 +15,7 @@ from ..checkpoint.folder import context_length
 from ..core.errors import LlamaZhError, need, writing
 from .gguf import read_gguf
 from ..generation.sampling import sampling
-from ..text.templates import get_template, jinja_expression, jinja_string
+from ..text.templates import clean_macro, get_template, jinja_expression, jinja_string
 
 # %% ../../nbs/export/apps.ipynb #41736ca5
 def _write_text(text, out):
@@ -114,15 +114,6 @@ def modelfile(
     return _write_text('\n'.join(lines) + '\n', out)
 
 # %% ../../nbs/export/apps.ipynb #633e65d2
-def _clean_macro(markers):
-    "A Jinja macro that breaks up whatever spells a control token or a marker"
-    marks = dict.fromkeys((*markers, '<s>', '</s>', '<unk>', '<pad>'))
-    replaced = ''.join(
-        f'|replace({jinja_string(m)}, {jinja_string(m[0] + " " + m[1:])})' for m in marks
-    )
-    return '{%- macro clean(t) -%}{{ t' + replaced + ' }}{%- endmacro -%}'
-
-
 def webui_jinja(
     template='alpaca2',  # a name or a `Template`
 ) -> str:
@@ -144,7 +135,7 @@ def webui_jinja(
     return ''.join(
         (
             f'{{#- llama-zh template for text-generation-webui: {t.name} -#}}',
-            _clean_macro(t.markers),
+            clean_macro(t.markers),
             "{%- set ns = namespace(system='') -%}{%- set turns = messages -%}",
             "{%- if messages and messages[0].role == 'system' -%}",
             '{%- set ns.system = messages[0].content|trim -%}',

@@ -6,13 +6,12 @@
 __all__ = ['SCALINGS', 'rope_settings', 'scale_rope', 'by_length', 'write_rope']
 
 # %% ../../nbs/generation/long_context.ipynb #58e869e6
-import copy
 import math
 import os
 import shutil
 from pathlib import Path
 
-from ..checkpoint.folder import context_length, special_ids
+from ..checkpoint.folder import special_ids
 from ..core.errors import LlamaZhError, need, read_json, write_json, writing
 from ..text.templates import encode_texts
 

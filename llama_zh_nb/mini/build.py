@@ -6,11 +6,9 @@
 __all__ = ['SHAPE', 'train_tokenizer', 'new_model', 'drill', 'copying', 'build_copying', 'blocks', 'optimizers', 'train_base']
 
 # %% ../../nbs/mini/build.ipynb #24a5d666
-import json
 import math
 import random
 import time
-from importlib import resources
 from pathlib import Path
 
 from ..core.errors import need

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LONG_ANSWER', 'check_messages', 'Seg', 'Template', 'template_names', 'get_template', 'encode_texts', 'Encoded',
-           'encode_chats', 'show_learnt', 'jinja_string', 'jinja_expression', 'add_template', 'find_template',
-           'write_template']
+           'encode_chats', 'show_learnt', 'jinja_string', 'jinja_expression', 'clean_macro', 'add_template',
+           'find_template', 'write_template']
 
 # %% ../../nbs/07_templates.ipynb #3c35463b
 import re
@@ -380,7 +380,7 @@ def jinja(
     return ''.join(
         [
             f'{{#- llama-zh template: {self.name} -#}}',
-            _clean_macro(self.markers),
+            clean_macro(self.markers),
             "{%- set ns = namespace(system='') -%}{%- set turns = messages -%}",
             "{%- if messages[0].role == 'system' -%}",
             '{%- set ns.system = messages[0].content|trim -%}{%- set turns = messages[1:] -%}',
@@ -399,7 +399,9 @@ def jinja(
     )
 
 
-def _clean_macro(markers):
+def clean_macro(
+    markers,  # of a template
+) -> str:
     "A Jinja macro that breaks markers and what spells a control token, as `Template.clean` does"
     broken = dict.fromkeys((*markers, '<s>', '</s>', '<unk>', '<pad>'))
     steps = ''.join(

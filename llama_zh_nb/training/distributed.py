@@ -11,7 +11,6 @@ __all__ = ['ENGINES', 'world_size', 'rank', 'is_main', 'print_once', 'wait', 'ma
 # %% ../../nbs/training/distributed.ipynb #fc870b46
 import contextlib
 import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 

@@ -7,8 +7,6 @@ __all__ = ['trains', 'PROJECTIONS', 'load_base', 'lora_config', 'prepare', 'trai
 
 # %% ../../nbs/training/lora.ipynb #5ec350c2
 import contextlib
-import os
-import shutil
 from pathlib import Path
 
 from ..checkpoint.adapter import check_adapter
