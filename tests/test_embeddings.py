@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.pieces import train_bpe
 
 from llama_zh_nb.checkpoint.meta import EMBED, HEAD, llama_shapes
 from llama_zh_nb.checkpoint.tensors import open_weights, write_shards
@@ -32,25 +33,10 @@ TOY = [
 @pytest.fixture(scope='session')
 def toks(tmp_path_factory):
     "(base, extended) tokenizer folders: a small BPE model, and the same with a pad and Chinese pieces behind it."
-    import sentencepiece as s
-
     d = tmp_path_factory.mktemp('tok')
     text = 'the province of suzhou Suzhou Jiangsu is Changsha Hunan The in has and looked at the rain over the old town while people went home'
-    (d / 't.txt').write_text(
-        '\n'.join(' '.join(text.split()[i:] + text.split()[:i]) for i in range(25))
-    )
-    s.SentencePieceTrainer.train(
-        input=str(d / 't.txt'),
-        model_prefix=str(d / 't'),
-        model_type='bpe',
-        vocab_size=360,
-        byte_fallback=True,
-        normalization_rule_name='identity',
-        remove_extra_whitespaces=False,
-        pad_id=-1,
-        character_coverage=1.0,
-        minloglevel=2,
-    )
+    lines = [' '.join(text.split()[i:] + text.split()[:i]) for i in range(25)]
+    train_bpe(d / 't', lines, 360, pad_id=-1, character_coverage=1.0)
     m = read_model(d / 't.model')
     low = min(p.score for p in m.pieces)
     for i, p in enumerate(['<pad>', *sorted(set(''.join(ZH)) - set(ZH)), *ZH]):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.pieces import train_bpe
 
 from llama_zh_nb.checkpoint.folder import check_sizes
 from llama_zh_nb.checkpoint.meta import (
@@ -34,26 +35,10 @@ P = dict(
 @pytest.fixture(scope='session')
 def spm(tmp_path_factory):
     "A small SentencePiece BPE model with byte fallback, of Llama's kind."
-    import sentencepiece as s
-
     d = tmp_path_factory.mktemp('spm')
     text = 'the cat sat on the mat and looked at the rain over the old town while people went home from work slowly'
-    (d / 't.txt').write_text(
-        '\n'.join(' '.join(text.split()[i:] + text.split()[:i]) for i in range(20))
-    )
-    s.SentencePieceTrainer.train(
-        input=str(d / 't.txt'),
-        model_prefix=str(d / 'tokenizer'),
-        model_type='bpe',
-        vocab_size=330,
-        byte_fallback=True,
-        normalization_rule_name='identity',
-        remove_extra_whitespaces=False,
-        pad_id=-1,
-        character_coverage=1.0,
-        minloglevel=2,
-    )
-    return d / 'tokenizer.model'
+    lines = [' '.join(text.split()[i:] + text.split()[:i]) for i in range(20)]
+    return train_bpe(d / 'tokenizer', lines, 330, pad_id=-1, character_coverage=1.0)
 
 
 def random_meta(

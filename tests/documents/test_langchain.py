@@ -8,6 +8,7 @@ from functools import lru_cache
 import pytest
 
 pytest.importorskip('langchain_tests')
+from helpers.pieces import train_bpe
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import HumanMessage
 from langchain_core.output_parsers import StrOutputParser
@@ -50,20 +51,8 @@ def tiny():
     from llama_zh_nb.tokenizer.exact import save_tokenizer
 
     d = _where()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 20),
-        model_prefix=str(d / 'm'),
-        vocab_size=360,
-        model_type='bpe',
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name='identity',
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        pad_id=3,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
+    more = dict(allow_whitespace_only_pieces=True, pad_id=3, hard_vocab_limit=False)
+    train_bpe(d / 'm', [TEXT] * 20, 360, character_coverage=1.0, **more)
     save_tokenizer(d / 'm.model', d / 'hf')
     torch.manual_seed(0)
     n = spm.SentencePieceProcessor(model_file=str(d / 'm.model')).vocab_size()

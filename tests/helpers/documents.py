@@ -6,6 +6,7 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+from helpers.pieces import train_bpe
 from langchain_core.language_models.chat_models import SimpleChatModel
 
 from llama_zh_nb.core.settings import RagArgs
@@ -284,20 +285,8 @@ def folder(tmp_path_factory):
 
     d = tmp_path_factory.mktemp('model')
     text = (TOWN + '问答之间，山高水长。The boat leaves at nine.\n') * 20
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()),
-        model_prefix=str(d / 'm'),
-        vocab_size=420,
-        model_type='bpe',
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name='identity',
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        pad_id=3,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
+    more = dict(allow_whitespace_only_pieces=True, pad_id=3, hard_vocab_limit=False)
+    train_bpe(d / 'm', text.splitlines(), 420, character_coverage=1.0, **more)
     save_tokenizer(d / 'm.model', d / 'hf')
     torch.manual_seed(0)
     m = LlamaForCausalLM(

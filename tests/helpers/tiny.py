@@ -5,6 +5,8 @@ import random
 from dataclasses import fields
 from pathlib import Path
 
+from helpers.pieces import train_bpe
+
 from llama_zh_nb.checkpoint.tensors import open_weights
 from llama_zh_nb.core.machine import quiet
 from llama_zh_nb.core.settings import ChatArgs, ComputeArgs, LoraArgs, SftArgs, TrainArgs
@@ -118,7 +120,6 @@ def tensors(folder):
 
 def tiny(d):
     "A tiny untied Llama with random weights and a tokenizer of its own in `d`/hf; its last 20 rows count as new."
-    import sentencepiece as spm
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -128,18 +129,7 @@ def tiny(d):
         'The river is long.\n[INST] Where is the sea? [/INST] It is far.\n长江很长。黄河在哪里？\n'
         * 20
     )
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()),
-        model_prefix=str(d / 'm'),
-        vocab_size=330,
-        model_type='bpe',
-        byte_fallback=True,
-        normalization_rule_name='identity',
-        remove_extra_whitespaces=False,
-        pad_id=3,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
+    train_bpe(d / 'm', text.splitlines(), 330, pad_id=3, hard_vocab_limit=False)
     save_tokenizer(d / 'm.model', d / 'hf')
     torch.manual_seed(0)
     LlamaForCausalLM(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.pieces import train_bpe
 
 from llama_zh_nb.core.errors import LlamaZhError
 from llama_zh_nb.text.templates import (
@@ -28,7 +29,6 @@ def chat(*texts, system=None):
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     "A tiny SentencePiece model of the Llama kind, saved as this project saves tokenizers."
-    import sentencepiece as spm
 
     from llama_zh_nb.tokenizer.exact import save_tokenizer
 
@@ -37,19 +37,8 @@ def folder(tmp_path_factory):
         'The river is long.\n[INST] Where is the sea? [/INST] It is far.\nHuman: hello\nAssistant: 长江很长。\n'
         * 20
     )
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(text.splitlines()),
-        model_prefix=str(d / 'm'),
-        vocab_size=330,
-        model_type='bpe',
-        byte_fallback=True,
-        normalization_rule_name='identity',
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        pad_id=3,
-        minloglevel=2,
-        hard_vocab_limit=False,
-    )
+    more = dict(allow_whitespace_only_pieces=True, pad_id=3, hard_vocab_limit=False)
+    train_bpe(d / 'm', text.splitlines(), 330, **more)
     return save_tokenizer(d / 'm.model', d / 'hf')
 
 
